@@ -1,0 +1,46 @@
+# Everything a developer types. `make` alone lists it.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check format test test-all proto demo bench clean
+
+help: ## list these commands
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(STAMP) ## install everything into .venv
+
+check: $(STAMP) ## format, lint, types, stubs up to date
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(PYTHON) protos/generate.py --check
+
+format: $(STAMP) ## rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: $(STAMP) ## the fast tests; skips what needs gcc, node or other packages
+	$(BIN)/pytest
+
+test-all: $(STAMP) ## every test; installs what they need, and a skip is a failure
+	$(BIN)/pytest --all
+
+proto: ## regenerate the stubs from protos/
+	$(PYTHON) protos/generate.py
+
+demo: $(STAMP) ## real models, real inputs, through a real server
+	$(BIN)/thirdrail demo
+
+bench: $(STAMP) ## measure; the results belong into bench/README.md
+	$(BIN)/python -m bench
+
+clean: ## remove what the other commands made
+	rm -rf $(VENV) .venv-proto .demo .tools dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

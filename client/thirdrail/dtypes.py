@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one table of element types, and the codec of the only variable-length one, BYTES.
+
+Layouts are KServe v2's ("binary tensor data extension"): little-endian, row-major; BOOL is one byte; BF16 is
+the upper half of an FP32; a BYTES element is a 4-byte little-endian length and then its bytes.
+"""
+
+import mmap
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from thirdrail.errors import InvalidArgument
+from thirdrail.v1 import tensor_pb2 as pb
+
+try:
+    from ml_dtypes import bfloat16 as _bfloat16
+except ImportError:  # BF16 then travels as raw bytes only
+    _bfloat16 = None
+
+assert sys.byteorder == "little", "tensors are little-endian on the wire and are not swapped"
+
+LENGTH_BYTES = 4
+
+Buffer = bytes | bytearray | memoryview | mmap.mmap
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """An element type: its number in our messages, its KServe name, its numpy type, its size in bytes."""
+
+    value: pb.DataType.ValueType
+    name: str
+    numpy: np.dtype[Any] | None  # None: BF16 without ml_dtypes
+    itemsize: int  # 0: BYTES, each element has its own size
+
+
+def _row(name: str, numpy: Any, itemsize: int) -> DType:
+    value = pb.DataType.Value(f"DATA_TYPE_{name}")
+    return DType(value, name, None if numpy is None else np.dtype(numpy), itemsize)
+
+
+DTYPES: tuple[DType, ...] = (
+    _row("BOOL", np.bool_, 1),
+    _row("UINT8", np.uint8, 1),
+    _row("UINT16", np.uint16, 2),
+    _row("UINT32", np.uint32, 4),
+    _row("UINT64", np.uint64, 8),
+    _row("INT8", np.int8, 1),
+    _row("INT16", np.int16, 2),
+    _row("INT32", np.int32, 4),
+    _row("INT64", np.int64, 8),
+    _row("FP16", np.float16, 2),
+    _row("BF16", _bfloat16, 2),
+    _row("FP32", np.float32, 4),
+    _row("FP64", np.float64, 8),
+    _row("BYTES", np.object_, 0),
+)
+
+BY_VALUE: dict[int, DType] = {row.value: row for row in DTYPES}
+BY_NAME: dict[str, DType] = {row.name: row for row in DTYPES}
+_BY_NUMPY: dict[np.dtype[Any], DType] = {row.numpy: row for row in DTYPES if row.numpy is not None}
+
+BYTES = BY_NAME["BYTES"]
+BOOL = BY_NAME["BOOL"]
+
+
+def dtype_of_value(value: int) -> DType:
+    """The row of a `thirdrail.v1.DataType`. Raises InvalidArgument for an unknown number."""
+    row = BY_VALUE.get(value)
+    if row is None:
+        raise InvalidArgument(f"unknown data type {value}, expected one of {', '.join(BY_NAME)}")
+    return row
+
+
+def dtype_of_array(array: npt.NDArray[Any]) -> DType:
+    """The row of an array's dtype; strings and objects are BYTES. Raises InvalidArgument for others."""
+    row = _BY_NUMPY.get(array.dtype.newbyteorder("="))
+    if row is not None:
+        return row
+    if array.dtype.kind in "SU":
+        return BYTES
+    raise InvalidArgument(
+        f"cannot send an array of {array.dtype}, expected one of {', '.join(BY_NAME)}"
+    )
+
+
+def encode_bytes(elements: Iterable[bytes | str]) -> bytes:
+    """BYTES elements in row-major order -> their wire form. Strings are sent as UTF-8."""
+    items = [to_bytes(element) for element in elements]
+    lengths = np.fromiter(map(len, items), dtype=np.uint64, count=len(items))
+    if items and int(lengths.max()) >= 1 << 32:
+        raise InvalidArgument("a BYTES element must be shorter than 4 GiB")
+    prefixes = lengths.astype("<u4").tobytes()
+    parts: list[bytes] = [b""] * (2 * len(items))
+    parts[0::2] = [prefixes[i : i + LENGTH_BYTES] for i in range(0, len(prefixes), LENGTH_BYTES)]
+    parts[1::2] = items
+    return b"".join(parts)
+
+
+def to_bytes(element: Any) -> bytes:
+    """One BYTES element. Raises InvalidArgument for anything that is neither text nor bytes."""
+    if isinstance(element, bytes):
+        return element
+    if isinstance(element, str):
+        return element.encode()
+    if isinstance(element, (bytearray, memoryview, np.bytes_)):
+        return bytes(element)
+    raise InvalidArgument(f"a BYTES element must be bytes or str, got {type(element).__name__}")
+
+
+def decode_bytes(data: Buffer, count: int) -> list[bytes]:
+    """The wire form of `count` BYTES elements -> the elements.
+
+    Raises InvalidArgument when the lengths do not add up to exactly `count` elements and all of `data`.
+    """
+    view = memoryview(data).cast("B")
+    uniform = _decode_uniform(view, count)
+    if uniform is not None:
+        return uniform
+    elements: list[bytes] = []
+    position, end = 0, len(view)
+    while position < end:
+        start = position + LENGTH_BYTES
+        if start > end:
+            raise InvalidArgument(
+                f"incomplete string length indicator: {end - position} bytes left, expected 4"
+            )
+        position = start + int.from_bytes(view[position:start], "little")
+        if position > end:
+            raise InvalidArgument(
+                f"incomplete string data: an element of {position - start} bytes is announced, "
+                f"{end - start} bytes are left"
+            )
+        elements.append(bytes(view[start:position]))
+        if len(elements) > count:
+            break
+    if len(elements) != count:
+        got = f"more than {count}" if len(elements) > count else f"{len(elements)}"
+        raise InvalidArgument(f"expected {count} string elements, got {got}")
+    return elements
+
+
+def _decode_uniform(view: memoryview, count: int) -> list[bytes] | None:
+    """The elements when all have one length (ids, hashes, fixed records): no scan from prefix to prefix."""
+    if count < 2 or len(view) % count or len(view) < LENGTH_BYTES * count:
+        return None
+    stride = len(view) // count
+    table = np.frombuffer(view, dtype=np.uint8).reshape(count, stride)
+    prefixes = np.ascontiguousarray(table[:, :LENGTH_BYTES]).view("<u4")
+    if not bool((prefixes == stride - LENGTH_BYTES).all()):
+        return None
+    whole = bytes(view)
+    return [whole[i + LENGTH_BYTES : i + stride] for i in range(0, len(whole), stride)]
+
+
+def object_array(elements: Sequence[Any], shape: Sequence[int]) -> npt.NDArray[np.object_]:
+    """An object array of BYTES elements; never lets numpy look inside them."""
+    array = np.empty(len(elements), dtype=np.object_)
+    array[:] = elements
+    return array.reshape(shape)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every engine offers. Implementations obey the contract suite in tests/engines/."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from thirdrail.tensors import Array, TensorSpec
+
+
+class ModelFileError(Exception):
+    """The model file cannot be served: missing, damaged, or beyond what the engine supports."""
+
+
+class EngineError(Exception):
+    """One run failed. The text is the engine's, fit to be shown to the caller."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    platform: str  # the name that ModelConfig.platform uses, e.g. "onnxruntime_onnx"
+    # Inputs that every consumer reads by position, so that memory which somebody else can still write may be
+    # bound to them: a changed value changes a result, never an address. All other inputs must be copied first.
+    positional_inputs: frozenset[str]
+
+
+class Engine(Protocol):
+    """A model, loaded and runnable. `run` may be called from several threads at once."""
+
+    @property
+    def spec(self) -> EngineSpec: ...
+
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        wanted: Sequence[str],
+        into: Mapping[str, Array],
+    ) -> dict[str, Array]:
+        """Run once. Releases the GIL while it computes.
+
+        inputs: C-contiguous arrays by name, BYTES as object arrays of bytes; optional ones may be absent.
+        wanted: the outputs to compute.
+        into: for some of them, writable arrays of exactly the result's type and shape, to be written in
+            place. The engine never writes to them after it returned or raised.
+        Returns each wanted output; those of `into` are the same array objects. Results other than those never
+        share memory with the inputs. BYTES come as object arrays of bytes.
+        Raises EngineError when the run fails, also when an array of `into` does not fit.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back all memory. No run may be under way or follow."""
+        ...
