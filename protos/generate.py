@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generate the Python stubs from protos/, or check that the committed ones are up to date (--check).
+"""Generate the Python stubs from protos/; with --check, say whether the committed ones are stale.
 
-The generator is pinned to the oldest release whose runtime floor we promise to clients: stubs made by
-grpcio-tools 1.71 load on protobuf 5.29 and every later release seen so far, stubs made by a new generator
-refuse old runtimes. It runs in an environment of its own (.venv-proto), because it needs an old protobuf.
+The generator is pinned to the oldest release whose runtime floor we promise to clients: stubs made
+by grpcio-tools 1.71 load on protobuf 5.29 and every later release seen so far, stubs made by a new
+generator refuse old runtimes. It runs in an environment of its own (.venv-proto), because it needs
+an old protobuf.
 """
 
 import filecmp
@@ -18,8 +19,8 @@ PROTOS = REPO / "protos"
 VENV = REPO / ".venv-proto"
 GENERATOR = ["grpcio-tools==1.71.2", "mypy-protobuf==3.6.0", "setuptools==80.9.0"]
 
-# (folder to write into, protoc's import paths, files). The second maps the KServe contract to a path inside
-# our package, so that its stubs never claim the top-level name `inference`.
+# (folder to write into, protoc's import paths, files). The second maps the KServe contract to a
+# path inside our package, so that its stubs never claim the top-level name `inference`.
 OUTPUTS = [
     ("client", [f"-I{PROTOS}"], sorted((PROTOS / "thirdrail/v1").glob("*.proto"))),
     (

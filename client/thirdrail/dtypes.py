@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one table of element types, and the codec of the only variable-length one, BYTES.
 
-Layouts are KServe v2's ("binary tensor data extension"): little-endian, row-major; BOOL is one byte; BF16 is
-the upper half of an FP32; a BYTES element is a 4-byte little-endian length and then its bytes.
+Layouts are KServe v2's ("binary tensor data extension"): little-endian, row-major; BOOL is one
+byte; BF16 is the upper half of an FP32; a BYTES element is a 4-byte little-endian length and then
+its bytes.
 """
 
 import mmap
@@ -31,7 +32,7 @@ Buffer = bytes | bytearray | memoryview | mmap.mmap
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """An element type: its number in our messages, its KServe name, its numpy type, its size in bytes."""
+    """An element type: its number in our messages, its KServe name, its numpy type, its size."""
 
     value: pb.DataType.ValueType
     name: str
@@ -78,7 +79,7 @@ def dtype_of_value(value: int) -> DType:
 
 
 def dtype_of_array(array: npt.NDArray[Any]) -> DType:
-    """The row of an array's dtype; strings and objects are BYTES. Raises InvalidArgument for others."""
+    """The row of an array's dtype; text and objects are BYTES. Raises InvalidArgument for others."""
     row = _BY_NUMPY.get(array.dtype.newbyteorder("="))
     if row is not None:
         return row
@@ -116,7 +117,8 @@ def to_bytes(element: Any) -> bytes:
 def decode_bytes(data: Buffer, count: int) -> list[bytes]:
     """The wire form of `count` BYTES elements -> the elements.
 
-    Raises InvalidArgument when the lengths do not add up to exactly `count` elements and all of `data`.
+    Raises InvalidArgument when the lengths do not add up to exactly `count` elements and all of
+    `data`.
     """
     view = memoryview(data).cast("B")
     uniform = _decode_uniform(view, count)
@@ -146,7 +148,7 @@ def decode_bytes(data: Buffer, count: int) -> list[bytes]:
 
 
 def _decode_uniform(view: memoryview, count: int) -> list[bytes] | None:
-    """The elements when all have one length (ids, hashes, fixed records): no scan from prefix to prefix."""
+    """The elements when all have one length (ids, hashes): no walk from prefix to prefix."""
     if count < 2 or len(view) % count or len(view) < LENGTH_BYTES * count:
         return None
     stride = len(view) // count

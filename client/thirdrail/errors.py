@@ -2,7 +2,8 @@
 """What can go wrong, and whose turn it is to act.
 
 Three kinds: CallerError (the same request will fail again), NotNow (try later or ask for less) and
-ServerFault (ours). REASONS is the only place where a reason meets an exception class and a gRPC status.
+ServerFault (ours). REASONS is the only place where a reason meets an exception class and a gRPC
+status.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from thirdrail.v1 import inference_pb2 as pb
 
 
 class ThirdrailError(Exception):
-    """A request failed. `str(error)` is the server's text: who is wrong, what was expected, what came."""
+    """A request failed. Its text is the server's: who is wrong, what was expected, what came."""
 
     reason: ClassVar[pb.Reason.ValueType] = pb.REASON_INTERNAL
 
@@ -28,7 +29,7 @@ class CallerError(ThirdrailError):
 
 
 class NotNow(ThirdrailError):
-    """The request is fine but cannot be served now: try later, ask for less, or give it more time."""
+    """The request is fine but cannot be served now: try later, ask for less, or allow more time."""
 
 
 class ServerFault(ThirdrailError):

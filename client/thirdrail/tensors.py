@@ -40,7 +40,8 @@ class TensorSpec:
 def element_count(name: str, shape: Sequence[int]) -> int:
     """How many elements a shape from the wire names.
 
-    Raises InvalidArgument for a negative dimension, a rank above RANK_MAX or a product above ELEMENTS_MAX.
+    Raises InvalidArgument for a negative dimension, a rank above RANK_MAX or a product above
+    ELEMENTS_MAX.
     """
     if len(shape) > RANK_MAX:
         raise InvalidArgument(f"tensor '{name}' has {len(shape)} dimensions, expected at most 16")
@@ -57,7 +58,8 @@ def element_count(name: str, shape: Sequence[int]) -> int:
 
 
 def array_of_bytes(name: str, dtype: DType, shape: Sequence[int], data: Buffer) -> Array:
-    """The tensor whose little-endian elements `data` holds: a view, or for BYTES an object array of bytes.
+    """The tensor whose little-endian elements `data` holds: a view, or for BYTES an object array of
+    bytes.
 
     Raises InvalidArgument when the size of `data` is not exactly what dtype and shape say.
     """
@@ -79,13 +81,13 @@ def array_of_bytes(name: str, dtype: DType, shape: Sequence[int], data: Buffer) 
 
 
 def bytes_of_array(array: Array) -> Buffer:
-    """The wire form of an array: its own memory where that is already in wire order, else a copy."""
+    """The wire form of an array: its own memory if that is in wire order already, else a copy."""
     dtype = dtypes.dtype_of_array(array)
     if dtype is BYTES:
         return dtypes.encode_bytes(array.ravel().tolist())
     # ascontiguousarray would turn a scalar into one dimension; order="C" keeps the shape.
     contiguous = np.asarray(array, dtype=array.dtype.newbyteorder("="), order="C")
-    return memoryview(contiguous.reshape(-1).view(np.uint8))
+    return contiguous.reshape(-1).view(np.uint8).data
 
 
 def tensor_of_array(name: str, array: Array) -> pb.Tensor:
@@ -99,7 +101,8 @@ def tensor_of_array(name: str, array: Array) -> pb.Tensor:
 def array_of_tensor(tensor: pb.Tensor) -> Array:
     """The array of a message that carries its elements inline, raw or as values.
 
-    Raises InvalidArgument for an unknown type, a shape that does not fit the data, or a tensor without any.
+    Raises InvalidArgument for an unknown type, a shape that does not fit the data, or a tensor
+    without any.
     """
     dtype = dtypes.dtype_of_value(tensor.data_type)
     form = tensor.WhichOneof("data")
@@ -125,8 +128,8 @@ _VALUES_FIELD: dict[str, tuple[str, ...]] = {
 def array_of_values(name: str, dtype: DType, shape: Sequence[int], values: pb.Values) -> Array:
     """The array of a tensor whose elements were written out.
 
-    Raises InvalidArgument when a field other than the type's is filled, the count does not fit the shape, or
-    a number does not fit the type.
+    Raises InvalidArgument when a field other than the type's is filled, the count does not fit the
+    shape, or a number does not fit the type.
     """
     count = element_count(name, shape)
     allowed = _VALUES_FIELD[dtype.name]

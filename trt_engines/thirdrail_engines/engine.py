@@ -21,8 +21,9 @@ class EngineSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     platform: str  # the name that ModelConfig.platform uses, e.g. "onnxruntime_onnx"
-    # Inputs that every consumer reads by position, so that memory which somebody else can still write may be
-    # bound to them: a changed value changes a result, never an address. All other inputs must be copied first.
+    # Inputs that every consumer reads by position, so that memory which somebody else can still
+    # write may be bound to them: a changed value changes a result, never an address. All other
+    # inputs must be copied first.
     positional_inputs: frozenset[str]
 
 
@@ -40,12 +41,15 @@ class Engine(Protocol):
     ) -> dict[str, Array]:
         """Run once. Releases the GIL while it computes.
 
-        inputs: C-contiguous arrays by name, BYTES as object arrays of bytes; optional ones may be absent.
+        inputs: C-contiguous arrays by name, BYTES as object arrays of bytes; optional ones may be
+            absent.
         wanted: the outputs to compute.
-        into: for some of them, writable arrays of exactly the result's type and shape, to be written in
+        into: for some of them, writable arrays of exactly the result's type and shape, to be
+            written in
             place. The engine never writes to them after it returned or raised.
-        Returns each wanted output; those of `into` are the same array objects. Results other than those never
-        share memory with the inputs. BYTES come as object arrays of bytes.
+
+        Returns each wanted output; those of `into` are the same array objects. Results other than
+        those never share memory with the inputs. BYTES come as object arrays of bytes.
         Raises EngineError when the run fails, also when an array of `into` does not fit.
         """
         ...
