@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared memory of the lane: sealed memfds, which have no name, cannot be shrunk and die with their
+users.
+
+The worker makes every chunk. The seals SHRINK and GROW keep anybody from truncating memory that
+another process reads (a SIGBUS, which Python cannot catch). FUTURE_WRITE on output chunks leaves
+the worker's own mapping writable and lets every later one only read (memfd_create(2), fcntl(2)
+F_ADD_SEALS).
+"""
+
+import fcntl
+import mmap
+import os
+
+_SEALED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_F_SEAL_FUTURE_WRITE = (
+    0x0010  # linux/fcntl.h; the fcntl module has no name for it before Python 3.13
+)
+_MAP_POPULATE = mmap.MAP_POPULATE
+
+
+def create_chunk(size: int, *, client_writes: bool) -> tuple[int, mmap.mmap]:
+    """A new chunk of `size` bytes: its file descriptor, the caller's to close, and a writable
+    mapping.
+
+    All pages are there on return; making them takes about 0.7 ms per MiB without holding the GIL,
+    so call it off the loop for large chunks. Raises OSError where the host has no memory left.
+    """
+    fd = os.memfd_create("thirdrail", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        mapping = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | _MAP_POPULATE)
+        seals = _SEALED if client_writes else _SEALED | _F_SEAL_FUTURE_WRITE
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, mapping
+
+
+def map_chunk(fd: int, size: int, *, writable: bool) -> mmap.mmap:
+    """Map a chunk that came from the worker, and close `fd`.
+
+    Raises ValueError for memory that is not what a worker hands out: not sealed, or of another
+    size.
+    """
+    try:
+        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALED != _SEALED:
+            raise ValueError("the chunk is not sealed against truncation")
+        if os.fstat(fd).st_size != size:
+            raise ValueError(f"the chunk has {os.fstat(fd).st_size} bytes, announced were {size}")
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        return mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=access)
+    finally:
+        os.close(fd)

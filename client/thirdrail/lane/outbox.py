@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packets on their way out of a non-blocking socket: sent at once, or kept in order for later.
+
+Both ends of a lane use it. The kernel's queue takes a few hundred small packets; what it does not
+take waits here, up to a bound that a peer within its credit never reaches.
+"""
+
+import asyncio
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from thirdrail.lane import packets
+
+
+class Outbox:
+    """The sending half of a lane's socket.
+
+    packets_max: how many may wait.
+    fail: told why the peer cannot be reached any more; it must call `close`.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        packets_max: int,
+        fail: Callable[[str], None],
+    ) -> None:
+        self._sock = sock
+        self._loop = loop
+        self._fail = fail
+        self.packets_max = packets_max
+        self._waiting: deque[tuple[bytes, Sequence[int]]] = deque()
+        self._is_closed = False
+
+    def send(self, packet: bytes, fds: Sequence[int] = ()) -> None:
+        """Send in order. Takes over `fds` and closes them once they are sent or cannot be."""
+        if self._is_closed or self._waiting:
+            return self._keep(packet, fds)
+        try:
+            packets.send(self._sock, packet, fds)
+        except BlockingIOError:
+            self._keep(packet, fds)
+            self._loop.add_writer(self._sock, self._on_writable)
+        except OSError as error:
+            _close_all(fds)
+            self._fail(f"the peer is gone: {error.strerror}")
+        else:
+            _close_all(fds)
+
+    def _keep(self, packet: bytes, fds: Sequence[int]) -> None:
+        if self._is_closed:
+            return _close_all(fds)
+        self._waiting.append((packet, fds))
+        if len(self._waiting) > self.packets_max:
+            self._fail(f"the peer does not read: {len(self._waiting)} packets wait for it")
+
+    def _on_writable(self) -> None:
+        try:
+            while self._waiting:
+                packet, fds = self._waiting[0]
+                packets.send(self._sock, packet, fds)
+                self._waiting.popleft()
+                _close_all(fds)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            return self._fail(f"the peer is gone: {error.strerror}")
+        self._loop.remove_writer(self._sock)
+
+    def close(self) -> None:
+        """Forget what waits. The socket is the owner's to close, afterwards."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._loop.remove_writer(self._sock)
+        while self._waiting:
+            _close_all(self._waiting.popleft()[1])
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One message, one packet: sending and receiving on a SOCK_SEQPACKET socket, file descriptors
+included."""
+
+import array
+import os
+import socket
+from collections.abc import Sequence
+
+FDS_PER_PACKET_MAX = 4
+_FD_BYTES = array.array("i").itemsize
+_ANCILLARY_BYTES = socket.CMSG_SPACE(FDS_PER_PACKET_MAX * _FD_BYTES)
+
+
+class PacketTooLarge(Exception):
+    """A packet exceeds the agreed size, or carries more than was agreed."""
+
+
+def send(sock: socket.socket, packet: bytes, fds: Sequence[int] = ()) -> None:
+    """Send one packet. Raises BlockingIOError where the queue is full, OSError without a peer."""
+    assert packet, "an empty packet reads as end of file"
+    if fds:
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+        sock.sendmsg([packet], [rights])
+    else:
+        sock.send(packet)
+
+
+def receive(sock: socket.socket, size_max: int) -> bytes:
+    """The next packet, b"" at end of file.
+
+    For the side that is sent no file descriptors: any that come are closed by the kernel, since no
+    room is offered for them. Raises PacketTooLarge for a longer packet or for one with descriptors,
+    BlockingIOError when there is none.
+    """
+    data, _, flags, _ = sock.recvmsg(size_max)
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        raise PacketTooLarge(f"a packet of more than {size_max} bytes, or with file descriptors")
+    return data
+
+
+def receive_with_fds(sock: socket.socket, size_max: int) -> tuple[bytes, list[int]]:
+    """The next packet and its file descriptors, which are the caller's to close.
+
+    Raises PacketTooLarge, with nothing left open, for a longer packet or too many descriptors.
+    """
+    data, ancillary, flags, _ = sock.recvmsg(size_max, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % _FD_BYTES])
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        for fd in fds:
+            os.close(fd)
+        raise PacketTooLarge(f"a packet of more than {size_max} bytes or {len(fds)} descriptors")
+    return data, list(fds)
+
+
+def varint(value: int) -> bytes:
+    """Protobuf's variable-length form of a number that is not negative."""
+    if value < 0x80:
+        return bytes((value,))
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
