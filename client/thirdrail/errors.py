@@ -13,6 +13,10 @@ import grpc
 
 from thirdrail.v1 import inference_pb2 as pb
 
+# Beside a failed call's status, the Reason's name: two reasons may share a status, and a status without
+# this key did not come from our server.
+REASON_KEY = "thirdrail-reason"
+
 
 class ThirdrailError(Exception):
     """A request failed. Its text is the server's: who is wrong, what was expected, what came."""
