@@ -39,7 +39,8 @@ from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterator
 
 from thirdrail_server.worker.policy import QueuePolicy
-from thirdrail_server.worker.turns import NEVER_NS, Queued, Turns
+from thirdrail_server.worker.queued import NEVER_NS, Queued
+from thirdrail_server.worker.turns import Turns
 
 PASSED_OVER_MAX = 16
 

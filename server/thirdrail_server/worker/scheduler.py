@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 from thirdrail import errors
 from thirdrail_server.worker.policy import QueuePolicy
 from thirdrail_server.worker.queue import RequestQueue
-from thirdrail_server.worker.turns import NEVER_NS, Queued
+from thirdrail_server.worker.queued import NEVER_NS, Queued
 
 QUEUE_FULL_TEXT = "Exceeds maximum queue size"
 TIMED_OUT_TEXT = "Request timeout expired"
@@ -199,5 +199,8 @@ class Scheduler:
 
     def _note_run(self, run_ns: int) -> None:
         """Follow longer runs quickly and shorter ones slowly: late is worse than early."""
-        difference_ns = run_ns - self._run_ns
-        self._run_ns += difference_ns // 2 if difference_ns > 0 else difference_ns // 8
+        longer_ns = run_ns - self._run_ns
+        if not self._run_ns:
+            self._run_ns = run_ns
+        else:
+            self._run_ns += longer_ns // 2 if longer_ns > 0 else longer_ns // 8
