@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's tables: what came back beside what was expected, and how long it took."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from thirdrail_server.demo.jobs import Check, Outcome
+from thirdrail_server.demo.stopwatch import Latency
+
+
+def print_outcome(console: Console, outcome: Outcome) -> None:
+    table = _table(outcome.title)
+    for heading in (outcome.subject_heading, "expected", "got", outcome.note_heading, ""):
+        table.add_column(heading)
+    for check in outcome.checks:
+        # Text objects: what a model answered is never taken for markup.
+        cells = [check.subject, check.expected, check.got, check.note]
+        table.add_row(*map(Text, cells), _mark(check))
+    console.print(table)
+    console.print()
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+
+
+def _mark(check: Check) -> Text:
+    return Text("ok", style="green") if check.is_ok else Text("WRONG", style="bold red")
+
+
+def print_latencies(console: Console, latencies: Sequence[Latency]) -> None:
+    table = _table("How long it took, in milliseconds")
+    for heading in ("model", "a call with", "over"):
+        table.add_column(heading)
+    for heading in ("calls", "first", "median", "batch"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for each in latencies:
+        rows = str(each.batch_rows_max) if each.batch_rows_max else "-"
+        times = (f"{each.first_ms:.1f}", f"{each.median_ms:.1f}")
+        table.add_row(each.model, each.kind, each.transport, str(each.calls), *times, rows)
+    console.print(table)
+    console.print()
+
+
+def print_summary(console: Console, outcomes: Sequence[Outcome], elapsed_s: float) -> None:
+    checks = [check for outcome in outcomes for check in outcome.checks]
+    wrong = sum(not check.is_ok for check in checks)
+    if wrong:
+        text = f"{wrong} of {len(checks)} answers are not what was expected"
+        console.print(Text(text, style="bold red"))
+    else:
+        text = f"All {len(checks)} answers are as expected, in {elapsed_s:.1f} s."
+        console.print(Text(text, style="bold green"))
+
+
+def print_next_steps(console: Console, repository: Path) -> None:
+    console.print("\nNow try it yourself. Serve the same models, and leave that running:")
+    _command(console, f"thirdrail serve {repository}")
+    console.print("then, in another terminal:")
+    _command(console, "thirdrail models", "what is served, with inputs and outputs")
+    _command(console, "thirdrail infer silero_vad --help", "call a model from the command line")
+    _command(console, "thirdrail top", "watch it work")
+
+
+def _command(console: Console, command: str, why: str = "") -> None:
+    console.print(Text.assemble("  ", (f"{command:<38}", "bold cyan"), why), soft_wrap=True)
+
+
+def download_display(console: Console) -> Progress:
+    """Bars for the wheels on their way; they show on terminals only and leave no trace."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    return Progress(*columns, TransferSpeedColumn(), console=console, transient=True)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls to the server, timed at the caller's end."""
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from thirdrail.tensors import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The outputs of one call and what the server said about it."""
+
+    outputs: Mapping[str, Array]
+    batch_rows: int  # rows in the batch that it ran in; 0: the model does not batch
+    transport: str
+
+
+Infer = Callable[[str, Mapping[str, Array]], Answer]
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Calls of one kind to one model, from the arrays of the request to those of the answer."""
+
+    model: str
+    kind: str
+    calls: int
+    first_ms: float
+    median_ms: float
+    batch_rows_max: int
+    transport: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    elapsed_ms: float
+    batch_rows: int
+    transport: str
+
+
+class Stopwatch:
+    """Times every call that goes through `infer`. May be used from several threads at once."""
+
+    def __init__(self, infer: Infer) -> None:
+        self._infer = infer
+        self._lock = threading.Lock()
+        self._calls: dict[tuple[str, str], list[_Call]] = {}
+
+    def infer(self, model: str, inputs: Mapping[str, Array], *, kind: str) -> Answer:
+        """One call; `kind` is what it is listed under."""
+        start_ns = time.perf_counter_ns()
+        answer = self._infer(model, inputs)
+        elapsed_ms = (time.perf_counter_ns() - start_ns) / 1e6
+        with self._lock:
+            self._calls.setdefault((model, kind), []).append(
+                _Call(elapsed_ms, answer.batch_rows, answer.transport)
+            )
+        return answer
+
+    def latencies(self) -> list[Latency]:
+        """In the order of the first calls."""
+        return [
+            Latency(
+                model=model,
+                kind=kind,
+                calls=len(calls),
+                first_ms=calls[0].elapsed_ms,
+                median_ms=statistics.median(call.elapsed_ms for call in calls),
+                batch_rows_max=max(call.batch_rows for call in calls),
+                transport=calls[0].transport,
+            )
+            for (model, kind), calls in self._calls.items()
+        ]
