@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ModelInfer and ModelStreamInfer: a request through the dispatcher and back."""
+
+import asyncio
+import itertools
+import logging
+import zlib
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any
+
+from thirdrail.errors import Internal, ThirdrailError, Unavailable
+from thirdrail.v1 import inference_pb2
+from thirdrail_server.front.kserve import responses
+from thirdrail_server.front.kserve.ports import Dispatcher, Result
+from thirdrail_server.front.kserve.requests import native_request
+from thirdrail_server.front.kserve.status import INTERNAL_TEXT, Context, error_of, named
+from thirdrail_server.front.kserve.stream import StreamCut, replies_in_order
+from thirdrail_server.inference import grpc_service_pb2 as pb
+
+_log = logging.getLogger(__name__)
+
+_STOPPING_TEXT = "GRPC server is shutting down and has stopped accepting new requests."
+_STATUS_ON_ERROR_HEADER = "triton_grpc_error"
+_STREAM_FLOWS_FROM = 1 << 32  # above every number that a peer's address can hash to
+
+StreamAnswer = Callable[[pb.ModelInferRequest], Coroutine[Any, Any, pb.ModelStreamInferResponse]]
+
+
+class InferenceCalls:
+    """Runs the inference calls of one server until it is told to stop."""
+
+    def __init__(self, dispatcher: Dispatcher, *, stream_requests_in_flight_max: int) -> None:
+        self._dispatcher = dispatcher
+        self._in_flight_max = stream_requests_in_flight_max
+        self._stream_flows = itertools.count(_STREAM_FLOWS_FROM)
+        self._stop = asyncio.Event()
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stop.is_set()
+
+    def begin_stop(self) -> None:
+        """Refuses new requests from now on; open streams answer what they have read, and end."""
+        self._stop.set()
+
+    async def unary(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
+        if self.is_stopping:
+            raise Unavailable(_STOPPING_TEXT)
+        # Their connection is all that tells unary callers apart.
+        flow = zlib.crc32(context.peer().encode())
+        message, _ = await self._infer(request, context, flow)
+        return message
+
+    async def stream(self, requests: AsyncIterator[pb.ModelInferRequest], context: Context) -> None:
+        """Writes the replies to the stream. Raises what ends it with a status other than OK."""
+        replies = replies_in_order(
+            requests,
+            self._stream_answer(context),
+            in_flight_max=self._in_flight_max,
+            stop=self._stop,
+        )
+        try:
+            async with aclosing(replies):
+                async for reply in replies:
+                    await context.write(reply)
+        except StreamCut:
+            raise Unavailable(_STOPPING_TEXT) from None
+
+    def _stream_answer(self, context: Context) -> StreamAnswer:
+        flow = next(self._stream_flows)
+        ends_on_error = _wants_status_on_error(context)
+
+        async def answer(request: pb.ModelInferRequest) -> pb.ModelStreamInferResponse:
+            try:
+                message, is_final = await self._infer(request, context, flow)
+                return responses.stream_response(message, is_final=is_final)
+            except ThirdrailError as error:
+                if ends_on_error:
+                    raise
+                return responses.stream_error(error, request_id=request.id)
+
+        return answer
+
+    async def _infer(
+        self, request: pb.ModelInferRequest, context: Context, flow: int
+    ) -> tuple[pb.ModelInferResponse, bool]:
+        """The reply, and whether it is the request's last. Raises ThirdrailError alone."""
+        try:
+            native, data = native_request(request, time_left_us=_time_left_us(context))
+            result = await self._dispatcher.infer(native, data, flow=flow)
+            return _reply(result, request.id)
+        except ThirdrailError as error:
+            raise named(error, request.id) from None
+        except Exception:
+            _log.exception("request '%s' to model '%s' failed", request.id, request.model_name)
+            raise Internal(INTERNAL_TEXT) from None
+
+
+def _reply(result: Result, request_id: str) -> tuple[pb.ModelInferResponse, bool]:
+    try:
+        response = result.response
+        if response.status.reason != inference_pb2.REASON_UNSPECIFIED:
+            raise error_of(response.status)
+        message = responses.kserve_response(response, result.data, request_id=request_id)
+        return message, response.final
+    finally:
+        result.release()
+
+
+def _time_left_us(context: Context) -> int | None:
+    seconds = context.time_remaining()
+    return None if seconds is None else int(seconds * 1e6)
+
+
+def _wants_status_on_error(context: Context) -> bool:
+    return any(
+        key == _STATUS_ON_ERROR_HEADER and value in ("true", b"true")
+        for key, value in context.invocation_metadata() or ()
+    )
