@@ -25,6 +25,8 @@ class EngineSpec:
     # write may be bound to them: a changed value changes a result, never an address. All other
     # inputs must be copied first.
     positional_inputs: frozenset[str]
+    # Tensors whose rank the file does not tell. Their shape here is () and says nothing.
+    unranked: frozenset[str] = frozenset()
 
 
 class Engine(Protocol):
