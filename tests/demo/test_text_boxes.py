@@ -50,6 +50,7 @@ def flood_fill_boxes(mask: npt.NDArray[np.bool_]) -> set[Box]:
         (["##..", "##.."], [Box(0, 0, 2, 2)]),
         (["#.#.", "#.#.", "###."], [Box(0, 0, 3, 3)]),  # two arms that meet further down
         (["#..#", ".##."], [Box(0, 0, 1, 1), Box(3, 0, 4, 1), Box(1, 1, 3, 2)]),  # corners only
+        (["#....", "#.#.#", "#...#", "#####"], [Box(0, 0, 5, 4), Box(2, 1, 3, 2)]),  # one inside
         (["###", "..#", "###", "#..", "###"], [Box(0, 0, 3, 5)]),  # a snake
     ],
 )
@@ -74,8 +75,9 @@ def test_regions_are_those_of_a_flood_fill(rows: list[list[bool]]) -> None:
 def test_boxes_grow_back_to_the_text_and_scale_to_the_page() -> None:
     map_ = np.zeros((64, 64), dtype=np.float32)
     map_[20:30, 10:50] = 0.9
-    # 10 high and 40 wide: the margin is 1.6 * 400 / 100 = 6.4 pixels; the page is twice the map.
-    assert find_boxes(map_, 128, 128) == [Box(8, 28, 112, 72)]
+    # 10 high and 40 wide: the margin is 1.6 * 400 / 100 = 6.4 pixels. The page is twice as high as
+    # the map and three times as wide.
+    assert find_boxes(map_, 128, 192) == [Box(12, 28, 168, 72)]
 
 
 def test_boxes_stay_on_the_page() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def _sha256_of(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
+    except OSError:  # absent, or to be replaced: writing says what is wrong with the place
         return None
 
 
@@ -121,6 +122,8 @@ def _bytes_there(package: Package, folder: Path) -> int:
 def _advice(package: Package, wheels: Path | None, output: str) -> str:
     wanted = f"{package.name}=={package.version}"
     said = "\n".join(f"  {line}" for line in output.strip().splitlines()[-6:])
+    if "No module named pip" in output:
+        return f"this Python has no pip to download with. Run: {sys.executable} -m ensurepip"
     if wheels is not None:
         return f"pip found no usable wheel of {wanted} in {wheels}:\n{said}"
     return (
@@ -137,10 +140,7 @@ def _unpack(wheel: Path, package: Package, repository: Path) -> None:
     """Write the package's files. Raises FetchError for a wheel without the pinned bytes."""
     with zipfile.ZipFile(wheel) as archive:
         for file in package.files:
-            try:
-                content = archive.read(file.member)
-            except KeyError:
-                raise FetchError(f"{wheel.name} has no file {file.member}") from None
+            content = _read_member(archive, wheel.name, file.member)
             if file.derive is not None:
                 content = file.derive(content)
             got = hashlib.sha256(content).hexdigest()
@@ -152,6 +152,15 @@ def _unpack(wheel: Path, package: Package, repository: Path) -> None:
             _write(repository / file.path, content)
 
 
+def _read_member(archive: zipfile.ZipFile, wheel_name: str, member: str) -> bytes:
+    try:
+        return archive.read(member)
+    except KeyError:
+        raise FetchError(f"{wheel_name} has no file {member}") from None
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise FetchError(f"{wheel_name} is damaged: {error}") from None
+
+
 def _write_configs(repository: Path) -> None:
     for config in CONFIG_FOLDER.glob("*.pbtxt"):
         path = repository / config.stem / "config.pbtxt"
@@ -160,10 +169,13 @@ def _write_configs(repository: Path) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(content)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise FetchError(f"cannot write {path}: {error.strerror}") from error

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from thirdrail.requests import Result
 from thirdrail_server.demo import page, samples, speech
 from thirdrail_server.demo.content_types import MagikaConfig, Tokens, content_type, tokens
 from thirdrail_server.demo.speech import SPEECH_PROBABILITY_MIN, Segment, VoiceStream
-from thirdrail_server.demo.stopwatch import Answer, Stopwatch
+from thirdrail_server.demo.stopwatch import Stopwatch
 from thirdrail_server.demo.text_boxes import Box, Pixels, detection_input, find_boxes
 from thirdrail_server.demo.text_lines import (
     ReadText,
@@ -58,15 +59,15 @@ def name_file_types(stopwatch: Stopwatch, repository: Path) -> Outcome:
     files = samples.samples()
     rows = [tokens(file.content, config) for file in files]
 
-    def ask(batch: Sequence[Tokens], kind: str) -> Answer:
+    def ask(batch: Sequence[Tokens], kind: str) -> Result:
         return stopwatch.infer("magika", {"bytes": np.stack(batch)}, kind=kind)
 
-    def label_of(answer: Answer, row: int = 0) -> str:
-        return content_type(answer.outputs["target_label"][row], config).label
+    def label_of(answer: Result, row: int = 0) -> str:
+        return content_type(answer["target_label"][row], config).label
 
     checks = []
     for file, row in zip(files, rows, strict=True):
-        found = content_type(ask([row], "one file").outputs["target_label"][0], config)
+        found = content_type(ask([row], "one file")["target_label"][0], config)
         is_ok = found.label == file.label and found.is_sure
         checks.append(Check(file.name, file.label, found.label, f"{found.score:.0%}", is_ok))
 
@@ -77,7 +78,7 @@ def name_file_types(stopwatch: Stopwatch, repository: Path) -> Outcome:
 
     with ThreadPoolExecutor(max_workers=len(rows)) as threads:
         answers = list(threads.map(lambda row: ask([row], "one file, all at once"), rows))
-    largest = max(answer.batch_rows for answer in answers)
+    largest = max(answer.timing.batch_rows for answer in answers)
     note = f"up to {largest} in a batch" if largest else "not batched"
     checks.append(_same_labels("all at once", expected, list(map(label_of, answers)), note))
     return Outcome("What type is this file? (Magika)", "file", "confidence", tuple(checks))
@@ -108,7 +109,7 @@ def _detect(stopwatch: Stopwatch, pixels: Pixels) -> list[Box]:
     for _ in range(DETECTION_REPEATS):
         answer = stopwatch.infer("ocr_detection", inputs, kind="one page")
     height, width = pixels.shape[:2]
-    return find_boxes(answer.outputs["fetch_name_0"][0, 0], height, width)
+    return find_boxes(answer["fetch_name_0"][0, 0], height, width)
 
 
 def _recognise(
@@ -119,7 +120,7 @@ def _recognise(
     for batch in batches_by_width(strips, RECOGNITION_ROWS_MAX):
         inputs = {"x": np.stack([strips[index] for index in batch])}
         answer = stopwatch.infer("ocr_recognition", inputs, kind="a batch of lines")
-        for index, row in zip(batch, answer.outputs["fetch_name_0"], strict=True):
+        for index, row in zip(batch, answer["fetch_name_0"], strict=True):
             texts[index] = decode(row, characters)
     return [texts[index] for index in range(len(strips))]
 
@@ -127,7 +128,7 @@ def _recognise(
 def find_voices(stopwatch: Stopwatch, repository: Path) -> Outcome:
     """Silero VAD: a recording in chunks of 32 ms; the model's state goes along with each call."""
     stream = VoiceStream(
-        lambda model, inputs: stopwatch.infer(model, inputs, kind="32 ms of sound").outputs
+        lambda model, inputs: stopwatch.infer(model, inputs, kind="32 ms of sound")
     )
     checks = []
     for segment in speech.recording():

@@ -11,7 +11,26 @@ from rich.table import Table
 from rich.text import Text
 
 from thirdrail_server.demo.jobs import Check, Outcome
+from thirdrail_server.demo.pinned import PACKAGES, Package
 from thirdrail_server.demo.stopwatch import Latency
+
+
+def print_models(console: Console, repository: Path, fetched: Sequence[Package]) -> None:
+    table = _table(f"Models in {repository}")
+    for heading in ("file", "taken from", "license", ""):
+        table.add_column(heading)
+    for package in PACKAGES:
+        origin = f"{package.name} {package.version}"
+        state = "downloaded" if package in fetched else "there already"
+        for file in package.files:
+            if file.path.endswith(".onnx"):
+                table.add_row(file.path, origin, package.license, state)
+    console.print(table)
+    console.print()
+
+
+def print_ready(console: Console, elapsed_s: float) -> None:
+    console.print(f"The server was ready after {elapsed_s:.1f} s.\n")
 
 
 def print_outcome(console: Console, outcome: Outcome) -> None:

