@@ -108,10 +108,13 @@ def test_model_file_by_default_and_by_name(repository: Any) -> None:
     assert model_file(folder, 1, "small.onnx") == small
 
 
-def test_a_folder_of_the_models_name_holds_the_model(repository: Any) -> None:
-    path = repository.write("m/1/model.onnx/model.onnx")
-    repository.write("m/1/model.onnx/weights.bin")
-    assert model_file(repository.model("m"), 1) == path
+def test_the_model_file_lies_in_the_version_folder_itself(repository: Any) -> None:
+    repository.write("m/1/model.onnx/model.onnx")
+    repository.write("m/1/sub/model.onnx")
+    with pytest.raises(RepositoryError, match=r"'model.onnx' is not a regular file"):
+        model_file(repository.model("m"), 1)
+    with pytest.raises(RepositoryError, match="must lie in the version's folder itself"):
+        model_file(repository.model("m"), 1, "sub/model.onnx")
 
 
 @pytest.mark.parametrize(

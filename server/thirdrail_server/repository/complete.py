@@ -11,7 +11,7 @@ from thirdrail_server.inference.grpc_service_pb2 import (
     ModelInstanceGroup,
     ModelOutput,
 )
-from thirdrail_server.repository.errors import RepositoryError
+from thirdrail_server.repository.errors import RepositoryError, blaming
 from thirdrail_server.repository.layout import MODEL_FILENAME
 from thirdrail_server.repository.options import batch_rows_max
 from thirdrail_server.repository.specs import (
@@ -38,11 +38,9 @@ def complete(
     if proven_rows > 0 and may_derive_batching(config, spec):
         whole.max_batch_size = proven_rows
         whole.dynamic_batching.SetInParent()
-    try:
+    with blaming(name):
         _complete_inputs(whole, spec.inputs)
         _complete_outputs(whole, spec.outputs)
-    except RepositoryError as error:
-        raise RepositoryError(f"model '{name}': {error}") from None
     _complete_rest(whole, spec)
     return whole
 

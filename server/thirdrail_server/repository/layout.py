@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thirdrail_server.repository.errors import RepositoryError
-from thirdrail_server.repository.paths import reason_of, resolve_inside
+from thirdrail_server.repository.paths import reason_of, relative_parts, resolve_inside
 
 CONFIG_FILENAME = "config.pbtxt"
 MODEL_FILENAME = "model.onnx"
@@ -64,26 +64,26 @@ def scan(repository: Path) -> dict[str, ModelFolder]:
 
 
 def model_file(folder: ModelFolder, version: int, filename: str = "") -> Path:
-    """The real path of a version's model file; `filename` is its `default_model_filename`.
+    """The path of a version's model file; `filename` is its `default_model_filename`.
 
+    Symlinks are checked but not resolved: external data lies beside the link, and the model's
+    folder is always `path.parent.parent`.
     Raises RepositoryError when there is none, it lies outside the repository, or is of a kind not
     served.
     """
     what = f"model '{folder.name}', version {version}: the model file"
-    within = resolve_inside(
-        folder.root, folder.path, str(version), f"model '{folder.name}': the version folder"
-    )
+    within = folder.path / str(version)
+    resolve_inside(folder.root, folder.path, str(version), what)
     wanted = filename or MODEL_FILENAME
     present = wanted if filename or (within / wanted).exists() else _present(within) or wanted
+    if len(relative_parts(present, what)) > 1:
+        raise RepositoryError(f"{what} must lie in the version's folder itself, got '{present}'")
     kind = _NOT_SERVED.get(Path(present).suffix)
     if kind is not None:
         raise RepositoryError(f"{what} '{present}': {kind} are {NOT_SERVED}")
-    path = resolve_inside(folder.root, within, present, what)
-    if path.is_dir():  # a folder of that name holds the model beside its external data
-        path = resolve_inside(folder.root, path, MODEL_FILENAME, what)
-    if not path.is_file():
+    if not resolve_inside(folder.root, within, present, what).is_file():
         raise RepositoryError(f"{what} '{present}' is not a regular file")
-    return path
+    return within / present
 
 
 def _present(version_folder: Path) -> str | None:

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from thirdrail.errors import InvalidArgument
 from thirdrail.tensors import TensorSpec
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
-from thirdrail_server.repository.errors import RepositoryError
+from thirdrail_server.repository.errors import RepositoryError, blaming
 from thirdrail_server.repository.labels import labels
 from thirdrail_server.repository.queue_policy import queue_policy
 from thirdrail_server.repository.specs import input_specs, output_specs
@@ -44,7 +43,7 @@ def model_options(config: ModelConfig, folder: Path, *, queue_requests_max: int)
     queue_requests_max: the queue's bound where the configuration sets none.
     Raises RepositoryError for values that are impossible and files that cannot be used.
     """
-    try:
+    with blaming(config.name):
         return ModelOptions(
             name=config.name,
             batch_rows_max=batch_rows_max(config),
@@ -57,8 +56,6 @@ def model_options(config: ModelConfig, folder: Path, *, queue_requests_max: int)
             warmup=warmup_requests(config, folder),
             parameters={key: value.string_value for key, value in config.parameters.items()},
         )
-    except InvalidArgument as error:
-        raise RepositoryError(f"model '{config.name}': {error}") from None
 
 
 def batch_rows_max(config: ModelConfig) -> int:

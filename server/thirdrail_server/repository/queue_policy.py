@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A configuration's scheduling fields -> the QueuePolicy that the worker's queue obeys."""
 
+import re
+
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig, ModelQueuePolicy
 from thirdrail_server.repository.errors import RepositoryError
 from thirdrail_server.worker.policy import LevelPolicy, QueuePolicy, TimeoutAction
@@ -73,4 +75,4 @@ def _check_wait(field: str, wait_us: int) -> None:
 
 
 def _in_config_names(text: str) -> str:
-    return " ".join(_CONFIG_NAMES.get(word.rstrip(","), word) for word in text.split(" "))
+    return re.sub(r"\w+", lambda word: _CONFIG_NAMES.get(word[0], word[0]), text)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
-from thirdrail_server.repository.errors import RepositoryError
+from thirdrail_server.repository.errors import RepositoryError, blaming
 from thirdrail_server.repository.fields import check_fields
 from thirdrail_server.repository.layout import ModelFolder, model_file
 from thirdrail_server.repository.model_config import read_config
@@ -17,7 +17,6 @@ class ModelToLoad:
     """A model whose configuration can be served, as far as can be told without its engine."""
 
     name: str
-    folder: Path  # where labels and warm-up data lie
     config: ModelConfig | None  # None: there is none, all is read from the model file
     versions: tuple[tuple[int, Path], ...]  # ascending number, its model file
     broken: dict[int, str]  # versions that the policy asks for and that cannot be loaded: why
@@ -33,11 +32,12 @@ def read_model(folder: ModelFolder, override: ModelConfig | None = None) -> Mode
         raise RepositoryError(f"model '{folder.name}': {folder.problem}")
     config = override if override is not None else read_config(folder)
     warnings = check_fields(config) if config is not None else ()
-    files, broken = _files(folder, config if config is not None else ModelConfig())
+    with blaming(folder.name):
+        files, broken = _files(folder, config if config is not None else ModelConfig())
     if not files:
         reasons = "; ".join(dict.fromkeys(broken.values())) or "the version policy chooses none"
         raise RepositoryError(f"model '{folder.name}': no version is available: {reasons}")
-    return ModelToLoad(folder.name, folder.path, config, tuple(files.items()), broken, warnings)
+    return ModelToLoad(folder.name, config, tuple(files.items()), broken, warnings)
 
 
 def _files(folder: ModelFolder, config: ModelConfig) -> tuple[dict[int, Path], dict[int, str]]:
