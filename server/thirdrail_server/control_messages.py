@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What front and worker tell each other on the control channel: types and their JSON forms."""
+
+import base64
+import binascii
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from thirdrail.errors import Internal
+from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
+
+Fields = dict[str, Any]
+M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadCommand:
+    """Load these versions of a model, all or none of them, in place of what it has."""
+
+    name: str
+    config: ModelConfig | None  # None: everything is read from the model
+    versions: tuple[tuple[int, Path], ...]  # number, where it lies
+
+    def to_fields(self) -> Fields:
+        return {
+            "name": self.name,
+            "config": None if self.config is None else message_to_text(self.config),
+            "versions": [[version, str(path)] for version, path in self.versions],
+        }
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> "LoadCommand":
+        """Raises Internal when the fields are not those of `to_fields`."""
+        try:
+            config = fields["config"]
+            return cls(
+                str(fields["name"]),
+                None if config is None else message_of_text(ModelConfig, config),
+                tuple((int(version), Path(path)) for version, path in fields["versions"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise Internal(f"a load command that cannot be read: {error!r}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What came of a load."""
+
+    config: ModelConfig  # complete: derived fields are filled in
+    versions: dict[int, str | None]  # version -> why it failed; None: it is ready
+    in_place: dict[int, list[str]] = field(default_factory=dict)  # version -> inputs bound in place
+    warnings: list[str] = field(default_factory=list)
+    engine: str = ""  # what runs it, e.g. "onnxruntime"
+
+    def to_fields(self) -> Fields:
+        return {
+            "config": message_to_text(self.config),
+            "versions": [[version, failure] for version, failure in self.versions.items()],
+            "in_place": [[version, names] for version, names in self.in_place.items()],
+            "warnings": self.warnings,
+            "engine": self.engine,
+        }
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> "LoadedModel":
+        """Raises Internal when the fields are not those of `to_fields`."""
+        try:
+            return cls(
+                message_of_text(ModelConfig, fields["config"]),
+                {int(v): None if text is None else str(text) for v, text in fields["versions"]},
+                {int(v): [str(name) for name in names] for v, names in fields["in_place"]},
+                [str(warning) for warning in fields["warnings"]],
+                str(fields["engine"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise Internal(f"a loaded model that cannot be read: {error!r}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far a load has come."""
+
+    phase: str  # "reading", "building", "proving", "warming up", "ready"
+    step: int
+    steps: int
+
+    def to_fields(self) -> Fields:
+        return {"phase": self.phase, "step": self.step, "steps": self.steps}
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> "LoadProgress":
+        """Never fails: a report that makes no sense is one without content."""
+        phase, step, steps = (fields.get(key) for key in ("phase", "step", "steps"))
+        counts = [n if isinstance(n, int) and 0 <= n < 1 << 32 else 0 for n in (step, steps)]
+        return cls(phase if isinstance(phase, str) else "", *counts)
+
+
+def message_to_text(message: Message) -> str:
+    return base64.b64encode(message.SerializeToString()).decode()
+
+
+def message_of_text(kind: type[M], text: Any) -> M:
+    """Raises ValueError for anything that `message_to_text` did not write."""
+    if not isinstance(text, str):
+        raise ValueError(f"expected base64 text, got {type(text).__name__}")
+    message = kind()
+    try:
+        message.ParseFromString(base64.b64decode(text, validate=True))
+    except (binascii.Error, DecodeError) as error:
+        raise ValueError(f"not a {kind.__name__}: {error}") from None
+    return message

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads and unloads models: at the start, on demand, when files change, after a worker's death.
+
+Each model has its turn: one load or unload at a time. A load that somebody asked for goes on when
+the asker hangs up, so that the catalog never depends on a client's patience. The worker swaps a
+model in one step, so a failed reload changes nothing but the catalog's warnings. One broken model
+is that model's own affair.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from thirdrail.errors import Internal, InvalidArgument, NotFound, ThirdrailError, Unavailable
+from thirdrail.v1 import metrics_pb2
+from thirdrail_server.config import ModelControlMode, ServerConfig
+from thirdrail_server.control_messages import LoadedModel, LoadProgress, message_of_text
+from thirdrail_server.front.control.access import refuse_unless_explicit
+from thirdrail_server.front.control.catalog import Catalog
+from thirdrail_server.front.control.counters import CounterBook
+from thirdrail_server.front.control.load_source import (
+    LoadSource,
+    ModelMissing,
+    PreparedLoad,
+    prepare,
+)
+from thirdrail_server.front.control.restarts import LoadLedger, Verdict
+from thirdrail_server.front.control.supervisor import Supervisor, WorkerDied, WorkerNews
+from thirdrail_server.front.control.turns import LoadGate, Turns
+from thirdrail_server.front.control.uploads import Uploads
+from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
+from thirdrail_server.repository.errors import RepositoryError
+from thirdrail_server.repository.fingerprint import Fingerprint, snapshot
+from thirdrail_server.repository.layout import ModelFolder, scan
+from thirdrail_server.repository.poll import Decision, Poller
+
+TellProgress = Callable[[str, int, int], None]
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+class ModelControl:
+    """The only writer of the catalog. `await start()`, load and unload, `await stop()`."""
+
+    def __init__(self, config: ServerConfig, catalog: Catalog, worker: Supervisor) -> None:
+        self._config = config
+        self._catalog = catalog
+        self._worker = worker
+        self._turns = Turns(config.control.waiting_per_model_max)
+        self._gate = LoadGate(config.worker.loads_at_once_max)
+        self._ledger: LoadLedger[LoadSource] = LoadLedger()
+        self._uploads = Uploads(config.control.upload_files_max, config.upload_bytes_max)
+        self._counters = CounterBook()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        catalog.expect_worker(worker.name)
+
+    @property
+    def news(self) -> WorkerNews:
+        """What the supervisor is started with."""
+        return WorkerNews(self._on_worker_started, self._on_worker_died)
+
+    async def start(self) -> None:
+        """Read the repository and begin to load; the catalog tells how that goes.
+
+        Raises RepositoryError when there is no readable repository, ResourceExhausted when it has
+        too many models, InvalidArgument when a model of `load_models` is not in it.
+        """
+        folders, prints = await asyncio.to_thread(self._look)
+        names = self._startup_names(folders)
+        self._catalog.expect(names)
+        for name in folders.keys() - set(names):
+            self._catalog.list_unloaded(name, folders[name].versions)
+        for name in names:
+            self._load_later(name, LoadSource(self._config.repository))
+        if self._config.model_control is ModelControlMode.POLL:
+            self._spawn(self._follow_repository(Poller(prints)))
+
+    async def stop(self) -> None:
+        """Give up all loads, remove uploaded files. Nothing is unloaded: the worker ends next."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self._uploads.close)
+
+    async def load(
+        self,
+        name: str,
+        config: ModelConfig | None = None,
+        files: Mapping[str, bytes] | None = None,
+        progress: TellProgress = lambda _phase, _step, _steps: None,
+    ) -> list[int]:
+        """Load or reload a model on demand. Returns its ready versions.
+
+        config: in place of the repository's config.pbtxt. files: path inside the model's folder ->
+        content; the model is then loaded from them alone, and `config` must be given.
+        Raises Unavailable (not in explicit mode; no worker), InvalidArgument and ResourceExhausted
+        (files, a full line), Internal: the load failed, what served before goes on serving.
+        """
+        refuse_unless_explicit(self._config.model_control)
+        source = LoadSource(self._config.repository, config)
+        if files:
+            if config is None:
+                raise InvalidArgument(f"uploaded files for '{name}' need a configuration with them")
+            repository = await asyncio.to_thread(self._uploads.store, name, files)
+            source = LoadSource(repository, config)
+        load = self._spawn(self._load(name, source, progress, is_patient=False))
+        return await asyncio.shield(load)
+
+    async def unload(self, name: str, *, wait: bool = True) -> None:
+        """Unload a model on demand; one that is not loaded stays so.
+
+        wait: until its last request has ended and its memory is free; else only until nobody gets
+        it any more. Raises NotFound, Unavailable (not in explicit mode), ResourceExhausted.
+        """
+        refuse_unless_explicit(self._config.model_control)
+        if self._catalog.get(name) is None:
+            raise NotFound(f"Request for unknown model: '{name}' is not found")
+        is_leaving = asyncio.Event()
+        unload = self._spawn(self._unload(name, is_leaving))
+        left = self._spawn(is_leaving.wait())
+        waits_for = {unload} if wait else {unload, left}
+        await asyncio.wait(waits_for, return_when=asyncio.FIRST_COMPLETED)
+        left.cancel()
+        if unload.done():
+            unload.result()
+
+    async def counters(self) -> list[metrics_pb2.ModelCounters]:
+        """Of every model version since the server started; they never decrease."""
+        try:
+            async with asyncio.timeout(self._config.control.worker_answer_s_max):
+                answer = await self._worker.call("counters")
+            texts = answer["models"]
+            self._counters.observe(
+                [message_of_text(metrics_pb2.ModelCounters, text) for text in texts]
+            )
+        except (ThirdrailError, TimeoutError):
+            pass  # no worker to ask: what was known stays true
+        except (KeyError, TypeError, ValueError) as error:
+            _log.error(
+                "worker '%s' sent counters that cannot be read: %r", self._worker.name, error
+            )
+        return self._counters.totals()
+
+    # The worker's life
+
+    def _on_worker_started(self) -> None:
+        self._catalog.worker_started(self._worker.name)
+
+    def _on_worker_died(self, how: str) -> None:
+        aftermath = self._ledger.on_death()
+        self._counters.restart()
+        names = [name for name, _source in aftermath.lost]
+        self._catalog.worker_died(self._worker.name, (*names, *aftermath.retried))
+        _log.warning("%d models lost their worker (%s)", len(names), how)
+        for name, source in aftermath.lost:
+            self._load_later(name, source)
+
+    # Loading
+
+    async def _load(
+        self, name: str, source: LoadSource, progress: TellProgress, *, is_patient: bool
+    ) -> list[int]:
+        """Load in the model's turn. is_patient: wait for a worker that is not there."""
+        before: LoadSource | None = source  # what is not needed any more, whichever way this ends
+        try:
+            async with self._turns.of(name):
+                loaded, before = await self._load_in_turn(name, source, progress, is_patient)
+        except ThirdrailError as error:
+            _log.warning("%s", error)
+            raise
+        finally:
+            if before is not None:
+                self._uploads.discard(before.repository)
+        versions = [version for version, failure in loaded.versions.items() if failure is None]
+        _log.info("model '%s' serves, versions %s", name, versions)
+        return versions
+
+    async def _load_in_turn(
+        self, name: str, source: LoadSource, progress: TellProgress, is_patient: bool
+    ) -> tuple[LoadedModel, LoadSource | None]:
+        """Returns what serves now, and the source that it serves from no longer."""
+        is_alone = False
+        while True:
+            if is_patient:
+                await self._worker.wait_until_up()
+            async with self._gate.alone() if is_alone else self._gate.shared():
+                if is_patient and not self._worker.is_up:
+                    continue
+                try:
+                    return await self._load_once(name, source, progress)
+                except WorkerDied as death:
+                    if self._ledger.verdict(name) is Verdict.BROKEN:
+                        reason = f"worker died while loading it: {death.how}"
+                        self._catalog.fail_load(name, reason)
+                        raise Internal(f"failed to load '{name}', {reason}") from None
+                    is_patient = is_alone = True
+                except Unavailable:
+                    if not is_patient:
+                        raise
+
+    async def _load_once(
+        self, name: str, source: LoadSource, progress: TellProgress
+    ) -> tuple[LoadedModel, LoadSource | None]:
+        progress("reading", 0, 0)
+        prepared = await self._prepare(name, source)
+        if not self._worker.is_up:
+            raise Unavailable(
+                f"failed to load '{name}': worker '{self._worker.name}' is being restarted"
+            )
+        self._catalog.begin_load(name, dict(prepared.command.versions), self._worker.name)
+        self._ledger.begin(name)
+        try:
+            loaded = await self._load_in_worker(prepared, progress)
+        except WorkerDied:
+            raise
+        except ThirdrailError as error:
+            self._ledger.fail(name)
+            self._catalog.fail_load(name, error.message)
+            raise Internal(f"failed to load '{name}', no version is available: {error}") from None
+        except BaseException:
+            self._ledger.fail(name)
+            raise
+        before = self._ledger.succeed(name, source)
+        self._catalog.end_load(name, loaded, self._worker.name)
+        return loaded, before if before != source else None
+
+    async def _prepare(self, name: str, source: LoadSource) -> PreparedLoad:
+        try:
+            return await asyncio.to_thread(prepare, name, source)
+        except RepositoryError as error:
+            # A name that nobody knows leaves no trace, or callers could fill the catalog.
+            if not isinstance(error, ModelMissing) or self._catalog.get(name) is not None:
+                self._catalog.fail_load(name, error.message)
+            raise Internal(
+                f"failed to load '{name}', failed to poll from model repository: {error}"
+            ) from None
+
+    async def _load_in_worker(self, prepared: PreparedLoad, progress: TellProgress) -> LoadedModel:
+        def tell(fields: dict[str, Any]) -> None:
+            told = LoadProgress.from_fields(fields)
+            progress(told.phase, told.step, told.steps)
+
+        answer = await self._worker.call("load", prepared.command.to_fields(), tell)
+        loaded = LoadedModel.from_fields(answer)
+        versions: dict[int, str | None] = {**loaded.versions, **prepared.failures}
+        if None not in versions.values():
+            raise Internal(
+                "; ".join(f"version {v}: {text}" for v, text in sorted(versions.items()))
+            )
+        return replace(loaded, versions=dict(sorted(versions.items())))
+
+    def _load_later(self, name: str, source: LoadSource) -> None:
+        self._spawn(self._load(name, source, lambda *_: None, is_patient=True))
+
+    # Unloading
+
+    async def _unload(self, name: str, is_leaving: asyncio.Event) -> None:
+        async with self._turns.of(name):
+            model = self._catalog.get(name)
+            if model is None:
+                return
+            source = self._ledger.forget(name)
+            self._catalog.begin_unload(name)
+            is_leaving.set()
+            failure: ThirdrailError | None = None
+            if source is not None:
+                failure = await self._unload_in_worker(name)
+                await asyncio.to_thread(self._uploads.discard, source.repository)
+            self._catalog.end_unload(name)
+            if failure is not None:
+                raise failure
+        _log.info("model '%s' is unloaded", name)
+
+    async def _unload_in_worker(self, name: str) -> ThirdrailError | None:
+        try:
+            await self._worker.call("unload", {"name": name})
+        except (Unavailable, NotFound):
+            pass  # the worker, or the model in it, is gone: that is what was asked for
+        except ThirdrailError as error:
+            _log.error("model '%s' was not unloaded cleanly: %s", name, error)
+            return error
+        return None
+
+    # The repository
+
+    def _look(self) -> tuple[dict[str, ModelFolder], dict[str, Fingerprint]]:
+        folders = scan(self._config.repository)
+        return folders, snapshot(folders)
+
+    def _startup_names(self, folders: Mapping[str, ModelFolder]) -> list[str]:
+        wanted = self._config.load_models
+        if self._config.model_control is not ModelControlMode.EXPLICIT or "*" in wanted:
+            return list(folders)
+        for name in wanted:
+            if name not in folders:
+                raise InvalidArgument(f"the repository has no model '{name}' to load at the start")
+        return list(dict.fromkeys(wanted))
+
+    async def _follow_repository(self, poller: Poller) -> None:
+        while True:
+            await asyncio.sleep(self._config.poll_interval_s)
+            try:
+                _folders, prints = await asyncio.to_thread(self._look)
+            except RepositoryError as error:
+                _log.error("polling goes on with the models as they are: %s", error)
+                continue
+            for decision in poller.observe(prints):
+                self._obey(decision)
+
+    def _obey(self, decision: Decision) -> None:
+        if decision.action == "unload":
+            self._spawn(self._unload_and_remove(decision.name))
+        else:
+            self._load_later(decision.name, LoadSource(self._config.repository))
+
+    async def _unload_and_remove(self, name: str) -> None:
+        await self._unload(name, asyncio.Event())
+        self._catalog.remove(name)
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_done)
+        return task
+
+    def _on_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or isinstance(task.exception(), ThirdrailError | None):
+            return
+        _log.error("model control failed", exc_info=task.exception())

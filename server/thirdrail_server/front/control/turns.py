@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may load now: one load or unload per model at a time, and few loads in all."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from thirdrail.errors import ResourceExhausted
+
+
+@dataclass(slots=True)
+class _Line:
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    length: int = 0  # with the one whose turn it is
+
+
+class Turns:
+    """First come, first served, per name."""
+
+    def __init__(self, waiting_max: int) -> None:
+        self._waiting_max = waiting_max
+        self._lines: dict[str, _Line] = {}
+
+    @contextlib.asynccontextmanager
+    async def of(self, name: str) -> AsyncIterator[None]:
+        """Wait for a turn and have it. Raises ResourceExhausted when the line is too long."""
+        line = self._lines.setdefault(name, _Line())
+        if line.length > self._waiting_max:
+            raise ResourceExhausted(
+                f"{self._waiting_max} loads and unloads of '{name}' are waiting, the most allowed"
+            )
+        line.length += 1
+        try:
+            async with line.lock:
+                yield
+        finally:
+            line.length -= 1
+            if not line.length:
+                del self._lines[name]
+
+
+class LoadGate:
+    """Lets in `loads_max` at once, or one alone."""
+
+    def __init__(self, loads_max: int) -> None:
+        self._loads_max = loads_max
+        self._permits = asyncio.Semaphore(loads_max)
+        self._one_alone = asyncio.Lock()  # two that collect all permits would wait for each other
+
+    @contextlib.asynccontextmanager
+    async def shared(self) -> AsyncIterator[None]:
+        async with self._permits:
+            yield
+
+    @contextlib.asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        async with self._one_alone, contextlib.AsyncExitStack() as permits:
+            for _ in range(self._loads_max):
+                await permits.enter_async_context(self._permits)
+            yield

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's end of the control channel: does what the front asks with the worker's models."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from thirdrail.errors import Internal
+from thirdrail.v1 import metrics_pb2
+from thirdrail_engines.engine import ModelFileError
+from thirdrail_server.control_channel import (
+    ChannelLimits,
+    ControlChannel,
+    Fields,
+    OnProgress,
+    open_channel,
+)
+from thirdrail_server.control_messages import (
+    LoadCommand,
+    LoadedModel,
+    LoadProgress,
+    message_to_text,
+)
+from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
+
+TellProgress = Callable[[str, int, int], None]
+
+
+class Models(Protocol):
+    """The worker's models as the front controls them."""
+
+    async def load(
+        self,
+        name: str,
+        config: ModelConfig | None,
+        versions: Sequence[tuple[int, Path]],
+        progress: TellProgress,
+    ) -> LoadedModel: ...
+
+    async def unload(self, name: str) -> None: ...
+
+    def counters(self) -> list[metrics_pb2.ModelCounters]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Desk:
+    """Answers the front's calls, one method each."""
+
+    models: Models
+    status: Callable[[], metrics_pb2.WorkerStatus]
+
+    async def serve(self, do: str, fields: Fields, on_progress: OnProgress) -> Fields:
+        match do:
+            case "load":
+                return await self._load(LoadCommand.from_fields(fields), on_progress)
+            case "unload":
+                await self.models.unload(str(fields["name"]))
+                return {}
+            case "counters":
+                return {"models": [message_to_text(each) for each in self.models.counters()]}
+            case "status":
+                return {"status": message_to_text(self.status())}
+        raise Internal(f"the worker does not do '{do}'")
+
+    async def _load(self, command: LoadCommand, on_progress: OnProgress) -> Fields:
+        tell = _on_this_loop(
+            lambda *progress: on_progress(LoadProgress(*progress).to_fields()),
+        )
+        try:
+            loaded = await self.models.load(command.name, command.config, command.versions, tell)
+        except ModelFileError as error:
+            raise Internal(str(error)) from None
+        return loaded.to_fields()
+
+
+def _on_this_loop(tell: TellProgress) -> TellProgress:
+    """Progress may be told by the thread that builds the engine; the channel lives on the loop."""
+    loop, thread = asyncio.get_running_loop(), threading.get_ident()
+
+    def tell_from_anywhere(phase: str, step: int, steps: int) -> None:
+        if threading.get_ident() == thread:
+            tell(phase, step, steps)
+        else:
+            loop.call_soon_threadsafe(tell, phase, step, steps)
+
+    return tell_from_anywhere
+
+
+async def serve_control(
+    sock: socket.socket,
+    models: Models,
+    status: Callable[[], metrics_pb2.WorkerStatus],
+    on_front_gone: Callable[[], None],
+    limits: ChannelLimits,
+) -> ControlChannel:
+    """Answer the front on `sock` from now on.
+
+    status: resident memory, sessions and arena bytes of this process; the front fills in the rest.
+    on_front_gone: called once when the front is gone. The worker then exits at once: whoever it was
+        working for went with the front.
+    """
+    desk = _Desk(models, status)
+    return await open_channel(sock, limits, serve=desk.serve, on_close=on_front_gone)
