@@ -79,7 +79,7 @@ def dtype_of_value(value: int) -> DType:
 
 
 def dtype_of_array(array: npt.NDArray[Any]) -> DType:
-    """The row of an array's dtype; text and objects are BYTES. Raises InvalidArgument for others."""
+    """The row of an array's dtype; text is BYTES. Raises InvalidArgument for other types."""
     row = _BY_NUMPY.get(array.dtype.newbyteorder("="))
     if row is not None:
         return row
@@ -114,9 +114,10 @@ def to_bytes(element: Any) -> bytes:
     raise InvalidArgument(f"a BYTES element must be bytes or str, got {type(element).__name__}")
 
 
-def decode_bytes(data: Buffer, count: int) -> list[bytes]:
+def decode_bytes(data: Buffer, count: int, whose: str = "") -> list[bytes]:
     """The wire form of `count` BYTES elements -> the elements.
 
+    whose: what the error says it is about, e.g. " for inference input 'x' for model 'm'".
     Raises InvalidArgument when the lengths do not add up to exactly `count` elements and all of
     `data`.
     """
@@ -127,23 +128,25 @@ def decode_bytes(data: Buffer, count: int) -> list[bytes]:
     elements: list[bytes] = []
     position, end = 0, len(view)
     while position < end:
+        if len(elements) == count:
+            raise InvalidArgument(
+                f"unexpected number of string elements {count + 1}{whose}, expecting {count}"
+            )
         start = position + LENGTH_BYTES
         if start > end:
             raise InvalidArgument(
-                f"incomplete string length indicator: {end - position} bytes left, expected 4"
+                f"incomplete string length indicator{whose}, expecting 4 bytes but only "
+                f"{end - position} bytes available"
             )
         position = start + int.from_bytes(view[position:start], "little")
         if position > end:
             raise InvalidArgument(
-                f"incomplete string data: an element of {position - start} bytes is announced, "
-                f"{end - start} bytes are left"
+                f"incomplete string data{whose}, expecting string of length {position - start} "
+                f"but only {end - start} bytes available"
             )
         elements.append(bytes(view[start:position]))
-        if len(elements) > count:
-            break
     if len(elements) != count:
-        got = f"more than {count}" if len(elements) > count else f"{len(elements)}"
-        raise InvalidArgument(f"expected {count} string elements, got {got}")
+        raise InvalidArgument(f"expected {count} string elements{whose}, got {len(elements)}")
     return elements
 
 

@@ -13,8 +13,8 @@ import grpc
 
 from thirdrail.v1 import inference_pb2 as pb
 
-# Beside a failed call's status, the Reason's name: two reasons may share a status, and a status without
-# this key did not come from our server.
+# Beside a failed call's status, the Reason's name: two reasons may share a status, and a status
+# without this key did not come from our server.
 REASON_KEY = "thirdrail-reason"
 
 

@@ -65,10 +65,8 @@ def array_of_bytes(name: str, dtype: DType, shape: Sequence[int], data: Buffer) 
     """
     count = element_count(name, shape)
     if dtype is BYTES:
-        try:
-            return dtypes.object_array(dtypes.decode_bytes(data, count), shape)
-        except InvalidArgument as error:
-            raise InvalidArgument(f"tensor '{name}': {error}") from None
+        elements = dtypes.decode_bytes(data, count, f" for tensor '{name}'")
+        return dtypes.object_array(elements, shape)
     size = memoryview(data).nbytes
     if size != count * dtype.itemsize:
         raise InvalidArgument(

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`thirdrail serve`, as a command for typer: settings in, a running server out."""
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from thirdrail_server.config import (
+    MIB,
+    ConfigError,
+    ModelControlMode,
+    ServerConfig,
+    TlsFiles,
+    WorkerConfig,
+)
+
+EXIT_CANNOT_START = 1
+
+Listening = "Listening"
+Models = "Models"
+Limits = "Limits"
+Operation = "Operation"
+
+
+def _option(
+    text: str, *names: str, panel: str, metavar: str | None = None
+) -> typer.models.OptionInfo:
+    option = typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar)
+    assert isinstance(option, typer.models.OptionInfo)
+    return option
+
+
+def serve(
+    repository: Annotated[
+        Path,
+        typer.Argument(
+            help="The folder of models: NAME/VERSION/model.onnx, config.pbtxt optional."
+        ),
+    ],
+    address: Annotated[
+        str, _option("Where to listen on TCP.", "--address", panel=Listening, metavar="HOST:PORT")
+    ] = "127.0.0.1:8001",
+    socket: Annotated[
+        Path | None,
+        _option(
+            "The Unix socket to listen on. [default: where clients look]",
+            "--socket",
+            panel=Listening,
+        ),
+    ] = None,
+    no_tcp: Annotated[
+        bool, _option("Listen on the Unix socket only.", "--no-tcp", panel=Listening)
+    ] = False,
+    no_socket: Annotated[
+        bool, _option("Listen on TCP only.", "--no-socket", panel=Listening)
+    ] = False,
+    tls_cert: Annotated[
+        Path | None,
+        _option("Certificate chain (PEM) for TLS on TCP.", "--tls-cert", panel=Listening),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, _option("Its private key (PEM).", "--tls-key", panel=Listening)
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        _option(
+            "Demand client certificates of this authority (mTLS).",
+            "--tls-client-ca",
+            panel=Listening,
+        ),
+    ] = None,
+    model_control: Annotated[
+        ModelControlMode,
+        _option(
+            "none: load everything at the start. explicit: load and unload on demand. "
+            "poll: follow the repository's files.",
+            "--model-control",
+            panel=Models,
+        ),
+    ] = ModelControlMode.NONE,
+    load_model: Annotated[
+        list[str] | None,
+        _option(
+            "With explicit control: load this model at the start. Repeatable; '*' for all.",
+            "--load-model",
+            panel=Models,
+            metavar="NAME",
+        ),
+    ] = None,
+    poll_interval: Annotated[
+        float,
+        _option("Seconds between two looks at the repository.", "--poll-interval", panel=Models),
+    ] = 2.0,
+    derive_batching: Annotated[
+        int,
+        _option(
+            "Batch up to this many rows in models without a configuration, where a proof at load "
+            "shows that batched and single rows agree. 0: off.",
+            "--derive-batching",
+            panel=Models,
+            metavar="ROWS",
+        ),
+    ] = 0,
+    suggest_config: Annotated[
+        bool,
+        _option(
+            "Print the configuration that each model would get, with what was derived, and exit.",
+            "--suggest-config",
+            panel=Models,
+        ),
+    ] = False,
+    threads: Annotated[
+        int,
+        _option("CPU threads for the models together. 0: one per core.", "--threads", panel=Models),
+    ] = 0,
+    max_message_mib: Annotated[
+        int, _option("Largest message, each way.", "--max-message-mib", panel=Limits)
+    ] = 64,
+    max_calls: Annotated[
+        int,
+        _option("Calls and streams at once, all clients together.", "--max-calls", panel=Limits),
+    ] = 1024,
+    max_connections: Annotated[
+        int, _option("Connections at once.", "--max-connections", panel=Limits)
+    ] = 1024,
+    max_stream_requests: Annotated[
+        int,
+        _option("Requests in flight per stream.", "--max-stream-requests", panel=Limits),
+    ] = 64,
+    max_queue: Annotated[
+        int,
+        _option(
+            "Waiting requests per model, where its configuration says nothing.",
+            "--max-queue",
+            panel=Limits,
+        ),
+    ] = 1024,
+    shutdown_seconds: Annotated[
+        float,
+        _option(
+            "How long requests in flight may take after SIGTERM.",
+            "--shutdown-seconds",
+            panel=Limits,
+        ),
+    ] = 30.0,
+    metrics_port: Annotated[
+        int | None,
+        _option(
+            "Serve Prometheus /metrics on this port. [default: off]",
+            "--metrics-port",
+            panel=Operation,
+        ),
+    ] = None,
+    metrics_host: Annotated[
+        str, _option("The address for it.", "--metrics-host", panel=Operation)
+    ] = "127.0.0.1",
+    server_name: Annotated[
+        str,
+        _option(
+            "What KServe clients are told the server is called.", "--server-name", panel=Operation
+        ),
+    ] = "thirdrail",
+    ready_when: Annotated[
+        str,
+        _option(
+            "all-models: ready when every startup model is. live: as soon as calls are answered.",
+            "--ready-when",
+            panel=Operation,
+        ),
+    ] = "all-models",
+    compress: Annotated[
+        bool, _option("Compress responses with gzip.", "--compress", panel=Operation)
+    ] = False,
+    channelz: Annotated[
+        bool, _option("Offer gRPC's channelz debugging service.", "--channelz", panel=Operation)
+    ] = False,
+    log_level: Annotated[
+        str, _option("debug, info, warning or error.", "--log-level", panel=Operation)
+    ] = "info",
+    log_format: Annotated[
+        str, _option("text, or json: one object a line.", "--log-format", panel=Operation)
+    ] = "text",
+) -> None:
+    """Serve the models of a repository over gRPC to the services of this host.
+
+    \b
+    thirdrail serve models/                       # 127.0.0.1:8001 and the user's Unix socket
+    thirdrail serve models/ --no-tcp              # the Unix socket only
+    thirdrail serve models/ --model-control explicit --load-model digits
+
+    Stop it with Ctrl-C or SIGTERM: it finishes what it has taken on first.
+    """
+    tls = _tls_files(tls_cert, tls_key, tls_client_ca)
+    _configure_logs(log_level, log_format)
+    try:
+        config = ServerConfig(
+            repository=repository,
+            address=None if no_tcp else address,
+            socket=None if no_socket else socket or _default_socket(),
+            tls=tls,
+            model_control=model_control,
+            load_models=tuple(load_model or ()),
+            poll_interval_s=poll_interval,
+            server_name=server_name,
+            metrics_port=metrics_port,
+            metrics_host=metrics_host,
+            channelz=channelz,
+            compress=compress,
+            strict_readiness=_is_strict(ready_when),
+            message_bytes_max=max_message_mib * MIB,
+            concurrent_calls_max=max_calls,
+            connections_max=max_connections,
+            stream_requests_in_flight_max=max_stream_requests,
+            shutdown_s_max=shutdown_seconds,
+            worker=WorkerConfig(
+                threads_max=threads, queue_requests_max=max_queue, derive_batch_rows=derive_batching
+            ),
+        )
+        _run(config, suggest=suggest_config)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _run(config: ServerConfig, *, suggest: bool) -> None:
+    from thirdrail_server.repository.errors import RepositoryError
+
+    try:
+        if suggest:
+            from thirdrail_server.suggestions import suggestions
+
+            for text in suggestions(config):
+                typer.echo(text)
+            return
+        from thirdrail_server.front.process import run_front
+
+        asyncio.run(run_front(config))
+    except (ConfigError, RepositoryError) as error:
+        typer.echo(f"thirdrail serve: {error}", err=True)
+        raise typer.Exit(EXIT_CANNOT_START) from None
+
+
+def _tls_files(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:
+    if cert is None and key is None and client_ca is None:
+        return None
+    if cert is None or key is None:
+        raise typer.BadParameter("TLS needs both --tls-cert and --tls-key")
+    return TlsFiles(cert, key, client_ca)
+
+
+def _default_socket() -> Path:
+    from thirdrail.discovery import default_socket_path
+
+    return default_socket_path()
+
+
+def _is_strict(ready_when: str) -> bool:
+    if ready_when not in ("all-models", "live"):
+        raise ConfigError(f"--ready-when takes all-models or live, got '{ready_when}'")
+    return ready_when == "all-models"
+
+
+def _configure_logs(level: str, form: str) -> None:
+    from thirdrail_server.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, configure_logging
+
+    if level not in ("debug", "info", "warning", "error"):
+        raise typer.BadParameter(f"--log-level takes debug, info, warning or error, got '{level}'")
+    if form not in ("text", "json"):
+        raise typer.BadParameter(f"--log-format takes text or json, got '{form}'")
+    os.environ[LEVEL_VARIABLE], os.environ[FORMAT_VARIABLE] = level, form
+    configure_logging(process="front")

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every setting and every bound of the server, in one place, checked when built.
+
+The worst case in memory: the front holds at most `concurrent_calls_max` requests, and each stream
+at most `stream_requests_in_flight_max`, of `message_bytes_max` each; tensors in arenas never exceed
+`input_arena_bytes_max + output_arena_bytes_max` per lane session; engines take what their models
+take.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+MIB = 1 << 20
+
+
+class ConfigError(Exception):
+    """A setting is wrong. The text names it, what was expected and what came."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaneLimits:
+    """What one lane session may use. The worker tells them to the client when it attaches."""
+
+    packet_bytes_max: int = 64 << 10
+    inline_bytes_max: int = 16 << 10
+    calls_in_flight_max: int = 4096
+    input_arena_bytes_max: int = 1 << 30
+    output_arena_bytes_max: int = 1 << 30
+    model_ids_max: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """What a worker process needs to know; the front passes it as JSON."""
+
+    name: str = "cpu"
+    lane: LaneLimits = field(default_factory=LaneLimits)
+    threads_max: int = 0  # CPU threads that engines may use together; 0: one per core
+    queue_requests_max: int = 1024  # per model version, where its configuration says nothing
+    derive_batch_rows: int = 0  # above 0: models without a configuration batch, where proven
+    loads_at_once_max: int = 2
+    drain_s_max: float = 30.0  # requests of a replaced or unloaded model may take so long to finish
+    # A model runs on the worker's own loop, sparing a thread switch, if 99 of 100 trial runs take
+    # no longer than this, and until a run takes longer than the second bound. CPU time, so that a
+    # busy host counts not.
+    inline_run_us_max: int = 100
+    inline_overrun_us_max: int = 1000
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "WorkerConfig":
+        values: dict[str, Any] = json.loads(text)
+        return cls(**{**values, "lane": LaneLimits(**values["lane"])})
+
+
+@dataclass(frozen=True, slots=True)
+class ControlLimits:
+    """The bounds of the control plane: workers' lives, loads, watchers."""
+
+    restart_delay_ms_min: int = 100  # before the first restart of a worker; doubles with each
+    restart_delay_ms_max: int = 30_000
+    restart_stable_s: int = 60  # a worker that lived so long starts over at the smallest delay
+    worker_start_s_max: int = 60  # from its start to its first answer
+    worker_stop_s_max: int = 10  # from hanging up to SIGKILL
+    worker_answer_s_max: int = 5  # for figures; loads take as long as they take
+    models_max: int = 10_000  # known by name, broken and unloaded ones included
+    waiting_per_model_max: int = 16  # loads and unloads of one model in line
+    watchers_max: int = 256  # watches of models and of health, all connections together
+    upload_files_max: int = 64  # `file:` overrides of one load
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            if getattr(self, each.name) < 1:
+                raise ConfigError(f"{each.name} must be 1 or more, got {getattr(self, each.name)}")
+        if self.restart_delay_ms_min > self.restart_delay_ms_max:
+            raise ConfigError(
+                f"restart_delay_ms_min must be at most restart_delay_ms_max, "
+                f"{self.restart_delay_ms_max}, got {self.restart_delay_ms_min}"
+            )
+
+
+class ModelControlMode(StrEnum):
+    NONE = "none"  # all models of the repository are loaded at the start, and that is all
+    EXPLICIT = "explicit"  # models are loaded and unloaded by calls
+    POLL = "poll"  # models follow the repository's files
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None  # given: clients must show a certificate of this authority
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    repository: Path
+    address: str | None = "127.0.0.1:8001"  # None: no TCP
+    socket: Path | None = None  # None: no Unix socket
+    tls: TlsFiles | None = None  # for TCP; the Unix socket is protected by its folder's mode
+    model_control: ModelControlMode = ModelControlMode.NONE
+    load_models: tuple[str, ...] = ()  # explicit mode: loaded at the start; "*" for all
+    poll_interval_s: float = 2.0
+    server_name: str = "thirdrail"  # what ServerMetadata says; some foreign tests expect "triton"
+    metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
+    channelz: bool = False
+    compress: bool = False  # gzip for responses; compressed requests are always understood
+    strict_readiness: bool = True  # ready only when every startup model is
+
+    message_bytes_max: int = 64 * MIB
+    concurrent_calls_max: int = 1024  # calls and streams at once, all connections together
+    connections_max: int = 1024
+    stream_requests_in_flight_max: int = 64
+    upload_bytes_max: int = 64 * MIB  # all `file:` overrides of one load
+    shutdown_s_max: float = 30.0
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
+    control: ControlLimits = field(default_factory=ControlLimits)
+
+    def __post_init__(self) -> None:
+        if self.address is None and self.socket is None:
+            raise ConfigError("the server needs an address or a socket to listen on, got neither")
+        for name in ("message_bytes_max", "concurrent_calls_max", "stream_requests_in_flight_max"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.message_bytes_max > 2**31 - 1:
+            raise ConfigError("message_bytes_max must be below 2 GiB, the most that gRPC can carry")
+        if self.load_models and self.model_control is not ModelControlMode.EXPLICIT:
+            raise ConfigError(
+                "load_models needs model_control explicit; in the other modes every model is loaded"
+            )

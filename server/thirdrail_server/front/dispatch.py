@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a protocol's servicer to the worker and back: the front as a client of its own lane.
+
+Nothing about a request is validated here that the worker relies on. A request that cannot reach a
+worker fails at once, in the same form as one that the worker refused.
+"""
+
+from collections.abc import Sequence
+
+from thirdrail.dtypes import Buffer
+from thirdrail.errors import NotFound, ThirdrailError, Unavailable
+from thirdrail.lane.aio import AsyncLane, Reply
+from thirdrail.v1 import inference_pb2 as pb
+from thirdrail_server.front.control.catalog import Catalog
+
+Result = Reply
+
+
+class Dispatcher:
+    """The way to the models, for all protocols. There is one worker, so far; it may come and go."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._lane: AsyncLane | None = None
+
+    def attach(self, lane: AsyncLane) -> None:
+        """Use this lane from now on, until it closes."""
+        self._lane = lane
+
+    @property
+    def inline_bytes_max(self) -> int:
+        """Messages up to this size fit `infer_bytes`; 0 while there is no worker."""
+        return self._lane.inline_bytes_max if self._lane is not None else 0
+
+    @property
+    def calls_in_flight(self) -> int:
+        return self._lane.calls_in_flight if self._lane is not None else 0
+
+    async def infer(
+        self, request: pb.InferRequest, data: Sequence[Buffer | None], *, flow: int
+    ) -> Result:
+        """Send a request; failures are results too.
+
+        data: per input its bytes, or None where they are in the request as values.
+        """
+        try:
+            result = await self._lane_now().call(request, data, flow=flow)
+        except ThirdrailError as error:
+            return self._failed(error, request)
+        return self._with_exact_reason(result, request)
+
+    async def infer_bytes(self, body: bytes, request: pb.InferRequest, *, flow: int) -> Result:
+        """The same for a small message that is sent on as it came.
+
+        body: the serialized request; `request` is its parsed form.
+        """
+        try:
+            result = await self._lane_now().call_bytes(body, flow=flow)
+        except ThirdrailError as error:
+            return self._failed(error, request)
+        return self._with_exact_reason(result, request)
+
+    def _lane_now(self) -> AsyncLane:
+        if self._lane is None:
+            raise Unavailable("the worker is starting")
+        return self._lane
+
+    def _with_exact_reason(self, result: Result, request: pb.InferRequest) -> Result:
+        """The worker knows what is loaded; why something is not, the catalog knows better."""
+        if result.response.status.reason != pb.REASON_NOT_FOUND:
+            return result
+        return self._failed(NotFound(result.response.status.message), request)
+
+    def _failed(self, error: ThirdrailError, request: pb.InferRequest) -> Result:
+        if isinstance(error, NotFound | Unavailable):
+            try:
+                self._catalog.find(request.model_name, request.model_version)
+            except ThirdrailError as exact:
+                error = exact
+        status = pb.Status(reason=error.reason, message=error.message)
+        response = pb.InferResponse(request_id=request.request_id, final=True, status=status)
+        return Reply(response, [])

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""thirdrail.v1.Inference: unary calls and streams, from gRPC to the dispatcher and back.
+
+Messages come and go as bytes: a small request is sent on to the worker as it came, with a few
+    fields appended, since in protobuf's wire format the last value of a field counts.
+"""
+
+import asyncio
+import itertools
+import logging
+import zlib
+from collections.abc import AsyncIterator
+from typing import TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from thirdrail.dtypes import Buffer
+from thirdrail.errors import (
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    ThirdrailError,
+    Unavailable,
+    error_of_reason,
+)
+from thirdrail.lane.packets import varint
+from thirdrail.v1 import inference_pb2 as pb
+from thirdrail_server.front.dispatch import Dispatcher, Result
+from thirdrail_server.front.statuses import INTERNAL_TEXT, Context, abort_with
+
+log = logging.getLogger(__name__)
+
+SERVICE = "thirdrail.v1.Inference"
+M = TypeVar("M", bound=Message)
+
+STOPPING_TEXT = "the server is shutting down and takes no new requests"
+MODEL_IDS_MAX = 1024  # bound on one stream
+# Keys of fields in the wire format: number << 3 | type.
+_STREAM_INFER_KEY = bytes((1 << 3 | 2,))
+_TIMEOUT_KEY = bytes((10 << 3 | 0,))
+_STREAM_FLOWS_FROM = 1 << 32  # above every number that a peer's address can hash to
+
+
+class NativeInference:
+    """The service's two methods. `handlers()` are what a gRPC server is given."""
+
+    def __init__(self, dispatcher: Dispatcher, *, stream_requests_in_flight_max: int) -> None:
+        self._dispatcher = dispatcher
+        self._in_flight_max = stream_requests_in_flight_max
+        self._stream_flows = itertools.count(_STREAM_FLOWS_FROM)
+        self._stopping = asyncio.Event()
+
+    def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
+        """By method name; requests and responses are bytes."""
+        return {
+            "Infer": grpc.unary_unary_rpc_method_handler(self._infer),
+            "InferStream": grpc.stream_stream_rpc_method_handler(self._stream),
+        }
+
+    def begin_stop(self) -> None:
+        """Take no new requests; open streams answer what they have read, and end."""
+        self._stopping.set()
+
+    async def _infer(self, body: bytes, context: Context) -> bytes:
+        try:
+            if self._stopping.is_set():
+                raise Unavailable(STOPPING_TEXT)
+            request = _parsed(pb.InferRequest, body)
+            if request.model_id:
+                raise InvalidArgument("model_id means nothing in a unary call; use model_name")
+            flow = zlib.crc32(context.peer().encode())
+            result = await self._dispatch(body, request, context, flow)
+            response = result.response
+            if response.status.reason:
+                raise error_of_reason(response.status.reason, response.status.message)
+            return _serialized(result)
+        except ThirdrailError as error:
+            await abort_with(context, error)
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            log.exception("Infer failed")
+            await context.abort(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
+
+    async def _dispatch(
+        self, body: bytes | None, request: pb.InferRequest, context: Context, flow: int
+    ) -> Result:
+        """body: the request's bytes where they can be sent on, None where they cannot."""
+        for tensor in request.inputs:
+            if tensor.HasField("ref"):
+                raise InvalidArgument(
+                    f"tensor '{tensor.name}' is a memory reference; over gRPC, send raw bytes or "
+                    "values"
+                )
+        suffix = _limit_time(request, context)
+        if body is not None and len(body) <= self._dispatcher.inline_bytes_max:
+            return await self._dispatcher.infer_bytes(body + suffix, request, flow=flow)
+        return await self._dispatcher.infer(request, _take_raw(request), flow=flow)
+
+    async def _stream(self, bodies: AsyncIterator[bytes], context: Context) -> None:
+        stream = _Stream(self, context, self._in_flight_max, next(self._stream_flows))
+        try:
+            await stream.run(bodies, self._stopping)
+        except ThirdrailError as error:
+            await abort_with(context, error)
+
+
+class _Stream:
+    """One InferStream: reads ahead up to the bound, answers in order of completion."""
+
+    def __init__(
+        self, inference: NativeInference, context: Context, in_flight_max: int, flow: int
+    ) -> None:
+        self._inference = inference
+        self._context = context
+        self._flow = flow
+        self._room = asyncio.Semaphore(in_flight_max)
+        self._calls: dict[int, asyncio.Task[None]] = {}
+        self._models: dict[int, tuple[str, int]] = {}
+        self._writing = asyncio.Lock()  # gRPC takes one message at a time
+
+    async def run(self, bodies: AsyncIterator[bytes], stopping: asyncio.Event) -> None:
+        """Until the caller has sent all and everything is answered. Raises what ends the stream."""
+        stop = asyncio.create_task(stopping.wait())
+        try:
+            while not stopping.is_set():
+                await self._room.acquire()  # at the bound nothing is read: HTTP/2 holds the sender
+                body = await self._next(bodies, stop)
+                if body is None:
+                    break
+                self._take(_parsed(pb.InferStreamRequest, body))
+            if self._calls:
+                await asyncio.wait(self._calls.values())
+            if stopping.is_set():
+                raise Unavailable(STOPPING_TEXT)
+        finally:
+            stop.cancel()
+            for task in self._calls.values():
+                task.cancel()
+
+    async def _next(self, bodies: AsyncIterator[bytes], stop: "asyncio.Task[bool]") -> bytes | None:
+        reading = asyncio.ensure_future(anext(bodies, None))
+        await asyncio.wait({reading, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done():
+            reading.cancel()
+            return None
+        return reading.result()
+
+    def _take(self, message: pb.InferStreamRequest) -> None:
+        kind = message.WhichOneof("message")
+        if kind == "infer":
+            request = message.infer
+            if request.call in self._calls:
+                raise InvalidArgument(f"call {request.call} is in flight already on this stream")
+            task = asyncio.create_task(self._answer(request))
+            self._calls[request.call] = task
+            task.add_done_callback(lambda _: self._ended(request.call))
+            return
+        self._room.release()
+        if kind == "cancel":
+            task_of = self._calls.get(message.cancel.call)
+            if task_of is not None:
+                task_of.cancel()
+            return
+        raise InvalidArgument("a stream request holds neither 'infer' nor 'cancel'")
+
+    def _ended(self, call: int) -> None:
+        del self._calls[call]
+        self._room.release()
+
+    async def _answer(self, request: pb.InferRequest) -> None:
+        call, request_id = request.call, request.request_id
+        try:
+            self._resolve_model(request)
+            result = await self._inference._dispatch(None, request, self._context, self._flow)
+            result.response.call = call
+            body = _serialized(result)
+        except ThirdrailError as error:
+            body = _failure(call, request_id, error.reason, error.message)
+        except asyncio.CancelledError:
+            if self._context.cancelled() or self._context.done():
+                raise
+            body = _failure(call, request_id, pb.REASON_CANCELLED, "Request cancelled")
+        except Exception:
+            log.exception("a request of a stream failed", extra={"request_id": request_id})
+            body = _failure(call, request_id, pb.REASON_INTERNAL, INTERNAL_TEXT)
+        async with self._writing:
+            await self._context.write(_STREAM_INFER_KEY + varint(len(body)) + body)
+
+    def _resolve_model(self, request: pb.InferRequest) -> None:
+        """Ids are bound per stream here, since all streams share the front's one lane."""
+        if not request.model_id:
+            return
+        if request.model_name:
+            if len(self._models) >= MODEL_IDS_MAX and request.model_id not in self._models:
+                raise ResourceExhausted(f"{MODEL_IDS_MAX} model ids are bound on this stream")
+            self._models[request.model_id] = (request.model_name, request.model_version)
+        elif request.model_id not in self._models:
+            raise NotFound(f"model id {request.model_id} is not bound on this stream")
+        request.model_name, request.model_version = self._models[request.model_id]
+        request.model_id = 0
+
+
+def _failure(call: int, request_id: str, reason: pb.Reason.ValueType, message: str) -> bytes:
+    status = pb.Status(reason=reason, message=message)
+    return pb.InferResponse(
+        call=call, request_id=request_id, final=True, status=status
+    ).SerializeToString()
+
+
+def _parsed(kind: type[M], body: bytes) -> M:
+    try:
+        return kind.FromString(body)
+    except DecodeError:
+        raise InvalidArgument(
+            f"a message of {len(body)} bytes is not a {kind.DESCRIPTOR.full_name}"
+        ) from None
+
+
+def _limit_time(request: pb.InferRequest, context: Context) -> bytes:
+    """Let the gRPC deadline count as the request's timeout where it is nearer. Returns the field as
+    bytes, to be appended to the request's own; none where nothing changes."""
+    seconds = context.time_remaining()
+    if seconds is None:
+        return b""
+    left_us = max(1, int(seconds * 1e6))
+    if request.timeout_us and request.timeout_us <= left_us:
+        return b""
+    request.timeout_us = left_us
+    return _TIMEOUT_KEY + varint(left_us)
+
+
+def _take_raw(request: pb.InferRequest) -> list[Buffer | None]:
+    """Per input its raw bytes, taken out of the request so that they are not sent twice."""
+    data: list[Buffer | None] = []
+    for tensor in request.inputs:
+        if tensor.HasField("raw"):
+            data.append(tensor.raw)
+            tensor.ClearField("raw")
+        else:
+            data.append(None)
+    return data
+
+
+def _serialized(result: Result) -> bytes:
+    """The response as it goes over the wire: results that lie in memory are copied into it."""
+    response = result.response
+    try:
+        for tensor, data in zip(response.outputs, result.data, strict=True):
+            if tensor.HasField("ref"):
+                tensor.raw = bytes(data or b"")
+        if response.HasField("timing"):
+            response.timing.transport = "grpc"
+            response.timing.copies += 1  # between the message and the worker's memory, each way
+        return response.SerializeToString()
+    finally:
+        result.release()

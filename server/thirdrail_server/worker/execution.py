@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of an engine for one batch: gather the inputs, run, scatter the results.
+
+No sockets and no loop: it runs on an instance thread, or on the worker's loop for tiny models.
+A fault of the run is everybody's; a fault in one member's results is that member's alone.
+
+The copies of tensor bytes, all of them: a batch of several requests is gathered (one copy, also
+the snapshot); a single request is bound where it lies, except inputs that must be snapshotted
+first; results whose shape is known beforehand are written by the engine straight into the
+caller's slot when the request runs alone; all others are copied out once.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from thirdrail import dtypes, tensors
+from thirdrail.dtypes import BYTES
+from thirdrail.errors import Internal, ThirdrailError
+from thirdrail.tensors import Array, TensorSpec
+from thirdrail.v1 import tensor_pb2
+from thirdrail_engines.engine import Engine, EngineError
+from thirdrail_server.worker.arenas import OutputArena
+from thirdrail_server.worker.classification import classify
+from thirdrail_server.worker.requests import Request, VersionSpec, WantedOutput
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Member:
+    """One request of a batch and the output memory of whoever sent it."""
+
+    request: Request
+    arena: OutputArena
+    inline_bytes_max: int
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one member gets: outputs, or an error."""
+
+    outputs: list[tensor_pb2.Tensor] = field(default_factory=list)
+    error: ThirdrailError | None = None
+    copies: int = 0
+
+    def discard(self, arena: OutputArena) -> None:
+        """Nobody will read it: give its slots back."""
+        for tensor in self.outputs:
+            if tensor.WhichOneof("data") == "ref":
+                arena.release(tensor.ref.epoch, tensor.ref.slot, tensor.ref.generation)
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    outcomes: list[Outcome]
+    input_copy_ns: int
+    compute_ns: int
+    output_copy_ns: int
+
+
+def execute(engine: Engine, spec: VersionSpec, members: Sequence[Member]) -> Execution:
+    """Run one batch. Never raises: every failure is in the outcomes."""
+    outcomes = [Outcome() for _ in members]
+    slots: dict[str, _Slot] = {}
+    started = gathered = computed = time.monotonic_ns()
+    try:
+        inputs = _gather(members, spec, outcomes)
+        slots = _slots_in_place(members, spec)
+        gathered = time.monotonic_ns()
+        wanted = _wanted_names(members, spec)
+        results = engine.run(inputs, wanted, {name: slot.array for name, slot in slots.items()})
+        computed = time.monotonic_ns()
+        _scatter(members, spec, results, slots, outcomes)
+    except (EngineError, ThirdrailError) as error:
+        _fail_all(error, members, slots, outcomes)
+    except Exception:
+        log.exception("unexpected failure in a run of %s version %s", spec.model, spec.version)
+        _fail_all(Internal("internal error; the server's log has it"), members, slots, outcomes)
+    return Execution(
+        outcomes, gathered - started, computed - gathered, time.monotonic_ns() - computed
+    )
+
+
+def _fail_all(
+    error: Exception,
+    members: Sequence[Member],
+    slots: "Mapping[str, _Slot]",
+    outcomes: list[Outcome],
+) -> None:
+    for slot in slots.values():
+        members[0].arena.release(slot.ref.epoch, slot.ref.slot, slot.ref.generation)
+    for member, outcome in zip(members, outcomes, strict=True):
+        if not slots:
+            outcome.discard(member.arena)
+        outcome.outputs = []
+        outcome.error = error if isinstance(error, ThirdrailError) else Internal(str(error))
+
+
+# Gathering
+
+
+def _gather(
+    members: Sequence[Member], spec: VersionSpec, outcomes: list[Outcome]
+) -> Mapping[str, Array]:
+    first = members[0].request
+    if len(members) > 1:
+        for outcome in outcomes:
+            outcome.copies += 1
+        return {
+            name: np.concatenate([m.request.inputs[name] for m in members]) for name in first.inputs
+        }
+    if not first.copy_first:
+        return first.inputs
+    outcomes[0].copies += 1
+    return {
+        name: array.copy() if name in first.copy_first else array
+        for name, array in first.inputs.items()
+    }
+
+
+def _wanted_names(members: Sequence[Member], spec: VersionSpec) -> list[str]:
+    asked = {output.name for member in members for output in member.request.outputs}
+    return [name for name in spec.outputs if name in asked]
+
+
+# Results written in place
+
+
+@dataclass(slots=True)
+class _Slot:
+    ref: tensor_pb2.ArenaRef
+    array: Array
+
+
+def _slots_in_place(members: Sequence[Member], spec: VersionSpec) -> dict[str, _Slot]:
+    """Slots for the large results of a single request whose shapes are known before the run."""
+    if len(members) > 1:
+        return {}
+    member = members[0]
+    slots: dict[str, _Slot] = {}
+    for output in member.request.outputs:
+        expected = spec.outputs[output.name]
+        shape = _known_shape(expected, spec, member.request.rows)
+        if shape is None or output.class_count:
+            continue
+        size = tensors.element_count(output.name, shape) * expected.dtype.itemsize
+        if size > member.inline_bytes_max:
+            ref, memory = member.arena.lease(size)
+            assert expected.dtype.numpy is not None
+            slots[output.name] = _Slot(ref, memory.view(expected.dtype.numpy).reshape(shape))
+    return slots
+
+
+def _known_shape(expected: TensorSpec, spec: VersionSpec, rows: int) -> tuple[int, ...] | None:
+    shape = expected.shape
+    if spec.batch_rows_max and shape:
+        shape = (rows, *shape[1:])
+    if -1 in shape or expected.dtype is BYTES or expected.dtype.numpy is None:
+        return None
+    return shape
+
+
+# Scattering
+
+
+def _scatter(
+    members: Sequence[Member],
+    spec: VersionSpec,
+    results: Mapping[str, Array],
+    slots: Mapping[str, _Slot],
+    outcomes: list[Outcome],
+) -> None:
+    rows = sum(member.request.rows for member in members)
+    if spec.batch_rows_max:
+        for name, array in results.items():
+            if array.ndim == 0 or array.shape[0] != rows:
+                raise Internal(
+                    f"model '{spec.model}' returned output '{name}' of shape {list(array.shape)} "
+                    f"for a batch of {rows} rows"
+                )
+    start = 0
+    for member, outcome in zip(members, outcomes, strict=True):
+        stop = start + member.request.rows
+        try:
+            _collect(member, spec, results, slots, outcome, slice(start, stop))
+        except ThirdrailError as error:
+            outcome.discard(member.arena)
+            outcome.outputs, outcome.error = [], error
+        start = stop
+
+
+def _collect(
+    member: Member,
+    spec: VersionSpec,
+    results: Mapping[str, Array],
+    slots: Mapping[str, _Slot],
+    outcome: Outcome,
+    rows: slice,
+) -> None:
+    inline_left = member.inline_bytes_max
+    is_copied = False
+    for output in member.request.outputs:
+        slot = slots.get(output.name)
+        if slot is not None:
+            tensor = _header(output, slot.array)
+            tensor.ref.CopyFrom(slot.ref)
+            outcome.outputs.append(tensor)
+            continue
+        is_copied = True
+        array = results[output.name]
+        if spec.batch_rows_max:
+            array = array[rows]
+        if output.class_count:
+            labels = spec.labels.get(output.name, ())
+            array = classify(array, output.class_count, labels, spec.batch_rows_max)
+        tensor = _header(output, array)
+        outcome.outputs.append(tensor)
+        inline_left -= _fill(tensor, array, output, member.arena, inline_left)
+    outcome.copies += is_copied
+
+
+def _fill(
+    tensor: tensor_pb2.Tensor, array: Array, output: WantedOutput, arena: OutputArena, room: int
+) -> int:
+    """Copy the elements into the message, or into a slot where they take more than `room` bytes.
+    Returns how much of the room was used."""
+    data = memoryview(tensors.bytes_of_array(array))
+    if data.nbytes > room:
+        ref, memory = arena.lease(data.nbytes)
+        tensor.ref.CopyFrom(ref)
+        memory[:] = np.frombuffer(data, np.uint8)
+        return 0
+    if output.as_values:
+        tensor.values.CopyFrom(tensors.values_of_array(array))
+    else:
+        tensor.raw = bytes(data)
+    return data.nbytes
+
+
+def _header(output: WantedOutput, array: Array) -> tensor_pb2.Tensor:
+    dtype = dtypes.dtype_of_array(array)
+    return tensor_pb2.Tensor(name=output.name, data_type=dtype.value, shape=array.shape)

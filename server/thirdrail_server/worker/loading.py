@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model version from its file to ready: engine, configuration, proof, warm-up.
+
+Runs on a loader thread; nothing of it is visible to callers until the model table takes it in.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import thirdrail_engines
+from thirdrail.dtypes import BYTES
+from thirdrail_engines import EngineOptions, threads_per_run
+from thirdrail_engines.engine import Engine, EngineError, EngineSpec, ModelFileError
+from thirdrail_engines.proof import prove_batching, seeded_inputs
+from thirdrail_server.config import WorkerConfig
+from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
+from thirdrail_server.repository.complete import complete, may_derive_batching
+from thirdrail_server.repository.options import (
+    ModelOptions,
+    engine_threads,
+    instance_count,
+    model_options,
+)
+from thirdrail_server.worker.requests import VersionSpec
+from thirdrail_server.worker.served_version import RunPlace
+
+# Trial runs of a model that may be small enough for the loop.
+TRIAL_RUNS = 100
+TRIAL_BUDGET_NS_MAX = 50_000_000
+TRIAL_ELEMENTS_MAX = 4096  # of one input; an open dimension that could exceed it is the size rule's
+
+TellPhase = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedVersion:
+    """Everything a model version needs to take requests. Whoever drops it closes the engine."""
+
+    spec: VersionSpec
+    engine: Engine
+    options: ModelOptions
+    config: ModelConfig  # complete
+    place: RunPlace
+    notes: tuple[str, ...]  # what the load decided, for people
+
+
+def prepare_version(
+    name: str,
+    version: int,
+    path: Path,
+    given: ModelConfig | None,
+    config: WorkerConfig,
+    cores: int,
+    tell: TellPhase,
+) -> PreparedVersion:
+    """Load, complete, prove and warm up one version.
+
+    Raises ModelFileError or RepositoryError; then nothing is left loaded.
+    """
+    tell("building")
+    asked = given or ModelConfig()
+    threads = engine_threads(asked) or threads_per_run(cores, instance_count(asked))
+    engine = thirdrail_engines.load(path, options=EngineOptions(threads_max=threads))
+    try:
+        proven_rows, notes = _proven_rows(engine, given, config.derive_batch_rows, tell)
+        whole = complete(name, given, engine.spec, proven_rows=proven_rows)
+        options = model_options(
+            whole, path.parent.parent, queue_requests_max=config.queue_requests_max
+        )
+        spec = _version_spec(name, version, options, engine.spec)
+        tell("warming up")
+        _warm_up(engine, options, spec)
+        place = _run_place(engine, options, config)
+    except BaseException:
+        engine.close()
+        raise
+    return PreparedVersion(spec, engine, options, whole, place, notes)
+
+
+def _proven_rows(
+    engine: Engine, given: ModelConfig | None, rows: int, tell: TellPhase
+) -> tuple[int, tuple[str, ...]]:
+    """The batch size that nobody configured but a proof allows; 0 for none."""
+    if rows < 1 or not may_derive_batching(given, engine.spec):
+        return 0, ()
+    tell("proving")
+    proof = prove_batching(engine, rows)
+    if not proof.agreed:
+        return 0, (f"batching was not derived: {proof.reason}",)
+    return rows, (f"batching of up to {rows} rows was derived: single and batched rows agree",)
+
+
+def _version_spec(
+    name: str, version: int, options: ModelOptions, engine: EngineSpec
+) -> VersionSpec:
+    return VersionSpec(
+        model=name,
+        version=version,
+        inputs={tensor.name: tensor for tensor in options.inputs},
+        outputs={tensor.name: tensor for tensor in options.outputs},
+        batch_rows_max=options.batch_rows_max,
+        positional_inputs=engine.positional_inputs,
+        labels=options.labels,
+    )
+
+
+def _warm_up(engine: Engine, options: ModelOptions, spec: VersionSpec) -> None:
+    """Run what the configuration asks for. Raises ModelFileError when a run fails."""
+    for request in options.warmup:
+        for _ in range(request.runs):
+            try:
+                engine.run(request.inputs, list(spec.outputs), {})
+            except EngineError as error:
+                raise ModelFileError(f"warm-up request '{request.name}' failed: {error}") from None
+
+
+def _run_place(engine: Engine, options: ModelOptions, config: WorkerConfig) -> RunPlace:
+    """On the loop only where trial runs are short and the model neither batches nor has instances
+    that could run beside the loop."""
+    on_threads = RunPlace(on_loop=False)
+    if options.batch_rows_max or options.instances > 1 or not _is_small(engine.spec):
+        return on_threads
+    inputs = seeded_inputs([t for t in engine.spec.inputs if not t.optional], rows=1)
+    if inputs is None:
+        return on_threads
+    wanted = [tensor.name for tensor in engine.spec.outputs]
+    times_ns: list[int] = []
+    try:
+        for _ in range(TRIAL_RUNS):
+            started_ns = time.thread_time_ns()
+            engine.run(inputs, wanted, {})
+            times_ns.append(time.thread_time_ns() - started_ns)
+            if sum(times_ns) > TRIAL_BUDGET_NS_MAX:
+                return on_threads
+    except EngineError:  # random values need not make sense to a model
+        return on_threads
+    if sorted(times_ns)[-2] > config.inline_run_us_max * 1000:
+        return on_threads
+    return RunPlace(on_loop=True, overrun_ns_max=config.inline_overrun_us_max * 1000)
+
+
+def _is_small(spec: EngineSpec) -> bool:
+    for tensor in spec.inputs:
+        elements = 1
+        for dim in tensor.shape:
+            elements *= max(dim, 1)
+        if elements > TRIAL_ELEMENTS_MAX or tensor.dtype is BYTES:
+            return False
+    return True

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker process: lanes and control on one loop, until the front asks it to end or is gone.
+
+The front starts it with `python -m thirdrail_server.worker` and inherited sockets. It never
+outlives
+the front: the kernel kills it when the front dies (prctl PR_SET_PDEATHSIG), and the end of file on
+the control channel ends it as well. It owns no name in the file system.
+"""
+
+import asyncio
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from thirdrail.v1 import metrics_pb2
+from thirdrail_server.config import WorkerConfig
+from thirdrail_server.control_channel import ChannelLimits
+from thirdrail_server.logs import configure_logging
+from thirdrail_server.worker.control import serve_control
+from thirdrail_server.worker.lane_session import LaneSession
+from thirdrail_server.worker.models import ModelTable
+
+log = logging.getLogger(__name__)
+
+# A waiting thread gets the GIL after this long, not after Python's 5 ms: a lane call takes 0.1 ms.
+GIL_SWITCH_S = 0.0002
+
+
+@dataclass(frozen=True, slots=True)
+class InheritedSockets:
+    """File descriptors that the front passed. The first lane is the front's own."""
+
+    control_fd: int
+    lane_fds: tuple[int, ...]
+    front_pid: int
+    leftovers: tuple[Path, ...] = ()  # of the front, to be removed if it is killed
+
+
+def run_worker(config: WorkerConfig, inherited: InheritedSockets) -> int:
+    """Run until the front is gone or says so. Returns the process's exit status."""
+    _die_with(inherited.front_pid, inherited.leftovers)
+    configure_logging(process=f"worker {config.name}")
+    sys.setswitchinterval(GIL_SWITCH_S)
+    # A terminal's Ctrl-C reaches the whole group: the front decides how its workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    asyncio.run(_serve(config, inherited))
+    # Engines that are still running must not hold up the end; nobody waits for them.
+    logging.shutdown()
+    os._exit(0)
+
+
+def _die_with(front_pid: int, leftovers: Sequence[Path]) -> None:
+    """End this process as soon as the front has ended, and remove what it could not.
+
+    A thread and not a parent-death signal: a killed front leaves its socket's name behind, and this
+    process is the only one left to remove it.
+    """
+    pidfd = os.pidfd_open(front_pid)
+    if os.getppid() != front_pid:  # it died before it could be watched
+        os._exit(1)
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.poll()
+        for path in leftovers:
+            path.unlink(missing_ok=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="front watch", daemon=True).start()
+
+
+async def _serve(config: WorkerConfig, inherited: InheritedSockets) -> None:
+    ended = asyncio.Event()
+    models = ModelTable(config)
+    sessions: set[LaneSession] = set()
+    for number, fd in enumerate(inherited.lane_fds):
+        sock = socket.socket(fileno=fd)
+        session = LaneSession(
+            sock, models, config.lane, is_front=number == 0, on_closed=sessions.discard
+        )
+        sessions.add(session)
+
+    def status() -> metrics_pb2.WorkerStatus:
+        return metrics_pb2.WorkerStatus(
+            name=config.name,
+            pid=os.getpid(),
+            is_serving=True,
+            resident_bytes=_resident_bytes(),
+            sessions=len(sessions),
+            arena_bytes=sum(session.arena_bytes for session in sessions),
+        )
+
+    control = socket.socket(fileno=inherited.control_fd)
+    await serve_control(control, models, status, ended.set, ChannelLimits())
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
+    log.info("worker %s is ready for models", config.name)
+    await ended.wait()
+    for session in list(sessions):
+        session.close()
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

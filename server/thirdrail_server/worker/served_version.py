@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One version of a model at work: its scheduler decides, this shell acts.
+
+Everything but the engine's runs happens on the worker's loop. Runs happen on instance threads;
+those of tiny models happen on the loop itself, which spares two thread switches, until one takes
+too long.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+from thirdrail.errors import ThirdrailError
+from thirdrail.v1 import metrics_pb2
+from thirdrail_engines.engine import Engine
+from thirdrail_server.worker.execution import Execution, Member, Outcome, execute
+from thirdrail_server.worker.instance_threads import InstanceThreads
+from thirdrail_server.worker.policy import QueuePolicy
+from thirdrail_server.worker.queued import Queued
+from thirdrail_server.worker.requests import VersionSpec
+from thirdrail_server.worker.scheduler import Action, Batch, Scheduler, Start
+from thirdrail_server.worker.statistics import VersionStatistics
+
+log = logging.getLogger(__name__)
+
+# A request of a model that runs on the loop goes to a thread all the same when its inputs are
+# larger.
+INLINE_INPUT_BYTES_MAX = 64 << 10
+
+
+@dataclass(slots=True)
+class Ending:
+    """How a call ended, and where its time went. Times are nanoseconds."""
+
+    outcome: Outcome
+    queue_ns: int = 0
+    input_copy_ns: int = 0
+    compute_ns: int = 0
+    output_copy_ns: int = 0
+    batch_rows: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A request on its way through a model version, and who is told of its end."""
+
+    member: Member
+    served: "ServedVersion"
+    on_ended: Callable[["Call", Ending], None]
+    arrived_ns: int
+    started_ns: int = field(default=0, init=False)
+
+    def cancel(self) -> None:
+        """End it with Cancelled, unless it has ended."""
+        self.served.cancel(self)
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlace:
+    """Where batches run: on instance threads, or on the loop as long as runs stay short."""
+
+    on_loop: bool
+    overrun_ns_max: int = 0  # of thread CPU time, which a busy host does not inflate
+
+
+class ServedVersion:
+    """Requests in, endings out; each exactly once."""
+
+    def __init__(
+        self,
+        spec: VersionSpec,
+        engine: Engine,
+        policy: QueuePolicy,
+        *,
+        instances: int,
+        place: RunPlace,
+    ) -> None:
+        self.spec = spec
+        self.statistics = VersionStatistics(spec.model, spec.version)
+        self._engine = engine
+        self._policy = policy
+        self._scheduler = Scheduler(policy, instances=instances)
+        self._threads = InstanceThreads(f"{spec.model}/{spec.version}", instances)
+        self._place = place
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_ns: int | None = None
+        self._idle: asyncio.Future[None] | None = None
+        self._actions: deque[Action] = deque()
+        self._is_performing = False
+
+    @property
+    def runs_on_loop(self) -> bool:
+        return self._place.on_loop
+
+    def submit(
+        self, call: Call, *, flow: Hashable, priority: int, timeout_us: int, now_ns: int
+    ) -> None:
+        """Take a request. It may have ended before this returns."""
+        try:
+            priority = self._policy.resolve_priority(priority)
+        except ThirdrailError as error:
+            return self._end(call, error)
+        wait_us = self._policy.of(priority).wait_us(timeout_us)
+        queued = Queued(
+            key=call,
+            flow=flow,
+            priority=priority,
+            rows=call.member.request.rows,
+            signature=call.member.request.signature,
+            arrived_ns=now_ns,
+            deadline_ns=now_ns + timeout_us * 1000 if timeout_us else None,
+            timeout_ns=now_ns + wait_us * 1000 if wait_us else None,
+        )
+        self._perform(self._scheduler.arrive(queued, now_ns))
+
+    def cancel(self, call: Call) -> None:
+        self._perform(self._scheduler.cancel(call, time.monotonic_ns()))
+
+    def counters(self) -> metrics_pb2.ModelCounters:
+        return self.statistics.snapshot(
+            queued=self._scheduler.queued_count, running=self._scheduler.running_count
+        )
+
+    async def retire(self, reason: str, drain_s_max: float) -> None:
+        """Take nothing new, finish what is here within the bound, then give everything back."""
+        self._perform(self._scheduler.stop(time.monotonic_ns(), reason))
+        if not self._scheduler.is_idle:
+            self._idle = self._loop.create_future()
+            try:
+                await asyncio.wait_for(self._idle, drain_s_max)
+            except TimeoutError:
+                log.warning(
+                    "%s version %s was still busy after %s s; its requests end as unavailable",
+                    self.spec.model,
+                    self.spec.version,
+                    drain_s_max,
+                )
+                self._perform(self._scheduler.die(reason))
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._loop.run_in_executor(None, self._close)
+
+    def _close(self) -> None:
+        self._threads.close()
+        self._engine.close()
+
+    # Performing what the scheduler decided
+
+    def _perform(self, actions: list[Action]) -> None:
+        """A run on the loop yields further actions: they queue up here instead of nesting."""
+        self._actions.extend(actions)
+        if self._is_performing:
+            return
+        self._is_performing = True
+        try:
+            while self._actions:
+                action = self._actions.popleft()
+                if isinstance(action, Start):
+                    self._start(action.batch)
+                else:
+                    self._end(action.key, action.error)
+        finally:
+            self._is_performing = False
+        self._set_timer()
+        if self._idle is not None and self._scheduler.is_idle and not self._idle.done():
+            self._idle.set_result(None)
+
+    def _start(self, batch: Batch) -> None:
+        started_ns = time.monotonic_ns()
+        members = []
+        for queued in batch.members:
+            call: Call = queued.key
+            call.started_ns = started_ns
+            members.append(call.member)
+        if self._place.on_loop and members[0].request.input_bytes <= INLINE_INPUT_BYTES_MAX:
+            return self._run_on_loop(batch, members)
+        self._threads.give(lambda: self._run_on_thread(batch, members))
+
+    def _run_on_loop(self, batch: Batch, members: list[Member]) -> None:
+        cpu_started_ns = time.thread_time_ns()
+        execution = execute(self._engine, self.spec, members)
+        cpu_ns = time.thread_time_ns() - cpu_started_ns
+        if cpu_ns > self._place.overrun_ns_max:
+            log.warning(
+                "%s version %s ran %d us on the loop, more than %d: it runs on threads from now on",
+                self.spec.model,
+                self.spec.version,
+                cpu_ns // 1000,
+                self._place.overrun_ns_max // 1000,
+            )
+            self._place = RunPlace(on_loop=False)
+        self._finished(batch, execution)
+
+    def _run_on_thread(self, batch: Batch, members: list[Member]) -> None:
+        execution = execute(self._engine, self.spec, members)
+        try:
+            self._loop.call_soon_threadsafe(self._finished, batch, execution)
+        except RuntimeError:  # the loop has ended, and with it everybody who waited
+            log.debug("a run ended after the worker's loop")
+
+    def _finished(self, batch: Batch, execution: Execution) -> None:
+        now_ns = time.monotonic_ns()
+        has_run = execution.compute_ns > 0
+        owed, actions = self._scheduler.finished(
+            batch, now_ns, execution.compute_ns if has_run else None
+        )
+        if has_run:
+            self.statistics.batch_ran(batch.rows, execution)
+        owed_calls = {queued.key for queued in owed}
+        for queued, outcome in zip(batch.members, execution.outcomes, strict=True):
+            call: Call = queued.key
+            if call in owed_calls:
+                self._answer(call, outcome, execution, batch.rows, now_ns)
+            else:
+                outcome.discard(call.member.arena)
+        self._perform(actions)
+
+    def _answer(
+        self, call: Call, outcome: Outcome, execution: Execution, rows: int, now_ns: int
+    ) -> None:
+        queue_ns = call.started_ns - call.arrived_ns
+        total_ns = now_ns - call.arrived_ns
+        if outcome.error is None:
+            self.statistics.request_succeeded(call.member.request.rows, queue_ns, total_ns)
+        else:
+            self.statistics.request_failed(outcome.error, total_ns)
+        ending = Ending(
+            outcome,
+            queue_ns,
+            execution.input_copy_ns,
+            execution.compute_ns,
+            execution.output_copy_ns,
+            rows,
+        )
+        call.on_ended(call, ending)
+
+    def _end(self, call: Call, error: ThirdrailError) -> None:
+        self.statistics.request_failed(error, time.monotonic_ns() - call.arrived_ns)
+        call.on_ended(call, Ending(Outcome(error=error)))
+
+    def _set_timer(self) -> None:
+        wake_ns = self._scheduler.wake_at_ns
+        if wake_ns == self._timer_ns:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._timer_ns = wake_ns
+        if wake_ns is not None:
+            self._timer = self._loop.call_at(wake_ns / 1e9, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = self._timer_ns = None
+        self._perform(self._scheduler.tick(time.monotonic_ns()))
