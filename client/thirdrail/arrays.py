@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What callers hand over as tensors -> numpy arrays.
+
+Arrays of any library are sent exactly as they are: a wrong dtype is the caller's mistake, and the
+server says so. Plain Python values have no dtype of their own and take the one that the model
+declares.
+"""
+
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from thirdrail import dtypes
+from thirdrail.dtypes import BYTES, DType
+from thirdrail.errors import InvalidArgument
+from thirdrail.tensors import Array, TensorSpec
+
+_ARRAY_METHODS = ("__array__", "__array_interface__", "__dlpack__")
+
+
+def has_dtype(value: object) -> bool:
+    """Whether the value says what its elements are: an array, or a buffer other than bytes."""
+    if isinstance(value, (str, bytes, int, float)):
+        return False
+    return any(hasattr(value, method) for method in _ARRAY_METHODS) or _is_buffer(value)
+
+
+def array_of_value(name: str, value: Any, spec: TensorSpec | None) -> Array:
+    """The array that is sent for `value`, without a copy where that is possible.
+
+    spec: what the model declares; needed for values that are not `has_dtype`.
+    Raises InvalidArgument for what cannot be an array of that type, GPU memory included.
+    """
+    try:
+        if has_dtype(value):
+            return _array_of_array(value)
+        assert spec is not None, "plain values are converted by the model's declaration"
+        return _array_of_plain(value, spec)
+    except (TypeError, ValueError, OverflowError, RuntimeError, BufferError) as error:
+        raise InvalidArgument(
+            f"cannot send {type(value).__name__} as input '{name}': {error}"
+        ) from error
+
+
+def _array_of_array(value: Any) -> Array:
+    if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+        return np.from_dlpack(value)
+    return np.asarray(value)
+
+
+def _array_of_plain(value: Any, spec: TensorSpec) -> Array:
+    """Lists keep their shape; a single value becomes one element of the declared rank."""
+    if isinstance(value, bytes) and spec.dtype is not BYTES:
+        raise TypeError(f"expected {spec.dtype.name}; np.frombuffer makes an array of raw bytes")
+    if spec.dtype is BYTES:
+        array = _array_of_strings(value)
+    else:
+        array = _array_of_numbers(value, spec.dtype)
+    return array.reshape((1,) * len(spec.shape)) if array.ndim == 0 else array
+
+
+# Which kinds of Python number a declared kind takes: nothing is rounded to a whole number or
+# parsed.
+_TAKES = {"b": "b", "i": "biu", "u": "biu", "f": "biuf"}
+
+
+def _array_of_numbers(value: Any, dtype: DType) -> Array:
+    if dtype.numpy is None:
+        raise TypeError("BF16 needs the package ml_dtypes")
+    natural = np.asarray(value)
+    takes = _TAKES.get(dtype.numpy.kind, "biuf")
+    if natural.size and natural.dtype.kind not in takes and natural.dtype != dtype.numpy:
+        raise TypeError(f"its elements are {natural.dtype}, expected {dtype.name}")
+    if dtype.numpy.kind in "iu" and natural.size:
+        limits = np.iinfo(dtype.numpy)
+        for extreme in (int(natural.min()), int(natural.max())):
+            if not limits.min <= extreme <= limits.max:
+                raise OverflowError(f"{extreme} does not fit {dtype.name}")
+    with np.errstate(over="ignore"):  # too large for FP16 is infinity, as everywhere
+        return natural.astype(dtype.numpy)
+
+
+def _array_of_strings(value: Any) -> Array:
+    if isinstance(value, (str, bytes)):
+        return dtypes.object_array([value], ())
+    array = np.array(value, dtype=np.object_)
+    for element in array.flat:
+        dtypes.to_bytes(element)  # named here, where the input's name is known
+    return array
+
+
+def _is_buffer(value: object) -> TypeGuard[memoryview]:
+    try:
+        memoryview(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns a failed gRPC call into one of our exceptions, with a note on what to do about it.
+
+`str(error)` stays the server's own text. The advice is a note (PEP 678), so a traceback prints it
+below.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
+import grpc
+
+from thirdrail import errors
+from thirdrail.errors import REASON_KEY, ThirdrailError
+from thirdrail.v1 import inference_pb2 as pb
+
+START_A_SERVER = "start a server with: thirdrail serve REPOSITORY"
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+
+@runtime_checkable
+class EndedCall(Protocol):
+    """How a call ended: the part that gRPC's blocking and asyncio errors and futures share."""
+
+    def code(self) -> grpc.StatusCode: ...
+    def details(self) -> str | None: ...
+    def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
+
+
+class Unreachable(errors.Unavailable):
+    """No server answered: none is running, the address is wrong, or the connection broke."""
+
+
+_NOTES: dict[type[ThirdrailError], str] = {
+    errors.NotFound: "`thirdrail models` lists what this server has",
+    errors.PermissionDenied: (
+        "loading and unloading need the server's --model-control explicit, and its owner's uid on "
+        "the Unix socket or a client certificate over TCP"
+    ),
+    errors.Unimplemented: "the server is another program, or older than this client",
+    errors.QueueFull: "send fewer requests at a time, or raise the model's max_queue_size",
+    errors.ResourceExhausted: "send a smaller message, or raise the server's limit that is named",
+    errors.Unavailable: "try again later; `thirdrail models` shows the state of every model",
+    errors.TimedOut: "give it a longer timeout, or send fewer requests at a time",
+    errors.Internal: "the server's log has the details under the request's id",
+    Unreachable: START_A_SERVER,
+}
+
+
+def with_note(error: ThirdrailError) -> ThirdrailError:
+    """The error with the advice for its class, where there is any."""
+    note = _NOTES.get(type(error))
+    if note:
+        error.add_note(note)
+    return error
+
+
+def error_of_status(status: pb.Status) -> ThirdrailError:
+    """The exception for a failure that came in band, on a stream."""
+    return with_note(errors.error_of_reason(status.reason, status.message))
+
+
+def error_of_call(
+    status: grpc.StatusCode,
+    details: str,
+    metadata: Metadata,
+    *,
+    address: str,
+    timeout: float | None,
+) -> ThirdrailError:
+    """The exception for a call that failed.
+
+    Our server names the exact reason in the trailing metadata. Without it the status came from the
+    gRPC runtime or from something in between, and UNAVAILABLE means that nobody was reached.
+    """
+    reason = dict(metadata).get(REASON_KEY)
+    if isinstance(reason, str) and reason in pb.Reason.keys():  # noqa: SIM118 an enum wrapper, not a dict
+        return with_note(errors.error_of_reason(pb.Reason.Value(reason), details))
+    if status is grpc.StatusCode.UNAVAILABLE:
+        return with_note(Unreachable(f"no server answers at {address}: {details}"))
+    if status is grpc.StatusCode.DEADLINE_EXCEEDED and timeout is not None:
+        return with_note(errors.TimedOut(f"no answer within {timeout:g} s"))
+    return with_note(errors.error_of_status(status, details))
+
+
+@contextmanager
+def rpc_errors(address: str, timeout: float | None = None) -> Iterator[None]:
+    """Raises what gRPC raises inside as one of our exceptions. Fits around awaits as well."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise error_of_ended_call(error, address=address, timeout=timeout) from None
+
+
+def error_of_ended_call(
+    call: EndedCall | grpc.RpcError, *, address: str, timeout: float | None
+) -> ThirdrailError:
+    """The exception for a call that has ended with another status than OK."""
+    assert isinstance(call, EndedCall), "gRPC's errors say how the call ended"
+    return error_of_call(
+        call.code(),
+        call.details() or "",
+        tuple(call.trailing_metadata() or ()),
+        address=address,
+        timeout=timeout,
+    )

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the server says about its models, as plain values."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from thirdrail import dtypes
+from thirdrail.tensors import TensorSpec
+from thirdrail.v1 import models_pb2 as pb
+from thirdrail.v1 import tensor_pb2
+
+_STATE_PREFIX = "MODEL_STATE_"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """One version of one model."""
+
+    name: str
+    version: int  # 0: no version is known
+    state: str  # "loading", "ready", "unloading" or "unavailable"
+    reason: str  # why it is not ready; empty when it is
+    engine: str  # what runs it, e.g. "onnxruntime"
+    worker: str  # which worker runs it, e.g. "cpu"
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state == "ready"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChange:
+    """One message of a watch: the state of a version at its start, or a change since."""
+
+    status: ModelStatus
+    initial: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """A model as its callers need to know it."""
+
+    status: ModelStatus
+    ready_versions: tuple[int, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    batch_rows_max: int  # 0: the model does not batch
+    instances: int
+    config_pbtxt: str  # the whole configuration in force, derived fields included
+    warnings: tuple[str, ...]  # configuration fields that have no effect
+    inputs_in_place: tuple[str, ...]  # read by the engine where the caller put them
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far a load has come: `step` of `steps`, called `phase`."""
+
+    phase: str
+    step: int
+    steps: int
+
+
+class DescriptionCache:
+    """Descriptions by model and version. A reload may change them, so none is used for long."""
+
+    ENTRIES_MAX = 1024
+    AGE_NS_MAX = 5_000_000_000
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[str, int], tuple[int, ModelDescription]] = {}
+
+    def get(self, model: str, version: int, now_ns: int) -> ModelDescription | None:
+        """`now_ns`: monotonic."""
+        put_ns, description = self._entries.get((model, version), (None, None))
+        if put_ns is None or now_ns - put_ns > self.AGE_NS_MAX:
+            return None
+        return description
+
+    def put(self, model: str, version: int, description: ModelDescription, now_ns: int) -> None:
+        if len(self._entries) >= self.ENTRIES_MAX:
+            self._entries.clear()
+        self._entries[model, version] = now_ns, description
+
+
+OnProgress = Callable[[LoadProgress], None]
+
+
+def status_of_message(message: pb.ModelStatus) -> ModelStatus:
+    return ModelStatus(
+        name=message.name,
+        version=message.version,
+        state=_state_name(message.state),
+        reason=message.reason,
+        engine=message.engine,
+        worker=message.worker,
+    )
+
+
+def change_of_message(message: pb.WatchResponse) -> ModelChange:
+    return ModelChange(status_of_message(message.status), message.initial)
+
+
+def description_of_message(message: pb.DescribeResponse) -> ModelDescription:
+    return ModelDescription(
+        status=status_of_message(message.status),
+        ready_versions=tuple(message.ready_versions),
+        inputs=tuple(map(spec_of_message, message.inputs)),
+        outputs=tuple(map(spec_of_message, message.outputs)),
+        batch_rows_max=message.batch_rows_max,
+        instances=message.instances,
+        config_pbtxt=message.config_pbtxt,
+        warnings=tuple(message.warnings),
+        inputs_in_place=tuple(message.inputs_in_place),
+    )
+
+
+def spec_of_message(message: tensor_pb2.TensorSpec) -> TensorSpec:
+    dtype = dtypes.dtype_of_value(message.data_type)
+    return TensorSpec(message.name, dtype, tuple(message.shape), message.optional)
+
+
+def progress_of_message(message: pb.LoadResponse) -> LoadProgress:
+    return LoadProgress(message.phase, message.step, message.steps)
+
+
+def _state_name(state: int) -> str:
+    try:
+        name = pb.ModelState.Name(pb.ModelState.ValueType(state))
+    except ValueError:  # from a newer server
+        return f"state {state}"
+    return name.removeprefix(_STATE_PREFIX).lower()

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building requests and reading answers: what both clients and streams share, without any I/O."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypedDict
+
+from thirdrail import dtypes, failures, tensors
+from thirdrail.arrays import array_of_value, has_dtype
+from thirdrail.errors import Internal, InvalidArgument, ThirdrailError, Unimplemented
+from thirdrail.models import ModelDescription
+from thirdrail.tensors import Array, TensorSpec
+from thirdrail.v1 import inference_pb2 as pb
+
+# A mapping from input names to anything that numpy can read; a model with one input takes the value
+# alone.
+Inputs = Mapping[str, Any] | Any
+ParameterValue = bool | int | float | str
+
+
+class InferOptions(TypedDict, total=False):
+    """Everything that a request may say beside its model and inputs."""
+
+    outputs: Sequence[str] | None  # the outputs wanted, in this order; none: all
+    version: int  # 0: the newest one that is ready
+    request_id: str | None  # given back in the result and written to the server's log
+    timeout: float | None  # seconds until TimedOut is raised; none: wait
+    priority: int  # 1 is the highest; 0: the model's default
+    parameters: Mapping[str, ParameterValue] | None
+    classes: int | None  # the best N classes as b"value:index[:label]" instead of each output
+
+
+class Result(Mapping[str, Array]):
+    """The outputs of one request by name, in the model's order. The arrays are read-only.
+
+    BYTES outputs are object arrays of bytes.
+    """
+
+    __slots__ = ("_arrays", "model_name", "model_version", "parameters", "request_id", "timing")
+
+    def __init__(self, response: pb.InferResponse) -> None:
+        self._arrays = {tensor.name: _read_only(tensor) for tensor in response.outputs}
+        self.model_name: str = response.model_name
+        self.model_version: int = response.model_version  # the one that ran
+        self.request_id: str = response.request_id
+        self.timing: pb.Timing = response.timing  # where the time went, in nanoseconds
+        self.parameters: dict[str, ParameterValue] = {
+            name: getattr(value, value.WhichOneof("value") or "bool_value")
+            for name, value in response.parameters.items()
+        }
+
+    def __getitem__(self, name: str) -> Array:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __repr__(self) -> str:
+        arrays = ", ".join(f"{n}: {a.dtype}{list(a.shape)}" for n, a in self._arrays.items())
+        return f"<Result of {self.model_name} version {self.model_version}: {arrays}>"
+
+
+def needs_description(inputs: Inputs, options: InferOptions) -> bool:
+    """Whether the model's declaration is needed to build this request."""
+    if options.get("classes") and not options.get("outputs"):
+        return True
+    if not isinstance(inputs, Mapping):
+        return True
+    return not all(map(has_dtype, inputs.values()))
+
+
+def write_request(
+    request: pb.InferRequest,
+    model: str,
+    inputs: Inputs,
+    description: ModelDescription | None,
+    *,
+    outputs: Sequence[str] | None = None,
+    version: int = 0,
+    request_id: str | None = None,
+    timeout: float | None = None,
+    priority: int = 0,
+    parameters: Mapping[str, ParameterValue] | None = None,
+    classes: int | None = None,
+) -> None:
+    """Fills in an empty request, which may be part of a stream's message.
+
+    `description` is needed where `needs_description` says so.
+
+    Raises InvalidArgument for values that cannot be sent, TypeError for an option of another name.
+    """
+    if isinstance(outputs, str):
+        raise InvalidArgument(f"outputs must be a sequence of names, got the string '{outputs}'")
+    if classes and not outputs:
+        assert description is not None
+        outputs = [spec.name for spec in description.outputs]
+    request.model_name = model
+    request.model_version = version
+    request.request_id = request_id or ""
+    request.priority = priority
+    request.timeout_us = _microseconds(timeout)
+    for name in outputs or ():
+        request.outputs.add(name=name, class_count=classes or 0)
+    for name, value in (parameters or {}).items():
+        request.parameters[name].CopyFrom(_parameter(name, value))
+    for name, array in _named_arrays(inputs, description).items():
+        dtype, data = dtypes.dtype_of_array(array), tensors.bytes_of_array(array)
+        # Filled in place: appending a finished tensor would copy its bytes once more.
+        request.inputs.add(name=name, data_type=dtype.value, shape=array.shape, raw=bytes(data))
+
+
+def outcome_of_answer(answer: pb.InferResponse) -> Result | ThirdrailError:
+    """What one answer of a stream means for the request that it answers."""
+    if answer.status.reason:
+        return failures.error_of_status(answer.status)
+    if not answer.final:
+        return Unimplemented(f"model '{answer.model_name}' answers in parts, expected one answer")
+    return outcome_of_response(answer)
+
+
+def outcome_of_response(response: pb.InferResponse) -> Result | ThirdrailError:
+    """The result, or the error for a response that makes no sense."""
+    try:
+        return Result(response)
+    except InvalidArgument as error:
+        return Internal(f"the server's answer cannot be read: {error}")
+
+
+def _named_arrays(inputs: Inputs, description: ModelDescription | None) -> dict[str, Array]:
+    if not isinstance(inputs, Mapping):
+        assert description is not None
+        inputs = {_only_input(description).name: inputs}
+    specs = {spec.name: spec for spec in description.inputs} if description else {}
+    return {
+        name: array_of_value(name, value, _spec_for(name, value, specs))
+        for name, value in inputs.items()
+    }
+
+
+def _spec_for(name: str, value: object, specs: Mapping[str, TensorSpec]) -> TensorSpec | None:
+    spec = specs.get(name)
+    if spec is None and not has_dtype(value):
+        raise InvalidArgument(f"unknown input '{name}', the model has {', '.join(specs)}")
+    return spec
+
+
+def _only_input(description: ModelDescription) -> TensorSpec:
+    if len(description.inputs) != 1:
+        names = ", ".join(spec.name for spec in description.inputs)
+        raise InvalidArgument(
+            f"model '{description.status.name}' has {len(description.inputs)} inputs ({names}): "
+            "pass a mapping from their names to arrays"
+        )
+    return description.inputs[0]
+
+
+def _parameter(name: str, value: ParameterValue) -> pb.Parameter:
+    match value:
+        case bool():
+            return pb.Parameter(bool_value=value)
+        case int():
+            return _whole_number(name, value)
+        case float():
+            return pb.Parameter(double_value=value)
+        case str():
+            return pb.Parameter(string_value=value)
+    raise InvalidArgument(
+        f"parameter '{name}' must be bool, int, float or str, got {type(value).__name__}"
+    )
+
+
+def _whole_number(name: str, value: int) -> pb.Parameter:
+    if -(1 << 63) <= value < 1 << 63:
+        return pb.Parameter(int_value=value)
+    if 0 < value < 1 << 64:
+        return pb.Parameter(uint_value=value)
+    raise InvalidArgument(f"parameter '{name}' must fit 64 bits, got {value}")
+
+
+def _microseconds(timeout: float | None) -> int:
+    if timeout is None:
+        return 0
+    if not timeout > 0:
+        raise InvalidArgument(f"timeout must be above 0 seconds, got {timeout}")
+    return max(1, round(timeout * 1e6))
+
+
+def _read_only(tensor: Any) -> Array:
+    array = tensors.array_of_tensor(tensor)
+    if array.flags.writeable:
+        array.flags.writeable = False
+    return array
