@@ -49,8 +49,8 @@ def element_count(name: str, shape: Sequence[int]) -> int:
         raise InvalidArgument(
             f"tensor '{name}' has a negative dimension in its shape {list(shape)}"
         )
-    # Checked before the product: a zero must not excuse the others, and no product may grow huge.
-    if any(dim > ELEMENTS_MAX for dim in shape) or math.prod(shape) > ELEMENTS_MAX:
+    # A zero must not excuse the others: numpy counts the bytes of [0, 2**47, 2**47] without it.
+    if math.prod(dim for dim in shape if dim) > ELEMENTS_MAX:
         raise InvalidArgument(
             f"tensor '{name}' has the shape {list(shape)}, more than {ELEMENTS_MAX} elements"
         )
