@@ -11,8 +11,8 @@ from typing import Any
 
 from thirdrail.errors import Internal, ThirdrailError, Unavailable
 from thirdrail.v1 import inference_pb2
+from thirdrail_server.front.dispatch import Dispatcher, Result
 from thirdrail_server.front.kserve import responses
-from thirdrail_server.front.kserve.ports import Dispatcher, Result
 from thirdrail_server.front.kserve.requests import native_request
 from thirdrail_server.front.kserve.status import INTERNAL_TEXT, Context, error_of, named
 from thirdrail_server.front.kserve.stream import StreamCut, replies_in_order

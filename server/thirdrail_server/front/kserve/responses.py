@@ -27,7 +27,7 @@ _PARAMETER_FIELD = {
 
 def kserve_response(
     response: inference_pb2.InferResponse,
-    data: Sequence[memoryview | bytes | None],
+    data: Sequence[Buffer | None],
     *,
     request_id: str,
 ) -> kserve.ModelInferResponse:
@@ -56,6 +56,8 @@ def kserve_response(
 
 
 def _inline_elements(tensor: tensor_pb2.Tensor) -> Buffer:
+    if tensor.HasField("raw"):
+        return tensor.raw
     return tensors.bytes_of_array(tensors.array_of_tensor(tensor))
 
 

@@ -10,9 +10,10 @@ from thirdrail import __version__
 from thirdrail.errors import InvalidArgument, NotFound, Unavailable, Unimplemented
 from thirdrail_server.config import ServerConfig
 from thirdrail_server.front.control.catalog import Catalog, ServedModel, parse_version
+from thirdrail_server.front.control.model_control import ModelControl
+from thirdrail_server.front.dispatch import Dispatcher
 from thirdrail_server.front.kserve import metadata, repository, settings, statistics
 from thirdrail_server.front.kserve.inference import InferenceCalls
-from thirdrail_server.front.kserve.ports import Control, Dispatcher
 from thirdrail_server.front.kserve.status import Context, answering
 from thirdrail_server.inference import grpc_service_pb2 as pb
 from thirdrail_server.inference.grpc_service_pb2_grpc import GRPCInferenceServiceServicer
@@ -31,7 +32,7 @@ class KServeServicer(GRPCInferenceServiceServicer):
         *,
         dispatcher: Dispatcher,
         catalog: Catalog,
-        control: Control,
+        control: ModelControl,
         authorize_control: Callable[[Context], None],
         config: ServerConfig,
     ) -> None:
@@ -156,9 +157,7 @@ class KServeServicer(GRPCInferenceServiceServicer):
         self._authorize_control(context)
         repository.refuse_repository_name(request.repository_name)
         overrides = repository.load_overrides(request.model_name, request.parameters)
-        await self._control.load(
-            request.model_name, overrides.config, overrides.files, _ignore_progress
-        )
+        await self._control.load(request.model_name, overrides.config, overrides.files)
         return pb.RepositoryModelLoadResponse()
 
     @answering
@@ -168,7 +167,8 @@ class KServeServicer(GRPCInferenceServiceServicer):
         self._authorize_control(context)
         repository.refuse_repository_name(request.repository_name)
         repository.check_unload(request.parameters)
-        await self._control.unload(request.model_name)
+        # Clients expect the answer once the model is out of reach, and then look into the index.
+        await self._control.unload(request.model_name, wait=False)
         return pb.RepositoryModelUnloadResponse()
 
     # Shared memory
@@ -240,7 +240,3 @@ class KServeServicer(GRPCInferenceServiceServicer):
 def _config(model: ServedModel) -> pb.ModelConfig:
     assert model.config is not None, "the catalog found a version that is ready, so it was loaded"
     return model.config
-
-
-def _ignore_progress(phase: str, step: int, steps: int) -> None:
-    """A KServe load has one answer, at its end."""
