@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures for all tests, and the rule that `--all` turns a skip into a failure."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from support.models import write_standard_repository
+from support.server import RunningServer, running_server
+
+NEEDS_ALL = ("slow", "needs_gcc", "needs_node", "needs_packages")
+
+StartServer = Callable[..., RunningServer]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all",
+        action="store_true",
+        help="run the slow tests and those that install compilers or other people's packages; "
+        "a skip is then a failure, except in tests/gpu",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all"):
+        return
+    for item in items:
+        names = [name for name in NEEDS_ALL if item.get_closest_marker(name)]
+        if names:
+            reason = f"{', '.join(names)}: runs with make test-all"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    is_gpu = "gpu" in item.path.parts
+    if report.skipped and item.config.getoption("--all") and not is_gpu:  # type: ignore[attr-defined]
+        report.outcome = "failed"  # type: ignore[attr-defined]
+        report.longrepr = f"skipped under --all: {report.longrepr}"  # type: ignore[attr-defined]
+    return report
+
+
+@pytest.fixture(scope="session")
+def standard_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models of support.models.write_standard_repository. Not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("repository")
+    write_standard_repository(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(
+    standard_repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    """One server for all tests that leave it as it was: no killing, no loading."""
+    with running_server(standard_repository, tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServer]:
+    """start_server(repository, *arguments, wait=True): a server of the test's own."""
+    with ExitStack() as stack:
+
+        def start(repository: Path, *arguments: str, wait: bool = True) -> RunningServer:
+            folder = tmp_path_factory.mktemp("server")
+            return stack.enter_context(running_server(repository, folder, arguments, wait=wait))
+
+        yield start
