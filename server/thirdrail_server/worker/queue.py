@@ -73,7 +73,7 @@ class RequestQueue:
         assert not queued.is_waiting, queued
         self._numbered += 1
         queued.number = self._numbered
-        queued.ends_ns = _nearest(queued.deadline_ns, queued.timeout_ns)
+        queued.ends_ns = queued.nearest_end_ns
         is_urgent = queued.priority < self._policy.default_priority
         queued.due_ns = min(
             queued.arrived_ns + (0 if is_urgent else self._delay_ns),
@@ -173,7 +173,8 @@ class RequestQueue:
 
     def _move_back(self, queued: Queued) -> None:
         self._leave_line(queued, is_turn=False)
-        queued.ends_ns = _nearest(queued.deadline_ns, None)
+        queued.timeout_ns = None
+        queued.ends_ns = queued.nearest_end_ns
         self._stand_in_line(queued, 2 * queued.priority + 1)
 
     def _leave(self, queued: Queued, *, is_turn: bool) -> None:
@@ -230,10 +231,3 @@ class _Group:
     def remove(self, queued: Queued) -> None:
         del self._dues[bisect_left(self._dues, (queued.due_ns, queued.number))]
         self.rows -= queued.rows
-
-
-def _nearest(deadline_ns: int | None, timeout_ns: int | None) -> int:
-    return min(
-        NEVER_NS if deadline_ns is None else deadline_ns,
-        NEVER_NS if timeout_ns is None else timeout_ns,
-    )

@@ -22,13 +22,23 @@ class Queued:
     signature: Hashable  # what must be equal within a batch, e.g. the shapes without the batch axis
     arrived_ns: int
     deadline_ns: int | None = None  # the caller's; nobody wants the answer at this time or later
-    timeout_ns: int | None = None  # the policy's; passing it ends or delays the request
+    timeout_ns: int | None = None  # the policy's; passing it ends or delays the request, then None
 
     number: int = field(default=0, init=False)  # in order of arrival
     rank: int | None = field(default=None, init=False)  # None: it does not wait
-    ends_ns: int = field(default=NEVER_NS, init=False)  # the nearer of its deadlines still ahead
+    ends_ns: int = field(
+        default=NEVER_NS, init=False
+    )  # its nearest_end_ns, as the lists are sorted by it
     due_ns: int = field(default=NEVER_NS, init=False)  # when it should stop waiting for company
 
     @property
     def is_waiting(self) -> bool:
         return self.rank is not None
+
+    @property
+    def nearest_end_ns(self) -> int:
+        """The nearer of its two deadlines, NEVER_NS without any."""
+        return min(
+            NEVER_NS if self.deadline_ns is None else self.deadline_ns,
+            NEVER_NS if self.timeout_ns is None else self.timeout_ns,
+        )

@@ -141,10 +141,10 @@ class Scheduler:
         """When `tick` must be called unless another event comes first; None: no need to."""
         if not self._queue.count:
             return None
-        wake_at_ns = self._queue.next_end_ns
         if self._instances_free:
-            wake_at_ns = min(wake_at_ns, self._queue.next_due_ns)
-        return wake_at_ns if wake_at_ns < NEVER_NS else None
+            return self._queue.next_due_ns  # requests are due before their deadlines end them
+        end_ns = self._queue.next_end_ns
+        return end_ns if end_ns < NEVER_NS else None
 
     @property
     def queued_count(self) -> int:
@@ -162,14 +162,11 @@ class Scheduler:
         return not self._queue.count and not self._running
 
     def _can_start_at_once(self, queued: Queued, now_ns: int) -> bool:
-        """Whether the queue, which comes to the same, can be left out: the most common case."""
-        return (
-            self._instances_free > 0
-            and self._starts_at_once
-            and not self._queue.count
-            and (queued.deadline_ns is None or queued.deadline_ns > now_ns)
-            and (queued.timeout_ns is None or queued.timeout_ns > now_ns)
-        )
+        """Whether the queue can be left out, which comes to the same: the most common case.
+
+        A free instance means that nobody waits, if nobody ever waits for company.
+        """
+        return self._instances_free > 0 and self._starts_at_once and queued.nearest_end_ns > now_ns
 
     def _advance(self, now_ns: int) -> list[Action]:
         """End what expired, then start what may run."""
