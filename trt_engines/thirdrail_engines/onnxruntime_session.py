@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An ONNX file becomes an ONNX Runtime session, and the session the spec of an engine."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from thirdrail import dtypes
+from thirdrail.dtypes import DType
+from thirdrail.tensors import TensorSpec
+from thirdrail_engines.engine import EngineSpec, ModelFileError
+from thirdrail_engines.inspector import Findings
+from thirdrail_engines.onnxruntime_errors import tidy
+from thirdrail_engines.options import EngineOptions
+
+_PLATFORM = "onnxruntime_onnx"
+_LOG_NOTHING = 4  # errors come as exceptions; on standard error they would be noise
+
+# How ONNX Runtime writes the element types that we serve, and their numbers in ONNX.
+_TYPES: dict[str, tuple[str, int]] = {
+    "tensor(bool)": ("BOOL", 9),
+    "tensor(uint8)": ("UINT8", 2),
+    "tensor(uint16)": ("UINT16", 4),
+    "tensor(uint32)": ("UINT32", 12),
+    "tensor(uint64)": ("UINT64", 13),
+    "tensor(int8)": ("INT8", 3),
+    "tensor(int16)": ("INT16", 5),
+    "tensor(int32)": ("INT32", 6),
+    "tensor(int64)": ("INT64", 7),
+    "tensor(float16)": ("FP16", 10),
+    "tensor(bfloat16)": ("BF16", 16),
+    "tensor(float)": ("FP32", 1),
+    "tensor(double)": ("FP64", 11),
+    "tensor(string)": ("BYTES", 8),
+}
+ELEMENT_TYPES: dict[np.dtype[Any] | None, int] = {
+    dtypes.BY_NAME[name].numpy: number for name, number in _TYPES.values()
+}
+
+
+def open_session(path: Path, options: EngineOptions) -> Any:
+    """An `onnxruntime.InferenceSession`. Raises ModelFileError when the file cannot be run."""
+    _check_file(path)
+    try:
+        return ort.InferenceSession(
+            str(path),
+            _session_options(options),
+            providers=["CPUExecutionProvider"],
+            enable_fallback=0,  # which would print, and try the same again
+        )
+    except Exception as error:  # its own classes share no parent but Exception
+        raise ModelFileError(f"{path.name}: {_load_failure(path, error)}") from None
+
+
+def spec_of(path: Path, session: Any, findings: Findings) -> EngineSpec:
+    """What the session says about its tensors, and the graph about their use.
+
+    Raises ModelFileError for an input or output that is no tensor of a type that we serve.
+    """
+    inputs = [_tensor(path, "input", node) for node in session.get_inputs()]
+    inputs += [
+        _tensor(path, "input", node, optional=True)
+        for node in session.get_overridable_initializers()
+    ]
+    outputs = [_tensor(path, "output", node) for node in session.get_outputs()]
+    _check_mixture(path, inputs, outputs)
+    # ONNX Runtime says () for a scalar and for an unknown rank, and may have inferred what the
+    # file lacks.
+    unranked = frozenset(
+        tensor.name
+        for tensor in (*inputs, *outputs)
+        if tensor.shape == () and (findings.error or tensor.name in findings.unranked)
+    )
+    names = {tensor.name for tensor in inputs if not tensor.optional}
+    return EngineSpec(
+        tuple(inputs), tuple(outputs), _PLATFORM, findings.positional_inputs & names, unranked
+    )
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise ModelFileError(f"{path.name}: no such file")
+    if path.stat().st_size == 0:
+        raise ModelFileError(f"{path.name}: the file is empty")
+
+
+def _session_options(options: EngineOptions) -> Any:
+    session_options = ort.SessionOptions()
+    session_options.log_severity_level = _LOG_NOTHING
+    session_options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    session_options.intra_op_num_threads = options.threads_max
+    session_options.inter_op_num_threads = 1
+    # Spinning wins microseconds for one model alone and takes a whole core from everything else on
+    # the host.
+    session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session_options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    # Its arena keeps the peak of every session for ever. malloc is as fast here and gives back:
+    # five small models after their first runs take 111 MB with it and 136 MB with the arena.
+    session_options.enable_cpu_mem_arena = False
+    return session_options
+
+
+def _load_failure(path: Path, error: Exception) -> str:
+    text = tidy(str(error), path.parent)
+    if type(error).__name__ == "InvalidProtobuf":
+        return "not a readable ONNX file, perhaps cut short or damaged"
+    if "External data path does not exist" in text:
+        return f"weights are missing: {text}"
+    return text or "ONNX Runtime refused it without a reason"
+
+
+def _tensor(path: Path, kind: str, node: Any, *, optional: bool = False) -> TensorSpec:
+    dtype = _served_dtype(node.type)
+    if dtype is None:
+        raise ModelFileError(
+            f"{path.name}: {kind} '{node.name}' is a {node.type}, "
+            f"expected a tensor of one of {', '.join(dtypes.BY_NAME)}"
+        )
+    if dtype.numpy is None:
+        raise ModelFileError(f"{path.name}: {kind} '{node.name}' is BF16: install ml_dtypes")
+    shape = tuple(dim if isinstance(dim, int) and dim >= 0 else -1 for dim in node.shape)
+    return TensorSpec(node.name, dtype, shape, optional)
+
+
+def _served_dtype(type_name: str) -> DType | None:
+    row = _TYPES.get(type_name)
+    return dtypes.BY_NAME[row[0]] if row else None
+
+
+def _check_mixture(path: Path, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> None:
+    kinds = {tensor.dtype.name for tensor in inputs}
+    if "BYTES" in kinds and "BF16" in kinds | {tensor.dtype.name for tensor in outputs}:
+        raise ModelFileError(
+            f"{path.name}: BYTES inputs beside BF16 tensors are more than ONNX Runtime's "
+            "Python interface can pass"
+        )
