@@ -7,13 +7,19 @@ from typing import Any
 
 import pytest
 
-from thirdrail_server.inference.grpc_service_pb2 import ModelConfig, ModelOutput
+from thirdrail_server.inference.grpc_service_pb2 import (
+    DataType,
+    ModelConfig,
+    ModelInput,
+    ModelOutput,
+)
 from thirdrail_server.repository.errors import RepositoryError
 from thirdrail_server.repository.fingerprint import fingerprint
 from thirdrail_server.repository.labels import labels
 from thirdrail_server.repository.layout import model_file, scan
 from thirdrail_server.repository.model_config import CONFIG_BYTES_MAX, read_config
 from thirdrail_server.repository.paths import read_bounded, relative_parts
+from thirdrail_server.repository.warmup import warmup_requests
 
 CLIMBING = ["..", "../x", "a/../../x", "/etc/passwd", "//etc/passwd", "./../x", "a/.."]
 NO_PATHS = ["", ".", "/", "a\0b", "a\nb", "x" * 1025, "\ud800"]
@@ -50,7 +56,7 @@ def test_symlinks_out_of_the_repository_are_refused(repository: Any, secret: Pat
     (repository.root / "version").mkdir()
     (repository.root / "version/1").symlink_to(secret.parent)
     for name in ("file", "version"):
-        with pytest.raises(RepositoryError, match="leads out of the repository"):
+        with pytest.raises(RepositoryError, match="leads out of the folder 'repository'"):
             model_file(repository.model(name), 1)
 
 
@@ -60,13 +66,13 @@ def test_a_model_folder_that_leads_out_is_a_problem_of_its_own(
     repository.write("good/1/model.onnx")
     (repository.root / "bad").symlink_to(secret.parent)
     assert scan(repository.root)["good"].problem is None
-    assert "leads out of the repository" in repository.model("bad").problem
+    assert "leads out of the folder 'repository'" in repository.model("bad").problem
 
 
 def test_a_configuration_that_leads_out_is_a_problem(repository: Any, secret: Path) -> None:
     repository.write("m/1/model.onnx")
     (repository.root / "m/config.pbtxt").symlink_to(secret)
-    assert "leads out of the repository" in repository.model("m").problem
+    assert "leads out of the folder 'repository'" in repository.model("m").problem
 
 
 def test_symlinks_inside_the_repository_are_followed(repository: Any) -> None:
@@ -101,6 +107,23 @@ def test_label_files_stay_inside_the_model_folder(repository: Any, secret: Path)
         config = ModelConfig(output=[ModelOutput(name="y", label_filename=filename)])
         with pytest.raises(RepositoryError, match=r"output 'y'"):
             labels(config, repository.model("m").path)
+
+
+def test_warm_up_files_stay_inside_the_model_folder(repository: Any, secret: Path) -> None:
+    repository.write("m/1/model.onnx")
+    repository.write("m/warmup/own", b"\0")
+    repository.write("other/data", b"\0")
+    (repository.root / "m/warmup/link").symlink_to(secret)
+    (repository.root / "m/warmup/neighbour").symlink_to("../../other/data")
+    config = ModelConfig(input=[ModelInput(name="x", data_type=DataType.TYPE_INT8)])
+    source = config.model_warmup.add().inputs["x"]
+    source.data_type = DataType.TYPE_INT8
+    for filename in (*CLIMBING, "link", "neighbour"):
+        source.input_data_file = filename
+        with pytest.raises(RepositoryError, match=r"input 'x'.*(inside the model|leads out)"):
+            warmup_requests(config, repository.model("m").path)
+    source.input_data_file = "own"
+    assert len(warmup_requests(config, repository.model("m").path)) == 1
 
 
 def test_a_fingerprint_does_not_look_outside(repository: Any, secret: Path) -> None:

@@ -130,6 +130,12 @@ def test_contradictions_are_refused(text: str, refusal: str) -> None:
     assert str(caught.value) == f"model 'm': {refusal}"
 
 
+@pytest.mark.parametrize("text", ["platform: 'tensorrt_plan'", "sequence_batching {}"])
+def test_fields_that_are_not_served_are_refused(text: str) -> None:
+    with pytest.raises(RepositoryError, match="not served by this version of Thirdrail"):
+        complete("m", parse(text), MODEL)
+
+
 def test_a_fixed_first_dimension_takes_no_batches() -> None:
     with pytest.raises(RepositoryError) as caught:
         complete("m", parse("max_batch_size: 8"), FIXED)

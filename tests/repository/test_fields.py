@@ -224,3 +224,9 @@ def test_a_refusal_outweighs_warnings() -> None:
     with pytest.raises(RepositoryError) as caught:
         check_fields(parse("response_cache { enable: true } ensemble_scheduling {}"))
     assert "response_cache" not in str(caught.value)
+
+
+def test_rows_below_a_map_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FIELDS, "model_warmup.inputs.dims", fields.harmless("of no use"))
+    config = parse("model_warmup { inputs { key: 'x' value { dims: [1] } } }")
+    assert check_fields(config) == ("model_warmup[0].inputs[x].dims is ignored: of no use",)

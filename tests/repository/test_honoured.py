@@ -12,10 +12,9 @@ from thirdrail.dtypes import BYTES
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.repository.errors import RepositoryError
 from thirdrail_server.repository.fields import FIELDS, Fate, check_fields
-from thirdrail_server.repository.layout import scan
-from thirdrail_server.repository.model_config import parse_text
+from thirdrail_server.repository.layout import model_file, scan
+from thirdrail_server.repository.model_config import parse_text, read_config
 from thirdrail_server.repository.options import ModelOptions, model_options
-from thirdrail_server.repository.reading import read_model
 from thirdrail_server.repository.versions import chosen
 
 QUEUE_REQUESTS_MAX = 99
@@ -260,7 +259,9 @@ def default_model_filename(folder: Path) -> None:
     path = folder / "m/1/other.onnx"
     path.write_bytes(b"")
     (folder / "m/config.pbtxt").write_text("default_model_filename: 'other.onnx'")
-    assert read_model(scan(folder)["m"]).versions == ((1, path),)
+    config = read_config(scan(folder)["m"])
+    assert config is not None
+    assert model_file(scan(folder)["m"], 1, config.default_model_filename) == path
 
 
 @honours("parameters")
@@ -358,6 +359,15 @@ def input_data_file(folder: Path) -> None:
     assert options(strings, folder).warmup[0].inputs["x"].tolist() == [[b"ab"], [b"ab"]]
     assert "needs 12 bytes, got 6" in refusal(text, folder)
     assert "must be a path inside" in refusal(text.replace("'row'", "'../row'"), folder)
+
+
+def test_options_warn_about_harmless_fields_and_refuse_the_refused() -> None:
+    assert options("response_cache { enable: true }").warnings == (
+        "response_cache.enable is ignored: every request is computed",
+    )
+    assert options("").warnings == ()
+    with pytest.raises(RepositoryError, match="models with sequences are not served"):
+        options("sequence_batching {}")
 
 
 def test_every_honoured_row_has_a_check() -> None:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.repository.errors import RepositoryError
-from thirdrail_server.repository.fields import check_fields
 from thirdrail_server.repository.model_config import (
     CONFIG_BYTES_MAX,
     parse_json,
@@ -47,7 +46,6 @@ def refusal_of(read: Callable[..., ModelConfig], *arguments: object) -> str:
 
 def use(config: ModelConfig) -> None:
     """All that reads a configuration before an engine is involved."""
-    check_fields(config)
     model_options(config, Path("/nowhere"), queue_requests_max=10)
 
 

@@ -12,6 +12,7 @@ from thirdrail_server.inference.grpc_service_pb2 import (
     ModelOutput,
 )
 from thirdrail_server.repository.errors import RepositoryError, blaming
+from thirdrail_server.repository.fields import check_fields
 from thirdrail_server.repository.layout import MODEL_FILENAME
 from thirdrail_server.repository.options import batch_rows_max
 from thirdrail_server.repository.specs import (
@@ -29,10 +30,12 @@ def complete(
 
     proven_rows: above 0, the batch size for which a proof succeeded; used where
         `may_derive_batching` allows it.
-    Raises RepositoryError when the configuration and the model file contradict each other.
+    Raises RepositoryError for fields that are not served, and when the configuration and the model
+    file contradict each other.
     """
     whole = ModelConfig()
     if config is not None:
+        check_fields(config)  # before a platform that is not served is written over
         whole.CopyFrom(config)
     whole.name = name
     if proven_rows > 0 and may_derive_batching(config, spec):

@@ -9,6 +9,7 @@ from pathlib import Path
 from thirdrail.tensors import TensorSpec
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.repository.errors import RepositoryError, blaming
+from thirdrail_server.repository.fields import check_fields
 from thirdrail_server.repository.labels import labels
 from thirdrail_server.repository.queue_policy import queue_policy
 from thirdrail_server.repository.specs import input_specs, output_specs
@@ -34,15 +35,18 @@ class ModelOptions:
     labels: Mapping[str, tuple[str, ...]]  # by output name
     warmup: tuple[WarmupRequest, ...]
     parameters: Mapping[str, str]
+    warnings: tuple[str, ...]  # what the configuration says without effect
 
 
 def model_options(config: ModelConfig, folder: Path, *, queue_requests_max: int) -> ModelOptions:
-    """The options of a completed configuration that passed `check_fields`.
+    """The options of a completed configuration.
 
     folder: the model's, where labels and warm-up data lie.
     queue_requests_max: the queue's bound where the configuration sets none.
-    Raises RepositoryError for values that are impossible and files that cannot be used.
+    Raises RepositoryError for fields that are not served, values that are impossible and files
+    that cannot be used.
     """
+    warnings = check_fields(config)
     with blaming(config.name):
         return ModelOptions(
             name=config.name,
@@ -55,6 +59,7 @@ def model_options(config: ModelConfig, folder: Path, *, queue_requests_max: int)
             labels=labels(config, folder),
             warmup=warmup_requests(config, folder),
             parameters={key: value.string_value for key, value in config.parameters.items()},
+            warnings=warnings,
         )
 
 

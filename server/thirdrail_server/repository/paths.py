@@ -43,7 +43,9 @@ def resolve_inside(boundary: Path, folder: Path, relative: str, what: str) -> Pa
     except (OSError, ValueError) as error:
         raise RepositoryError(f"{what} {_shown(relative)}: {reason_of(error)}") from None
     if not real.is_relative_to(boundary):
-        raise RepositoryError(f"{what} {_shown(relative)} leads out of the repository")
+        raise RepositoryError(
+            f"{what} {_shown(relative)} leads out of the folder '{boundary.name}'"
+        )
     return real
 
 

@@ -76,7 +76,7 @@ def prepare_version(
     except BaseException:
         engine.close()
         raise
-    return PreparedVersion(spec, engine, options, whole, place, notes)
+    return PreparedVersion(spec, engine, options, whole, place, (*options.warnings, *notes))
 
 
 def _proven_rows(

@@ -97,7 +97,7 @@ class ModelTable:
             config=newest.config,
             versions={each.spec.version: None for each in prepared} | texts,
             in_place={each.spec.version: sorted(_in_place(each)) for each in prepared},
-            warnings=[note for each in prepared for note in each.notes],
+            warnings=list(dict.fromkeys(note for each in prepared for note in each.notes)),
             engine=ENGINE_NAME,
         )
 

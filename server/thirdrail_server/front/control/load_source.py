@@ -7,6 +7,7 @@ from pathlib import Path
 from thirdrail_server.control_messages import LoadCommand
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.repository.errors import RepositoryError
+from thirdrail_server.repository.fields import check_fields
 from thirdrail_server.repository.layout import ModelFolder, model_file, scan
 from thirdrail_server.repository.model_config import read_config
 from thirdrail_server.repository.versions import chosen, missing
@@ -39,6 +40,8 @@ def prepare(name: str, source: LoadSource) -> PreparedLoad:
     if folder.problem is not None:
         raise RepositoryError(folder.problem)
     config = source.config if source.config is not None else read_config(folder)
+    if config is not None:
+        check_fields(config)  # first: a model of a kind that is not served may have no model file
     policy = (config or ModelConfig()).version_policy
     filename = config.default_model_filename if config is not None else ""
     failures = dict.fromkeys(
