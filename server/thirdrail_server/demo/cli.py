@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`thirdrail demo`, as a command for typer. Imports what the demo needs only when it runs."""
+"""`thirdrail demo`, as a command for typer."""
 
 from pathlib import Path
 from typing import Annotated
@@ -27,9 +27,6 @@ def demo(
     server is started for the demo alone and stopped at its end. Exit code 1: an answer was not as
     expected.
     """
-    try:
-        from thirdrail_server.demo.run import run_demo
-    except ModuleNotFoundError as error:
-        typer.echo(f"{error.name} is missing. Run: pip install 'thirdrail[demo]'", err=True)
-        raise typer.Exit(2) from None
+    from thirdrail_server.demo.run import run_demo  # the extra `demo` may not be installed
+
     raise typer.Exit(run_demo(folder, wheels=wheels, fetch_only=fetch_only))

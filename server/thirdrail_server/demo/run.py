@@ -13,6 +13,7 @@ from types import FrameType
 from rich.console import Console
 
 import thirdrail
+from thirdrail.errors import Unavailable
 from thirdrail_server.demo import report
 from thirdrail_server.demo.child_server import ServerError, serving, wait_until_ready
 from thirdrail_server.demo.fetch import FetchError, fetch
@@ -89,7 +90,7 @@ def _is_ready(client: thirdrail.Client) -> bool:
     """
     try:
         statuses = [status for status in client.models() if status.name in MODELS]
-    except thirdrail.Unavailable:
+    except Unavailable:
         return False
     for status in statuses:
         if status.state == "unavailable" and status.reason:
