@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands share: the client they call through, and how they print."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from thirdrail.channels import TlsOptions
+from thirdrail.client import Client
+from thirdrail.errors import InvalidArgument
+
+_PIPE_COLUMNS = 240  # tables are not cut to a terminal's width where there is none
+
+
+@dataclass(frozen=True)
+class Session:
+    """The options in front of a command."""
+
+    url: str | None
+    tls: TlsOptions | None
+    as_json: bool
+
+    def client(self) -> Client:
+        return Client(self.url, tls=self.tls)
+
+
+@contextmanager
+def typed_by_hand() -> Iterator[None]:
+    """What cannot be sent because of how it was typed is a mistake on the command line."""
+    try:
+        yield
+    except InvalidArgument as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def session_of(ctx: typer.Context) -> Session:
+    assert isinstance(ctx.obj, Session)
+    return ctx.obj
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Where people's output goes: made per command, so that it writes to the current streams."""
+    found = Console(stderr=stderr, highlight=False)
+    return found if found.is_terminal else Console(stderr=stderr, width=_PIPE_COLUMNS)
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def new_table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """A table without lines, so that its rows can be cut and searched as text. `right`: numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table

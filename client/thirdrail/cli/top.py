@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`thirdrail top`: what the server does, live."""
+
+import dataclasses
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.text import Text
+
+from thirdrail.cli.figures import Figures, ModelFigures, figures_between
+from thirdrail.cli.session import console, new_table, print_json, session_of
+
+MIB = 1 << 20
+
+_MODEL_COLUMNS = ("VERSION", "REQ/S", "ROWS/S", "NOT OK/S", "BATCH", "LATENCY", "QUEUE", "COMPUTE")
+_NOW_COLUMNS = ("QUEUED", "RUNNING")
+_WORKER_COLUMNS = ("PID", "RESTARTS", "MEMORY", "SESSIONS", "ARENAS")
+
+
+def top(
+    ctx: typer.Context,
+    interval: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, help="Between two looks.")
+    ] = 1.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print one sample, taken over one interval, and exit.")
+    ] = False,
+) -> None:
+    """Watch models, queues, batches, latencies and workers. Ctrl-C ends it.
+
+    Rates and means are those of the last interval; QUEUED and RUNNING are those of this moment.
+    LATENCY is from receipt to reply, COMPUTE that of one batch, both in milliseconds. NOT OK counts
+    requests that failed, were refused, timed out or were cancelled.
+    """
+    session, out = session_of(ctx), console()
+    with session.client() as client:
+        before = client.snapshot()
+        if once or session.as_json or not out.is_terminal:
+            time.sleep(interval)
+            figures = figures_between(before, client.snapshot())
+            if session.as_json:
+                print_json(dataclasses.asdict(figures))
+            else:
+                out.print(view(figures))
+            return
+        with Live(Text("…"), console=out, screen=True, auto_refresh=False) as live:
+            while True:
+                time.sleep(interval)
+                after = client.snapshot()
+                live.update(view(figures_between(before, after)), refresh=True)
+                before = after
+
+
+def view(figures: Figures) -> RenderableType:
+    """One screen."""
+    minutes, seconds = divmod(int(figures.uptime_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    head = Text(f"thirdrail {figures.server_version}, up {hours}:{minutes:02}:{seconds:02}")
+    models = new_table(
+        "MODEL", *_MODEL_COLUMNS, *_NOW_COLUMNS, right=(*_MODEL_COLUMNS, *_NOW_COLUMNS)
+    )
+    for model in figures.models:
+        models.add_row(escape(model.name), *_model_cells(model))
+    workers = new_table("WORKER", "STATE", *_WORKER_COLUMNS, right=_WORKER_COLUMNS)
+    for worker in figures.workers:
+        workers.add_row(
+            escape(worker.name),
+            "[green]serving[/]" if worker.is_serving else "[red]not serving[/]",
+            str(worker.pid),
+            str(worker.restarts),
+            f"{worker.resident_bytes / MIB:.0f} MiB",
+            str(worker.sessions),
+            f"{worker.arena_bytes / MIB:.0f} MiB",
+        )
+    return Group(head, Text(), models, Text(), workers)
+
+
+def _model_cells(model: ModelFigures) -> list[str]:
+    not_ok = f"{model.not_ok_per_s:.1f}"
+    return [
+        str(model.version),
+        f"{model.requests_per_s:.1f}",
+        f"{model.rows_per_s:.1f}",
+        f"[red]{not_ok}[/]" if model.not_ok_per_s else not_ok,
+        _mean(model.batch_rows_mean, 1),
+        _mean(model.latency_ms_mean, 2),
+        _mean(model.queue_ms_mean, 2),
+        _mean(model.compute_ms_mean, 2),
+        str(model.queued),
+        str(model.running),
+    ]
+
+
+def _mean(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
