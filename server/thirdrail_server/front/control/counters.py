@@ -83,7 +83,7 @@ def _add(total: ModelCounters, part: ModelCounters) -> None:
 
 
 def _went_back(before: ModelCounters, now: ModelCounters) -> bool:
-    if any(getattr(now, name) < getattr(before, name) for name in SUMS):
+    if any(getattr(now, name) < getattr(before, name) for name in (*SUMS, LATEST)):
         return True
     sizes = {each.rows: each for each in now.batch_sizes}
     return any(

@@ -97,7 +97,7 @@ class MetricsEndpoint:
         except (TimeoutError, ConnectionError, asyncio.IncompleteReadError):
             pass  # whoever it was has gone, or is too slow to be told anything
         except asyncio.LimitOverrunError:
-            writer.write(_response("431 Request Header Fields Too Large"))
+            pass  # no scraper sends so much
         except Exception:
             _log.exception("a scrape failed")
             writer.write(_response("500 Internal Server Error"))

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading and unloading with real files and a real worker process, which the tests also kill."""
+
+import asyncio
+from typing import Any
+
+import psutil
+import pytest
+
+from thirdrail.errors import Internal, InvalidArgument, NotFound, ResourceExhausted, Unavailable
+from thirdrail_server.config import ControlLimits, WorkerConfig
+from thirdrail_server.front.control.catalog import RELOAD_FAILED
+from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
+from thirdrail_server.repository.errors import RepositoryError
+
+EXPLICIT: dict[str, Any] = {"model_control": "explicit"}
+
+
+async def test_startup_loads_every_model_and_a_broken_one_stops_no_other(
+    repository: Any, open_plane: Any
+) -> None:
+    repository.write("good")
+    repository.write("bad", "bad")
+    repository.write("buggy", "bug")
+    repository.write("badconfig", config="max_batch_size: many")
+    (repository.path / "empty").mkdir()
+    async with open_plane() as plane:
+        await plane.until(plane.is_settled)
+        assert plane.reason("bad") == "the file is damaged"
+        assert "secret" not in plane.reason("buggy")
+        assert "max_batch_size" in plane.reason("badconfig")
+        assert "no version folder" in plane.reason("empty")
+        assert plane.catalog.find("good")[0].config.max_batch_size == 4
+        assert not plane.catalog.all_ready()
+        (lane,) = plane.lanes
+    assert lane.closed_because is not None
+
+
+async def test_a_missing_repository_is_told_at_once(repository: Any, open_plane: Any) -> None:
+    repository.path.rmdir()
+    with pytest.raises(RepositoryError, match="cannot be read"):
+        async with open_plane():
+            pass
+
+
+async def test_explicit_mode_loads_what_is_asked_for(repository: Any, open_plane: Any) -> None:
+    repository.write("a")
+    repository.write("b")
+    async with open_plane(load_models=("a",), **EXPLICIT) as plane:
+        await plane.until(plane.catalog.all_ready)
+        assert plane.reason("b") == "unloaded"
+        told: list[tuple[str, int, int]] = []
+        assert await plane.control.load("b", None, {}, lambda *p: told.append(p)) == [1]
+        assert told == [("reading", 0, 0), ("building", 1, 2)]
+        await plane.control.unload("b")
+        assert not plane.catalog.is_ready("b")
+        await plane.control.unload("b")
+        with pytest.raises(NotFound, match="'c' is not found"):
+            await plane.control.unload("c")
+
+
+async def test_explicit_mode_refuses_a_startup_model_that_is_not_there(
+    repository: Any, open_plane: Any
+) -> None:
+    repository.write("a")
+    with pytest.raises(InvalidArgument, match="no model 'b'"):
+        async with open_plane(load_models=("a", "b"), **EXPLICIT):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("mode", "text"),
+    [
+        ("none", "model control is off; start the server with --model-control explicit"),
+        ("poll", "explicit model load / unload is not allowed if polling is enabled"),
+    ],
+)
+async def test_other_modes_refuse_control(
+    repository: Any, open_plane: Any, mode: str, text: str
+) -> None:
+    repository.write("a")
+    async with open_plane(model_control=mode) as plane:
+        with pytest.raises(Unavailable, match=text):
+            await plane.control.load("a")
+        with pytest.raises(Unavailable, match=text):
+            await plane.control.unload("a")
+
+
+async def test_load_failures_say_what_failed(repository: Any, open_plane: Any) -> None:
+    repository.write("bad", "bad")
+    repository.write("all", config="version_policy { specific { versions: [5] } }")
+    async with open_plane(**EXPLICIT) as plane:
+        await plane.worker.wait_until_up()
+        with pytest.raises(
+            Internal, match="failed to load 'x', failed to poll from model repository"
+        ):
+            await plane.control.load("x")
+        assert plane.catalog.get("x") is None, "a name that nobody knows leaves no trace"
+        with pytest.raises(Internal, match="failed to load 'bad', no version is available"):
+            await plane.control.load("bad")
+        with pytest.raises(Internal, match="version 5: version_policy names it"):
+            await plane.control.load("all")
+
+
+async def test_a_failed_reload_leaves_the_old_one_serving(repository: Any, open_plane: Any) -> None:
+    repository.write("m")
+    async with open_plane(load_models=("m",), **EXPLICIT) as plane:
+        await plane.until(plane.catalog.all_ready)
+        repository.write("m", "bad")
+        with pytest.raises(Internal, match="the file is damaged"):
+            await plane.control.load("m")
+        model, _ = plane.catalog.find("m")
+        assert f"{RELOAD_FAILED}: the file is damaged" in model.warnings
+
+
+async def test_loads_of_one_model_take_turns_and_the_line_is_bounded(
+    repository: Any, open_plane: Any
+) -> None:
+    repository.write("m", "slow")
+    limits = ControlLimits(waiting_per_model_max=1)
+    async with open_plane(control=limits, **EXPLICIT) as plane:
+        await plane.worker.wait_until_up()
+        loads = [asyncio.create_task(plane.control.load("m")) for _ in range(3)]
+        outcomes = await asyncio.gather(*loads, return_exceptions=True)
+    assert outcomes[:2] == [[1], [1]]
+    assert isinstance(outcomes[2], ResourceExhausted)
+
+
+async def test_a_load_goes_on_when_its_caller_gives_up(repository: Any, open_plane: Any) -> None:
+    repository.write("m", "slow")
+    async with open_plane(**EXPLICIT) as plane:
+        await plane.worker.wait_until_up()
+        load = asyncio.create_task(plane.control.load("m"))
+        await plane.until(lambda: plane.reason("m") == "loading")
+        load.cancel()
+        await plane.until(lambda: plane.catalog.is_ready("m"))
+
+
+async def test_a_dead_worker_comes_back_with_its_models(repository: Any, open_plane: Any) -> None:
+    repository.write("a")
+    repository.write("b")
+    async with open_plane() as plane:
+        await plane.until(plane.catalog.all_ready)
+        first = (await plane.worker.status()).pid
+        counted = {each.name: each.requests_ok for each in await plane.control.counters()}
+        await plane.kill_worker()
+        assert not plane.catalog.all_ready()
+        with pytest.raises(Unavailable, match="worker 'cpu' died; restarting"):
+            plane.catalog.find("a")
+        assert not psutil.pid_exists(first)
+        await plane.until(plane.catalog.all_ready)
+        status = await plane.worker.status()
+        assert (status.restarts, status.is_serving, status.resident_bytes) == (1, True, 12345)
+        assert status.pid != first
+        after = {each.name: each.requests_ok for each in await plane.control.counters()}
+        assert all(after[name] > counted[name] for name in ("a", "b"))
+        assert len(plane.lanes) == 2
+        assert plane.lanes[0].closed_because == "worker 'cpu' died: signal 9 (SIGKILL)"
+
+
+async def test_a_model_that_kills_the_worker_is_broken_and_costs_one_restart(
+    repository: Any, open_plane: Any
+) -> None:
+    repository.write("good")
+    repository.write("poison", "kill")
+    async with open_plane(load_models=("good",), **EXPLICIT) as plane:
+        await plane.until(plane.catalog.all_ready)
+        text = "worker died while loading it: signal 11"
+        with pytest.raises(Internal, match=f"failed to load 'poison', {text}"):
+            await plane.control.load("poison")
+        assert plane.reason("poison") == f"{text} (SIGSEGV)"
+        await plane.until(plane.catalog.all_ready)
+        assert plane.worker.restarts == 1
+        repository.write("poison")
+        assert await plane.control.load("poison") == [1]
+
+
+async def test_loads_beside_a_poison_model_succeed(repository: Any, open_plane: Any) -> None:
+    for name in ("a", "b", "c"):
+        repository.write(name, "slow")
+    repository.write("poison", "kill")
+    worker = WorkerConfig(loads_at_once_max=4)
+    async with open_plane(worker=worker) as plane:
+        await plane.until(lambda: all(plane.catalog.is_ready(name) for name in ("a", "b", "c")))
+        await plane.until(lambda: "worker died while loading it" in plane.reason("poison"))
+        await plane.until(lambda: all(plane.catalog.is_ready(name) for name in ("a", "b", "c")))
+        assert plane.worker.restarts == 2
+
+
+async def test_a_reload_that_kills_the_worker_is_not_repeated(
+    repository: Any, open_plane: Any
+) -> None:
+    repository.write("m")
+    repository.write("other")
+    async with open_plane(load_models=("*",), **EXPLICIT) as plane:
+        await plane.until(plane.catalog.all_ready)
+        repository.write("m", "kill")
+        with pytest.raises(Internal, match="worker died"):
+            await plane.control.load("m")
+        await plane.until(lambda: plane.catalog.is_ready("other"))
+        assert not plane.catalog.is_ready("m")
+        assert plane.worker.restarts == 1
+
+
+async def test_a_worker_that_never_starts_is_tried_again_and_stops_at_once(
+    repository: Any, open_plane: Any
+) -> None:
+    repository.write("m")
+    async with open_plane(arguments=("--behave", "exit"), **EXPLICIT) as plane:
+        with pytest.raises(Unavailable, match="worker 'cpu' is being restarted"):
+            await plane.control.load("m")
+        while plane.worker.restarts < 2:
+            await asyncio.sleep(0.01)
+        assert not (await plane.worker.status()).is_serving
+
+
+async def test_a_worker_that_says_nothing_is_killed_and_tried_again(
+    repository: Any, open_plane: Any
+) -> None:
+    limits = ControlLimits(worker_start_s_max=1, restart_delay_ms_min=1)
+    async with open_plane(arguments=("--behave", "deaf"), control=limits) as plane:
+        while plane.worker.restarts < 1:
+            await asyncio.sleep(0.01)
+        assert not plane.catalog.all_ready()
+
+
+async def test_stopping_in_the_middle_of_a_load_leaves_no_process(
+    repository: Any, open_plane: Any
+) -> None:
+    repository.write("m", "forever")
+    async with open_plane() as plane:
+        await plane.until(lambda: plane.reason("m") == "loading")
+        pid = (await plane.worker.status()).pid
+    assert not psutil.pid_exists(pid)
+
+
+async def test_poll_mode_follows_the_repository(repository: Any, open_plane: Any) -> None:
+    repository.write("stays")
+    repository.write("goes")
+    async with open_plane(model_control="poll", poll_interval_s=0.02) as plane:
+        await plane.until(plane.catalog.all_ready)
+        repository.write("new")
+        (repository.path / "goes" / "1" / "model.onnx").unlink()
+        (repository.path / "goes" / "1").rmdir()
+        (repository.path / "goes").rmdir()
+        repository.write("stays", version=2)
+        await plane.until(
+            lambda: (
+                plane.catalog.get("goes") is None
+                and plane.catalog.is_ready("new")
+                and plane.catalog.is_ready("stays", 2)
+            )
+        )
+        assert plane.catalog.find("stays")[1] == 2
+        assert plane.catalog.all_ready()
+
+
+async def test_uploaded_files_serve_and_survive_the_worker(
+    repository: Any, open_plane: Any
+) -> None:
+    repository.write("m", "bad")
+    config = ModelConfig(name="m", max_batch_size=2)
+    async with open_plane(**EXPLICIT) as plane:
+        await plane.worker.wait_until_up()
+        files = {"3/model.onnx": b"ok", "labels.txt": b"cat"}
+        assert await plane.control.load("m", config, files) == [3]
+        assert plane.catalog.find("m")[0].config.max_batch_size == 2
+        await plane.kill_worker()
+        await plane.until(lambda: plane.catalog.is_ready("m", 3))
+        with pytest.raises(InvalidArgument, match="need a configuration"):
+            await plane.control.load("m", None, files)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker process without engines: its models are files that say what loading them does."""
+
+import argparse
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from thirdrail.errors import NotFound
+from thirdrail.v1 import metrics_pb2
+from thirdrail_engines.engine import ModelFileError
+from thirdrail_server.control_channel import ChannelLimits
+from thirdrail_server.control_messages import LoadedModel
+from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
+from thirdrail_server.worker.control import serve_control
+
+
+class Models:
+    """What `load` finds in a model file decides what happens."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.loads = 0
+
+    async def load(
+        self,
+        name: str,
+        config: ModelConfig | None,
+        versions: Sequence[tuple[int, Path]],
+        progress: Callable[[str, int, int], None],
+    ) -> LoadedModel:
+        self.loads += 1
+        for _version, path in versions:
+            # From another thread, as an engine's loader does.
+            await asyncio.to_thread(progress, "building", 1, 2)
+            await _obey(path.read_text().strip())
+        self.names.add(name)
+        complete = ModelConfig(name=name, max_batch_size=4)
+        complete.MergeFrom(config or ModelConfig())
+        return LoadedModel(
+            complete,
+            {version: None for version, _path in versions},
+            {version: ["x"] for version, _path in versions},
+            ["a field has no effect"],
+            "nothing",
+        )
+
+    async def unload(self, name: str) -> None:
+        if name not in self.names:
+            raise NotFound(f"no '{name}'")
+        self.names.discard(name)
+
+    def counters(self) -> list[metrics_pb2.ModelCounters]:
+        return [
+            metrics_pb2.ModelCounters(name=name, version=1, requests_ok=self.loads)
+            for name in sorted(self.names)
+        ]
+
+
+async def _obey(words: str) -> None:
+    if words == "bad":
+        raise ModelFileError("the file is damaged")
+    if words == "bug":
+        raise ZeroDivisionError("a secret")
+    if words == "kill":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if words == "slow":
+        await asyncio.sleep(0.2)
+    if words == "forever":
+        await asyncio.sleep(3600)
+
+
+def _status() -> metrics_pb2.WorkerStatus:
+    return metrics_pb2.WorkerStatus(resident_bytes=12345, sessions=1)
+
+
+async def main(control_fd: int) -> None:
+    front_is_gone = asyncio.Event()
+    channel = await serve_control(
+        socket.socket(fileno=control_fd), Models(), _status, front_is_gone.set, ChannelLimits()
+    )
+    await front_is_gone.wait()
+    await channel.close()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--control-fd", type=int, required=True)
+    parser.add_argument("--lane-fd", type=int, required=True)
+    parser.add_argument("--behave", default="")
+    args = parser.parse_args()
+    if args.behave == "exit":
+        raise SystemExit(3)
+    if args.behave == "deaf":
+        signal.pause()
+    asyncio.run(main(args.control_fd))
