@@ -19,9 +19,9 @@ from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import metrics_pb2
 from thirdrail_server.config import WorkerConfig
 from thirdrail_server.control_channel import ChannelLimits, ControlChannel, open_channel
-from thirdrail_server.control_messages import LoadCommand, LoadedModel, message_of_text
+from thirdrail_server.control_messages import LoadedModel, message_of_text
+from thirdrail_server.front.control.load_source import LoadSource, prepare
 from thirdrail_server.repository.layout import scan
-from thirdrail_server.repository.reading import read_model
 
 T = TypeVar("T")
 
@@ -48,12 +48,11 @@ class RunningWorker:
         return lane
 
     def load(self, repository: Path, *names: str) -> dict[str, LoadedModel]:
-        folders = scan(repository)
-        return {name: self.run(self._load(folders[name])) for name in names or sorted(folders)}
+        wanted = names or sorted(scan(repository))
+        return {name: self.run(self._load(name, repository)) for name in wanted}
 
-    async def _load(self, folder: Any) -> LoadedModel:
-        model = await asyncio.to_thread(read_model, folder)
-        command = LoadCommand(folder.name, model.config, model.versions)
+    async def _load(self, name: str, repository: Path) -> LoadedModel:
+        command = prepare(name, LoadSource(repository)).command
         return LoadedModel.from_fields(await self.control.call("load", command.to_fields()))
 
     def unload(self, name: str) -> None:

@@ -75,6 +75,7 @@ class Front:
             maximum_concurrent_rpcs=config.concurrent_calls_max,
             compression=grpc.Compression.Gzip if config.compress else None,
         )
+        self._is_listening = False
         self._add_services()
 
     def _add_services(self) -> None:
@@ -102,6 +103,7 @@ class Front:
         Raises ConfigError or RepositoryError when the server cannot start; call `stop` then, too.
         """
         address = listen(self._server, self._config)
+        self._is_listening = True
         await self._server.start()
         await self._control.start()
         self._worker.start(self._control.news)
@@ -121,7 +123,7 @@ class Front:
         await self._metrics_endpoint.stop()
         await self._control.stop()
         await self._worker.stop()
-        if self._config.socket is not None:
+        if self._is_listening and self._config.socket is not None:  # else it is somebody else's
             self._config.socket.unlink(missing_ok=True)
 
     def _start_worker(self) -> WorkerProcess:

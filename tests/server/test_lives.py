@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who lives and who dies: killed workers, killed fronts, orderly stops, and what is left behind."""
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from conftest import StartServer
+from support.models import add, identity, slow, write
+from support.server import RunningServer, wait_until_settled
+from thirdrail.tensors import array_of_tensor, tensor_of_array
+from thirdrail.v1 import inference_pb2 as pb
+from thirdrail.v1 import inference_pb2_grpc, metrics_pb2, metrics_pb2_grpc
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@pytest.fixture
+def small_repository(tmp_path: Path) -> Path:
+    repository = tmp_path / "models"
+    write(repository, "identity", identity())
+    write(repository, "slow", slow())
+    return repository
+
+
+def infer(channel: grpc.Channel, values: list[float], timeout_s: float = 10) -> list[float]:
+    inputs = [tensor_of_array("x", np.array(values, np.float32))]
+    request = pb.InferRequest(model_name="identity", inputs=inputs)
+    response = inference_pb2_grpc.InferenceStub(channel).Infer(request, timeout=timeout_s)
+    return list(array_of_tensor(response.outputs[0]))
+
+
+def infer_slowly(channel: grpc.Channel, turns: int) -> pb.InferResponse:
+    inputs = [
+        tensor_of_array("x", np.zeros(1, np.float32)),
+        tensor_of_array("turns", np.array(turns, np.int64)),
+    ]
+    request = pb.InferRequest(model_name="slow", inputs=inputs)
+    return inference_pb2_grpc.InferenceStub(channel).Infer(request, timeout=60)
+
+
+def health(channel: grpc.Channel, service: str = "") -> int:
+    stub = health_pb2_grpc.HealthStub(channel)
+    return int(stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status)
+
+
+def until(condition: object, *, seconds: float = 30) -> None:
+    """Wait for a condition given as a callable."""
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+def is_gone(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return True
+
+
+def test_a_killed_worker_comes_back_and_nothing_else_notices(
+    small_repository: Path, start_server: StartServer
+) -> None:
+    server = start_server(small_repository)
+    with server.channel() as channel, ThreadPoolExecutor() as pool:
+        assert infer(channel, [1, 2]) == [1, 2]
+        watched: list[int] = []
+        stub = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service="identity"))
+        pool.submit(_collect, watch, watched)
+        until(lambda: watched == [SERVING])
+        running = pool.submit(infer_slowly, channel, 100_000)
+        time.sleep(0.2)
+        first = server.worker_pid()
+        os.kill(first, signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(grpc.RpcError) as caught:
+            running.result()
+        assert time.monotonic() - started < 5, "callers are told at once"
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        until(lambda: watched == [SERVING, NOT_SERVING, SERVING])
+        assert infer(channel, [3]) == [3]
+        assert server.worker_pid() != first
+        assert server.process.poll() is None
+        watch.cancel()
+    status = _snapshot(server).workers[0]
+    assert (status.restarts, status.is_serving) == (1, True)
+
+
+def test_while_there_is_no_worker_callers_are_told_so_at_once(
+    small_repository: Path, start_server: StartServer
+) -> None:
+    server = start_server(small_repository)
+    with server.channel() as channel:
+        infer(channel, [1])
+        os.kill(server.worker_pid(), signal.SIGSTOP)  # alive, but mute: deadlines still count
+        with pytest.raises(grpc.RpcError) as caught:
+            infer(channel, [1], timeout_s=0.3)
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        os.kill(server.worker_pid(), signal.SIGKILL)
+        until(lambda: health(channel) == NOT_SERVING)
+        with pytest.raises(grpc.RpcError) as caught:
+            infer(channel, [1])
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        until(lambda: health(channel) == SERVING)
+        assert infer(channel, [1]) == [1]
+
+
+def test_counters_never_go_down_when_the_worker_dies(
+    small_repository: Path, start_server: StartServer
+) -> None:
+    server = start_server(small_repository)
+    with server.channel() as channel:
+        for _ in range(5):
+            infer(channel, [1])
+        before = _requests_ok(server)
+        assert before == 5
+        os.kill(server.worker_pid(), signal.SIGKILL)
+        until(lambda: health(channel) == NOT_SERVING)
+        assert _requests_ok(server) == 5
+        until(lambda: health(channel) == SERVING)
+        infer(channel, [1])
+        assert _requests_ok(server) == 6
+
+
+def test_a_killed_front_leaves_nothing_behind(
+    small_repository: Path, start_server: StartServer
+) -> None:
+    server = start_server(small_repository)
+    worker = server.worker_pid()
+    assert server.socket.exists()
+    os.kill(server.pid, signal.SIGKILL)
+    server.process.wait()
+    until(lambda: is_gone(worker), seconds=5)
+    assert not server.socket.exists()
+    assert _memory_files(worker) == 0
+
+
+def test_a_front_killed_while_it_starts_leaves_nothing_behind(
+    small_repository: Path, start_server: StartServer
+) -> None:
+    server = start_server(small_repository, wait=False)
+    until(lambda: psutil.Process(server.pid).children())
+    children = psutil.Process(server.pid).children(recursive=True)
+    os.kill(server.pid, signal.SIGKILL)
+    server.process.wait()
+    until(lambda: all(is_gone(child.pid) for child in children), seconds=10)
+
+
+def test_sigterm_finishes_what_was_taken_and_exits_with_zero(
+    small_repository: Path, start_server: StartServer
+) -> None:
+    server = start_server(small_repository)
+    worker = server.worker_pid()
+    with server.channel() as channel, ThreadPoolExecutor() as pool:
+        infer(channel, [1])
+        running = pool.submit(infer_slowly, channel, 30_000)
+        time.sleep(0.3)
+        server.process.terminate()
+        assert list(running.result().outputs[0].shape) == [1]
+        assert server.process.wait(30) == 0
+    assert is_gone(worker)
+    assert not server.socket.exists()
+    assert "Traceback" not in server.log_text()
+
+
+def test_a_server_is_not_ready_while_it_stops(
+    small_repository: Path, start_server: StartServer
+) -> None:
+    server = start_server(small_repository)
+    with server.channel() as channel, ThreadPoolExecutor() as pool:
+        seen: list[int] = []
+        stub = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest())
+        pool.submit(_collect, watch, seen)
+        until(lambda: seen == [SERVING])
+        running = pool.submit(infer_slowly, channel, 30_000)
+        time.sleep(0.3)
+        server.process.terminate()
+        until(lambda: seen == [SERVING, NOT_SERVING])
+        assert not running.done(), "readiness goes before the work is finished"
+        running.result()
+
+
+def test_two_servers_do_not_share_a_socket(
+    small_repository: Path, start_server: StartServer
+) -> None:
+    server = start_server(small_repository)
+    second = start_server(small_repository, f"--socket={server.socket}", "--no-tcp", wait=False)
+    assert second.process.wait(30) == 1
+    assert f"another server listens on '{server.socket}'" in " ".join(second.log_text().split())
+    with server.channel() as channel:
+        assert infer(channel, [1]) == [1]
+
+
+def test_a_socket_left_by_a_crash_is_taken_over(
+    small_repository: Path, start_server: StartServer, tmp_path: Path
+) -> None:
+    path = tmp_path / "grpc.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    server = start_server(small_repository, f"--socket={path}", "--no-tcp", wait=False)
+    server.socket = path
+    wait_until_settled(server)
+    assert oct(path.stat().st_mode & 0o777) == "0o600"
+    with server.channel() as channel:
+        assert infer(channel, [1]) == [1]
+
+
+def test_a_taken_port_is_a_clear_error(small_repository: Path, start_server: StartServer) -> None:
+    server = start_server(small_repository)
+    second = start_server(small_repository, f"--address={server.address}", wait=False)
+    assert second.process.wait(30) == 1
+    assert f"cannot listen on {server.address}" in second.log_text()
+    assert "Traceback" not in second.log_text()
+
+
+def test_a_broken_model_does_not_stop_the_others(
+    small_repository: Path, start_server: StartServer
+) -> None:
+    folder = small_repository / "broken" / "1"
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(b"\x08\x09" + os.urandom(2000))
+    write(small_repository, "add", add())
+    server = start_server(small_repository)
+    with server.channel() as channel:
+        assert infer(channel, [1]) == [1]
+        assert health(channel, "broken") == NOT_SERVING
+        assert health(channel) == NOT_SERVING, "strict: ready only when all models are"
+    assert "broken" in server.log_text()
+    assert "Traceback" not in server.log_text()
+
+
+def _collect(watch: object, seen: list[int]) -> None:
+    with contextlib.suppress(grpc.RpcError):
+        for response in watch:  # type: ignore[attr-defined]
+            seen.append(int(response.status))
+
+
+def _snapshot(server: RunningServer) -> metrics_pb2.SnapshotResponse:
+    with server.channel() as channel:
+        return metrics_pb2_grpc.MetricsStub(channel).Snapshot(
+            metrics_pb2.SnapshotRequest(), timeout=10
+        )
+
+
+def _requests_ok(server: RunningServer) -> int:
+    models = {model.name: model for model in _snapshot(server).models}
+    return models["identity"].requests_ok
+
+
+def _memory_files(pid: int) -> int:
+    """Processes other than this one that still map or hold the lane's memory of `pid`."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return sum("memfd:thirdrail" in m.path for m in psutil.Process(pid).memory_maps())
+    return 0
