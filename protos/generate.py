@@ -74,8 +74,8 @@ def protoc(
 ) -> None:
     plugins = [f"--plugin=protoc-gen-{n}={VENV}/bin/protoc-gen-{n}" for n in ("mypy", "mypy_grpc")]
     outputs = [f"--{kind}_out={out}" for kind in kinds]
-    command = [python, "-m", "grpc_tools.protoc", *includes, *plugins, *outputs, *files]
-    subprocess.run(command, check=True)
+    arguments = [*includes, *plugins, *outputs, *map(str, files)]
+    subprocess.run([str(python), "-m", "grpc_tools.protoc", *arguments], check=True)
 
 
 def differences(fresh: Path, stubs: str) -> list[str]:

@@ -221,7 +221,7 @@ def _parsed(kind: type[M], body: bytes) -> M:
 def _limit_time(request: pb.InferRequest, context: Context) -> bytes:
     """Let the gRPC deadline count as the request's timeout where it is nearer. Returns the field as
     bytes, to be appended to the request's own; none where nothing changes."""
-    seconds = context.time_remaining()
+    seconds: float | None = context.time_remaining()  # typed as if there were always a deadline
     if seconds is None:
         return b""
     left_us = max(1, int(seconds * 1e6))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import thirdrail_engines
 from thirdrail.dtypes import BYTES
-from thirdrail_engines import EngineOptions, threads_per_run
+from thirdrail_engines import EngineOptions, Inspector, threads_per_run
 from thirdrail_engines.engine import Engine, EngineError, EngineSpec, ModelFileError
 from thirdrail_engines.proof import prove_batching, seeded_inputs
 from thirdrail_server.config import WorkerConfig
@@ -53,6 +53,7 @@ def prepare_version(
     given: ModelConfig | None,
     config: WorkerConfig,
     cores: int,
+    inspector: Inspector,
     tell: TellPhase,
 ) -> PreparedVersion:
     """Load, complete, prove and warm up one version.
@@ -62,7 +63,8 @@ def prepare_version(
     tell("building")
     asked = given or ModelConfig()
     threads = engine_threads(asked) or threads_per_run(cores, instance_count(asked))
-    engine = thirdrail_engines.load(path, options=EngineOptions(threads_max=threads))
+    options_of_engine = EngineOptions(threads_max=threads)
+    engine = thirdrail_engines.load(path, options=options_of_engine, inspector=inspector)
     try:
         proven_rows, notes = _proven_rows(engine, given, config.derive_batch_rows, tell)
         whole = complete(name, given, engine.spec, proven_rows=proven_rows)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from thirdrail.errors import InvalidArgument, NotFound, ThirdrailError
 from thirdrail.v1 import metrics_pb2
+from thirdrail_engines import Inspector
 from thirdrail_engines.engine import ModelFileError
 from thirdrail_server.config import WorkerConfig
 from thirdrail_server.control_messages import LoadedModel
@@ -42,6 +43,7 @@ class ModelTable:
         self._config = config
         self._models: dict[str, _Model] = {}
         self._cores = config.threads_max or len(os.sched_getaffinity(0))
+        self._inspector = Inspector()
         self._retiring: set[asyncio.Task[None]] = set()
         self._loaders = ThreadPoolExecutor(config.loads_at_once_max, thread_name_prefix="loader")
 
@@ -113,6 +115,7 @@ class ModelTable:
             config,
             self._config,
             self._cores,
+            self._inspector,
             tell,
         )
 
