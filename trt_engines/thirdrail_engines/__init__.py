@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines: a model file becomes something that runs."""
 
+import os
+
+# Official builds of ONNX Runtime report to their maker what they load and run, unless this is set
+# before their first import. A server that was asked for nothing but gRPC must not talk to others.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 from thirdrail_engines.engine import Engine, EngineError, EngineSpec, ModelFileError
 from thirdrail_engines.inspector import Inspector
 from thirdrail_engines.load import load
