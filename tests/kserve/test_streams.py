@@ -10,7 +10,6 @@ import pytest
 from thirdrail_server.inference import grpc_service_pb2 as kserve
 
 Serve = Any  # the fixture `serve` of conftest.py
-Serving = Any  # what it gives
 Status = grpc.StatusCode
 
 
