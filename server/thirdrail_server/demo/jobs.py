@@ -134,7 +134,9 @@ def find_voices(stopwatch: Stopwatch, repository: Path) -> Outcome:
     for segment in speech.recording():
         probabilities = [stream.probability(chunk) for chunk in speech.chunks(segment.samples)]
         checks.append(_voice_check(segment, probabilities))
-    return Outcome("Is somebody speaking? (Silero VAD)", "sound", "median; voiced", tuple(checks))
+    return Outcome(
+        "Is somebody speaking? (Silero VAD)", "sound", "probability, time voiced", tuple(checks)
+    )
 
 
 def _voice_check(segment: Segment, probabilities: list[float]) -> Check:
@@ -146,7 +148,7 @@ def _voice_check(segment: Segment, probabilities: list[float]) -> Check:
         subject=f"{segment.name}, {len(segment.samples) / speech.RATE_HZ:.0f} s",
         expected="speech" if segment.is_speech else "no speech",
         got="speech" if is_speech else "no speech",
-        note=f"{median:.0%}; {voiced:.0%}",
+        note=f"{median:.0%}, {voiced:.0%}",
         is_ok=is_speech == segment.is_speech,
     )
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's tables: what came back beside what was expected, and how long it took."""
 
+import os
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,16 +82,32 @@ def print_summary(console: Console, outcomes: Sequence[Outcome], elapsed_s: floa
 
 
 def print_next_steps(console: Console, repository: Path) -> None:
-    console.print("\nNow try it yourself. Serve the same models, and leave that running:")
-    _command(console, f"thirdrail serve {repository}")
-    console.print("then, in another terminal:")
-    _command(console, "thirdrail models", "what is served, with inputs and outputs")
-    _command(console, "thirdrail infer silero_vad --help", "call a model from the command line")
-    _command(console, "thirdrail top", "watch it work")
+    thirdrail, python = _as_typed("thirdrail"), _as_typed("python")
+    steps = (
+        ("Now try it yourself. Serve the same models, and leave that running:", ""),
+        ("", f"{thirdrail} serve {repository}"),
+        ("Then, in another terminal: what is served, and what does it take?", ""),
+        ("", f"{thirdrail} models"),
+        ("", f"{thirdrail} describe magika"),
+        ("What type is /bin/sh, or any file of yours?", ""),
+        ("", f"{python} -m thirdrail_server.demo.tokens {repository} /bin/sh |"),
+        ("", f"  {thirdrail} infer magika --input bytes=@- --classes 3"),
+        ("Watch the server work:", ""),
+        ("", f"{thirdrail} top"),
+    )
+    console.print()
+    for text, command in steps:
+        line = Text(f"  {command}", style="bold cyan") if command else Text(text)
+        console.print(line, soft_wrap=True)  # a command stays one line, to be copied
 
 
-def _command(console: Console, command: str, why: str = "") -> None:
-    console.print(Text.assemble("  ", (f"{command:<38}", "bold cyan"), why), soft_wrap=True)
+def _as_typed(command: str) -> str:
+    """How to call what is installed beside this Python: by name if that finds it, else by path."""
+    own = Path(sys.executable).with_name(command)
+    found = shutil.which(command)
+    if found and Path(found) == own:
+        return command
+    return os.path.relpath(own) if own.is_relative_to(Path.cwd()) else str(own)
 
 
 def download_display(console: Console) -> Progress:
