@@ -10,6 +10,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 from thirdrail_engines.engine import Engine, EngineError, EngineSpec, ModelFileError
 from thirdrail_engines.inspector import Inspector
 from thirdrail_engines.load import load
+from thirdrail_engines.malloc import use_one_arena
 from thirdrail_engines.options import EngineOptions, threads_per_run
 from thirdrail_engines.proof import BatchProof, prove_batching, seeded_inputs
 
@@ -25,4 +26,5 @@ __all__ = [
     "prove_batching",
     "seeded_inputs",
     "threads_per_run",
+    "use_one_arena",
 ]

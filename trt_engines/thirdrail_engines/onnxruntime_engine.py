@@ -21,6 +21,7 @@ from thirdrail.dtypes import BYTES
 from thirdrail.tensors import Array
 from thirdrail_engines.engine import EngineError, EngineSpec
 from thirdrail_engines.inspector import Inspector
+from thirdrail_engines.malloc import return_free_memory
 from thirdrail_engines.onnxruntime_errors import tidy
 from thirdrail_engines.onnxruntime_session import ELEMENT_TYPES, open_session, spec_of
 from thirdrail_engines.options import EngineOptions
@@ -42,7 +43,7 @@ def load_onnx(path: Path, *, options: EngineOptions, inspector: Inspector) -> "O
     if findings.error:
         _log.warning("%s: every input will be copied: %s", path, findings.error)
     spec = spec_of(path, session, findings)
-    _return_free_memory()
+    return_free_memory()
     return OnnxRuntimeEngine(session, spec)
 
 
@@ -88,7 +89,7 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         """See Engine.close. Results that were handed out stay valid."""
         self._session = None
-        _return_free_memory()
+        return_free_memory()
 
     def _check_target(self, name: str, array: Array) -> None:
         output = self._outputs.get(name)
@@ -200,10 +201,3 @@ def _bf16_of(value: Any) -> Array:
     size = value.tensor_size_in_bytes()
     data = ctypes.string_at(value.data_ptr(), size) if size else b""
     return np.frombuffer(data, dtype=_BF16.numpy).reshape(value.shape())
-
-
-def _return_free_memory() -> None:
-    """Make glibc's malloc give back the free pages that it would keep."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -74,9 +74,8 @@ def spec_of(path: Path, session: Any, findings: Findings) -> EngineSpec:
         for tensor in (*inputs, *outputs)
         if tensor.shape == () and (findings.error or tensor.name in findings.unranked)
     )
-    names = {tensor.name for tensor in inputs if not tensor.optional}
     return EngineSpec(
-        tuple(inputs), tuple(outputs), _PLATFORM, findings.positional_inputs & names, unranked
+        tuple(inputs), tuple(outputs), _PLATFORM, findings.positional_inputs, unranked
     )
 
 
