@@ -57,6 +57,8 @@ def test_no_more_than_the_bound_are_in_flight(client: Client, echo: EchoServer) 
         fifth.result().cancel()
         for future in held:
             future.cancel()
+        until(lambda: len(echo.cancelled) == 5)
+        echo.release.set()
     assert echo.in_flight_most == 4
 
 
