@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every benchmark is given."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """seconds: of load for each contender in each setting. folder: for sockets, logs and models."""
+
+    seconds: float
+    folder: Path
