@@ -41,10 +41,13 @@ class Lane:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self.closed_because: str | None = None
+        self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def close(self, reason: str) -> None:
         self._sock.close()
         self.closed_because = reason
+        if not self.closed.done():
+            self.closed.set_result(reason)
 
 
 @dataclass(slots=True)

@@ -158,6 +158,16 @@ async def test_a_dead_worker_comes_back_with_its_models(repository: Any, open_pl
         assert plane.lanes[0].closed_because == "worker 'cpu' died: signal 9 (SIGKILL)"
 
 
+async def test_a_worker_whose_lane_closed_is_replaced(repository: Any, open_plane: Any) -> None:
+    repository.write("a")
+    async with open_plane() as plane:
+        await plane.until(plane.is_settled)
+        plane.lanes[0].close("the worker broke the lane's rules")
+        await plane.until(lambda: not plane.catalog.is_ready("a", 0))
+        await plane.until(lambda: plane.catalog.is_ready("a", 0))
+        assert (plane.worker.restarts, len(plane.lanes)) == (1, 2)
+
+
 async def test_a_model_that_kills_the_worker_is_broken_and_costs_one_restart(
     repository: Any, open_plane: Any
 ) -> None:

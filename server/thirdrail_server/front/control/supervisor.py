@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from thirdrail.errors import ThirdrailError, Unavailable
 from thirdrail.v1 import metrics_pb2
@@ -41,6 +41,8 @@ class WorkerDied(Unavailable):
 
 class Lane(Protocol):
     """The front's lane to the worker. Closing it fails what is in flight with UNAVAILABLE."""
+
+    closed: asyncio.Future[str]  # done with the reason, whoever closed it
 
     def close(self, reason: str) -> None: ...
 
@@ -203,9 +205,13 @@ class Supervisor:
         return self._limits.worker_start_s_max
 
     async def _until_death(self, life: _Life, news: WorkerNews) -> str:
+        """A worker whose lane has closed cannot be called any more: it ends as well."""
         ended = asyncio.create_task(life.process.wait())
         stopping = asyncio.create_task(self._stopping.wait())
-        await asyncio.wait({ended, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        events: set[asyncio.Future[Any]] = {ended, stopping, life.lane.closed}
+        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+        if life.lane.closed.done():
+            _log.info("the lane to worker '%s' closed: %s", self.name, life.lane.closed.result())
         stopping.cancel()
         await life.channel.close()
         how = await self._ending(life.process)
