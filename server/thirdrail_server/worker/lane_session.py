@@ -42,7 +42,9 @@ VERSION_MAX = 1
 FEATURES: frozenset[str] = frozenset()
 
 PACKETS_PER_WAKEUP_MAX = 64
+# A response that carries nothing but these two fits a packet, whatever characters they consist of.
 ERROR_TEXT_CHARS_MAX = 4096
+REQUEST_ID_CHARS_MAX = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +195,11 @@ class LaneSession:
         try:
             if message.call in self._calls:
                 raise InvalidArgument(f"call {message.call} is in flight already")
+            if len(message.request_id) > REQUEST_ID_CHARS_MAX:
+                raise InvalidArgument(
+                    f"a request id takes at most {REQUEST_ID_CHARS_MAX} characters, got "
+                    f"{len(message.request_id)}"
+                )
             if len(self._calls) >= self._limits.calls_in_flight_max:
                 raise ResourceExhausted(
                     f"{len(self._calls)} calls are in flight in this session, the most it may have"
@@ -274,7 +281,9 @@ class LaneSession:
         if len(message) > ERROR_TEXT_CHARS_MAX:
             message = f"{message[:ERROR_TEXT_CHARS_MAX]}..."
         status = pb.Status(reason=error.reason, message=message)
-        response = pb.InferResponse(call=call, request_id=request_id, final=True, status=status)
+        response = pb.InferResponse(
+            call=call, request_id=request_id[:REQUEST_ID_CHARS_MAX], final=True, status=status
+        )
         self._send(lane_pb2.LaneResponse(infer=response))
 
     # Memory
