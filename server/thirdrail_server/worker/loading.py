@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import thirdrail_engines
-from thirdrail.dtypes import BYTES
 from thirdrail_engines import EngineOptions, Inspector, threads_per_run
 from thirdrail_engines.engine import Engine, EngineError, EngineSpec, ModelFileError
 from thirdrail_engines.proof import prove_batching, seeded_inputs
@@ -144,10 +143,12 @@ def _run_place(engine: Engine, options: ModelOptions, config: WorkerConfig) -> R
 
 
 def _is_small(spec: EngineSpec) -> bool:
+    """Few elements, none of which decides how much there is to do: a trial run then says how long
+    all runs take. An input that is not read by position may be a size, or a loop's count."""
     for tensor in spec.inputs:
         elements = 1
         for dim in tensor.shape:
             elements *= max(dim, 1)
-        if elements > TRIAL_ELEMENTS_MAX or tensor.dtype is BYTES:
+        if elements > TRIAL_ELEMENTS_MAX or tensor.name not in spec.positional_inputs:
             return False
     return True
