@@ -126,7 +126,7 @@ def test_a_cancelled_call_leaves_nothing_behind(worker: RunningWorker) -> None:
     lane = worker.attach()
 
     async def cancel_while_running() -> None:
-        call = asyncio.create_task(lane.call(slow_request(20_000)))
+        call = asyncio.create_task(lane.call(slow_request(100_000)))
         await asyncio.sleep(0.1)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -144,7 +144,7 @@ def test_a_request_whose_time_has_passed_is_never_run(worker: RunningWorker) -> 
     lane = worker.attach()
 
     async def two() -> tuple[Reply, Reply]:
-        first = asyncio.create_task(lane.call(slow_request(20_000, "narrow")))
+        first = asyncio.create_task(lane.call(slow_request(100_000, "narrow")))
         await asyncio.sleep(0.02)
         late = slow_request(1, "narrow")
         late.timeout_us = 1000
@@ -162,7 +162,7 @@ def test_calls_fail_as_unavailable_when_the_lane_ends(worker: RunningWorker) -> 
     lane = worker.attach()
 
     async def close_while_running() -> None:
-        call = asyncio.create_task(lane.call(slow_request(20_000)))
+        call = asyncio.create_task(lane.call(slow_request(100_000)))
         await asyncio.sleep(0.05)
         lane.close("closed by the test")
         with pytest.raises(Unavailable, match="closed by the test"):

@@ -166,7 +166,7 @@ def test_sigterm_finishes_what_was_taken_and_exits_with_zero(
     worker = server.worker_pid()
     with server.channel() as channel, ThreadPoolExecutor() as pool:
         infer(channel, [1])
-        running = pool.submit(infer_slowly, channel, 30_000)
+        running = pool.submit(infer_slowly, channel, 200_000)
         time.sleep(0.3)
         server.process.terminate()
         assert list(running.result().outputs[0].shape) == [1]
@@ -186,7 +186,7 @@ def test_a_server_is_not_ready_while_it_stops(
         watch = stub.Watch(health_pb2.HealthCheckRequest())
         pool.submit(_collect, watch, seen)
         until(lambda: seen == [SERVING])
-        running = pool.submit(infer_slowly, channel, 30_000)
+        running = pool.submit(infer_slowly, channel, 200_000)
         time.sleep(0.3)
         server.process.terminate()
         until(lambda: seen == [SERVING, NOT_SERVING])
