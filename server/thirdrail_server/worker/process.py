@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thirdrail.v1 import metrics_pb2
+from thirdrail_engines import use_one_arena
 from thirdrail_server.config import WorkerConfig
 from thirdrail_server.control_channel import ChannelLimits
 from thirdrail_server.logs import configure_logging
@@ -45,6 +46,7 @@ class InheritedSockets:
 
 def run_worker(config: WorkerConfig, inherited: InheritedSockets) -> int:
     """Run until the front is gone or says so. Returns the process's exit status."""
+    use_one_arena()  # before the first thread
     _die_with(inherited.front_pid, inherited.leftovers)
     configure_logging(process=f"worker {config.name}")
     sys.setswitchinterval(GIL_SWITCH_S)
