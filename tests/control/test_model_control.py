@@ -2,6 +2,8 @@
 """Loading and unloading with real files and a real worker process, which the tests also kill."""
 
 import asyncio
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -266,9 +268,10 @@ async def test_poll_mode_follows_the_repository(repository: Any, open_plane: Any
 
 
 async def test_uploaded_files_serve_and_survive_the_worker(
-    repository: Any, open_plane: Any
+    repository: Any, open_plane: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    repository.write("m", "bad")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    repository.write("m")
     config = ModelConfig(name="m", max_batch_size=2)
     async with open_plane(**EXPLICIT) as plane:
         await plane.worker.wait_until_up()
@@ -279,3 +282,33 @@ async def test_uploaded_files_serve_and_survive_the_worker(
         await plane.until(lambda: plane.catalog.is_ready("m", 3))
         with pytest.raises(InvalidArgument, match="need a configuration"):
             await plane.control.load("m", None, files)
+        assert len(stored_uploads(tmp_path)) == 1
+        with pytest.raises(Internal, match="the file is damaged"):
+            await plane.control.load("m", config, {"4/model.onnx": b"bad"})
+        assert len(stored_uploads(tmp_path)) == 1
+        assert await plane.control.load("m") == [1]
+        assert stored_uploads(tmp_path) == []
+        await plane.control.load("m", config, files)
+        await plane.control.unload("m")
+        assert stored_uploads(tmp_path) == []
+    assert list(tmp_path.iterdir()) == [repository.path]
+
+
+def stored_uploads(temporary: Path) -> list[Path]:
+    return [path for path in temporary.glob("thirdrail-uploads-*/*") if path.is_dir()]
+
+
+async def test_a_lane_that_cannot_be_attached_is_a_death_like_any_other(
+    repository: Any, open_plane: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository.write("m")
+    async with open_plane() as plane:
+        attach = plane.worker._attach_lane
+
+        async def fail_once(_sock: object) -> None:
+            plane.worker._attach_lane = attach
+            raise ZeroDivisionError("our own fault")
+
+        plane.worker._attach_lane = fail_once
+        await plane.until(plane.catalog.all_ready)
+        assert plane.worker.restarts == 1

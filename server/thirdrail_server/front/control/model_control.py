@@ -225,7 +225,7 @@ class ModelControl:
             raise
         before = self._ledger.succeed(name, source)
         self._catalog.end_load(name, loaded, self._worker.name)
-        return loaded, before if before != source else None
+        return loaded, before
 
     async def _prepare(self, name: str, source: LoadSource) -> PreparedLoad:
         try:

@@ -143,7 +143,11 @@ class Supervisor:
 
     async def _run(self, news: WorkerNews) -> None:
         while not self._stopping.is_set():
-            how = await self._live(news)
+            try:
+                how = await self._live(news)
+            except Exception:  # nobody else would start the worker again
+                _log.exception("supervising worker '%s' failed", self.name)
+                how = "the front could not supervise it"
             if self._stopping.is_set():
                 break
             delay_ns = self._delay.on_death(time.monotonic_ns())
@@ -173,6 +177,9 @@ class Supervisor:
             return await self._until_death(self._life, news)
         finally:
             await channel.close()
+            process.kill()
+            await process.wait()
+            process.lane.close()
 
     async def _greet(self, process: WorkerProcess, channel: ControlChannel) -> Lane | None:
         """Wait for the first answer and attach the lane. None: the worker is of no use."""
@@ -191,7 +198,6 @@ class Supervisor:
             _log.error("worker '%s' said nothing for %d s", self.name, self._start_s)
         except (ThirdrailError, OSError) as error:
             _log.error("worker '%s' did not start: %s", self.name, error)
-        process.lane.close()
         process.kill()
         return None
 
