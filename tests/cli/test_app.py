@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`thirdrail` itself: help, shared options, other packages' commands, and what is not installed."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from thirdrail import __version__
+from thirdrail.cli import extensions
+from thirdrail.cli.app import shared_options_first
+
+Thirdrail = Callable[..., Any]
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_help_teaches(typed: Thirdrail) -> None:
+    done = typed("--help")
+    assert done.code == 0
+    for text in ("thirdrail infer digits --input", "3  no server answered", "THIRDRAIL_URL"):
+        assert text in done.out
+    for name in ("models", "describe", "infer", "load", "unload", "health", "metrics", "top"):
+        assert "Usage" in typed(name, "-h").out
+
+
+def test_version(typed: Thirdrail) -> None:
+    assert typed("--version").out == f"thirdrail {__version__}\n"
+
+
+def test_the_servers_commands_are_listed_without_importing_it() -> None:
+    done = python("""
+import sys
+sys.argv = ["thirdrail", "--help"]
+from thirdrail.cli import main
+try:
+    main()
+finally:
+    loaded = {"thirdrail_server.cli", "thirdrail_server.config", "onnxruntime"} & set(sys.modules)
+    print("LOADED", loaded)
+""")
+    assert "LOADED set()" in done.stdout
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("│ serve")]
+    assert "Serve the models of a repository" in line
+
+
+def test_the_servers_commands_run(typed: Thirdrail) -> None:
+    assert "--model-control" in typed("serve", "--help").out
+
+
+def test_a_summary_is_read_from_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "its_commands.py").write_text('''
+raise SystemExit("imported")
+def act() -> None:
+    """Act at once.
+
+    More."""
+''')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert extensions.summary("its_commands", "act") == "Act at once."
+    assert extensions.summary("its_commands", "missing") == ""
+    assert extensions.summary("no_such_package.cli", "act") == ""
+
+
+@pytest.mark.parametrize(
+    ("blocked", "argv", "line"),
+    [
+        ("typer", "models", "pip install 'thirdrail[cli]'"),
+        ("rich", "models", "pip install 'thirdrail[cli]'"),
+        ("onnxruntime", "serve /nowhere", "pip install 'thirdrail[server]'"),
+    ],
+)
+def test_a_missing_package_names_the_line_that_installs_it(
+    blocked: str, argv: str, line: str
+) -> None:
+    done = python(f"""
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+if {blocked!r} == "onnxruntime":
+    import thirdrail_server.cli
+    thirdrail_server.cli._run = lambda config, suggest: __import__("onnxruntime")
+sys.argv = ["thirdrail", *{argv!r}.split()]
+from thirdrail.cli import main
+main()
+""")
+    assert done.returncode == 2, done.stderr
+    assert f"The package {blocked} is missing. Install it with: {line}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("models --json", "--json models"),
+        ("models --url U --json", "--url U --json models"),
+        ("models --url=U x", "--url=U models x"),
+        ("--url A models --tls-ca F", "--url A --tls-ca F models"),
+        ("infer m -i x=--json", "infer m -i x=--json"),
+        ("infer m -- --json", "infer m -- --json"),
+        ("models --url", "--url models"),
+        ("serve --json --tls-key K", "serve --json --tls-key K"),
+        ("--json", "--json"),
+        ("", ""),
+    ],
+)
+def test_shared_options_may_stand_behind(given: str, wanted: str) -> None:
+    assert shared_options_first(given.split(), {"models", "infer"}) == wanted.split()
