@@ -122,30 +122,28 @@ class _Stream:
 
     async def run(self, bodies: AsyncIterator[bytes], stopping: asyncio.Event) -> None:
         """Until the caller has sent all and everything is answered. Raises what ends the stream."""
+        reading = asyncio.create_task(self._read(bodies))
         stop = asyncio.create_task(stopping.wait())
         try:
-            while not stopping.is_set():
-                await self._room.acquire()  # at the bound nothing is read: HTTP/2 holds the sender
-                body = await self._next(bodies, stop)
-                if body is None:
-                    break
-                self._take(_parsed(pb.InferStreamRequest, body))
+            await asyncio.wait({reading, stop}, return_when=asyncio.FIRST_COMPLETED)
+            is_cut_off = not reading.done()
+            if reading.done():
+                reading.result()
+            reading.cancel()
             if self._calls:
                 await asyncio.wait(self._calls.values())
-            if stopping.is_set():
+            if is_cut_off:
                 raise Unavailable(STOPPING_TEXT)
         finally:
-            stop.cancel()
-            for task in self._calls.values():
+            for task in (stop, reading, *self._calls.values()):
                 task.cancel()
 
-    async def _next(self, bodies: AsyncIterator[bytes], stop: "asyncio.Task[bool]") -> bytes | None:
-        reading = asyncio.ensure_future(anext(bodies, None))
-        await asyncio.wait({reading, stop}, return_when=asyncio.FIRST_COMPLETED)
-        if not reading.done():
-            reading.cancel()
-            return None
-        return reading.result()
+    async def _read(self, bodies: AsyncIterator[bytes]) -> None:
+        """Until the caller has sent all. At the bound nothing is read: HTTP/2 holds the sender."""
+        await self._room.acquire()
+        async for body in bodies:
+            self._take(_parsed(pb.InferStreamRequest, body))
+            await self._room.acquire()
 
     def _take(self, message: pb.InferStreamRequest) -> None:
         kind = message.WhichOneof("message")
