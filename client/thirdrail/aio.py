@@ -13,7 +13,7 @@ import grpc
 
 from thirdrail import health, models
 from thirdrail.aio_stream import AsyncStream
-from thirdrail.channels import Compression, TlsOptions, open_aio_channel
+from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_aio_channel
 from thirdrail.client import READY_POLL_SECONDS
 from thirdrail.discovery import find_address
 from thirdrail.errors import FailedPrecondition, NotFound, TimedOut, Unavailable
@@ -86,7 +86,7 @@ class AsyncClient:
     ) -> None:
         self._url = url
         self._tls = tls
-        self._compression = compression
+        self._compression = grpc_compression(compression)
         self._is_closed = False
         self._connection: _Connection | None = None
         self._descriptions = DescriptionCache()

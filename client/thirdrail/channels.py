@@ -9,13 +9,14 @@ from typing import Literal
 import grpc
 
 from thirdrail._version import __version__
+from thirdrail.errors import InvalidArgument
 
 Compression = Literal["gzip"]
 
 
 @dataclass(frozen=True, slots=True)
 class TlsOptions:
-    """PEM files for a server that speaks TLS.
+    """PEM files for a server that speaks TLS. Raises InvalidArgument for half a client certificate.
 
     ca: whom to trust; none: the certificate authorities that gRPC brings along.
     cert, key: the client's own, for servers that ask for one.
@@ -26,6 +27,10 @@ class TlsOptions:
     cert: str | PathLike[str] | None = None
     key: str | PathLike[str] | None = None
     server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise InvalidArgument("a client certificate needs both cert and key, got one of them")
 
 
 OPTIONS: tuple[tuple[str, str | int], ...] = (
@@ -45,41 +50,37 @@ OPTIONS: tuple[tuple[str, str | int], ...] = (
 
 
 def open_channel(
-    address: str, tls: TlsOptions | None, compression: Compression | None
+    address: str, tls: TlsOptions | None, compression: grpc.Compression | None
 ) -> grpc.Channel:
     """A blocking channel to a gRPC target; connects on the first call."""
-    algorithm = grpc_compression(compression)
     if tls is None:
-        return grpc.insecure_channel(address, options=OPTIONS, compression=algorithm)
+        return grpc.insecure_channel(address, options=OPTIONS, compression=compression)
     return grpc.secure_channel(
-        address, _credentials(tls), options=_options(tls), compression=algorithm
+        address, _credentials(tls), options=_options(tls), compression=compression
     )
 
 
 def open_aio_channel(
-    address: str, tls: TlsOptions | None, compression: Compression | None
+    address: str, tls: TlsOptions | None, compression: grpc.Compression | None
 ) -> grpc.aio.Channel:
     """The same channel for asyncio."""
-    algorithm = grpc_compression(compression)
     if tls is None:
-        return grpc.aio.insecure_channel(address, options=OPTIONS, compression=algorithm)
+        return grpc.aio.insecure_channel(address, options=OPTIONS, compression=compression)
     return grpc.aio.secure_channel(
-        address, _credentials(tls), options=_options(tls), compression=algorithm
+        address, _credentials(tls), options=_options(tls), compression=compression
     )
 
 
 def grpc_compression(compression: Compression | None) -> grpc.Compression | None:
-    """gRPC's constant. Raises ValueError for another name."""
+    """gRPC's constant. Raises InvalidArgument for another name."""
     if compression is None:
         return None
     if compression != "gzip":
-        raise ValueError(f"unknown compression {compression!r}, expected 'gzip' or None")
+        raise InvalidArgument(f"unknown compression {compression!r}, expected 'gzip' or None")
     return grpc.Compression.Gzip
 
 
 def _credentials(tls: TlsOptions) -> grpc.ChannelCredentials:
-    if (tls.cert is None) != (tls.key is None):
-        raise ValueError("a client certificate needs both cert and key, got one of them")
     return grpc.ssl_channel_credentials(_read(tls.ca), _read(tls.key), _read(tls.cert))
 
 

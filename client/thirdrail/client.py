@@ -12,7 +12,7 @@ from typing import Any, Self, Unpack
 import grpc
 
 from thirdrail import health, models
-from thirdrail.channels import Compression, TlsOptions, open_channel
+from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_channel
 from thirdrail.discovery import find_address
 from thirdrail.errors import FailedPrecondition, NotFound, TimedOut, Unavailable
 from thirdrail.failures import error_of_ended_call, rpc_errors, with_note
@@ -81,7 +81,7 @@ class Client:
     ) -> None:
         self._url = url
         self._tls = tls
-        self._compression = compression
+        self._compression = grpc_compression(compression)
         self._is_closed = False
         self._connection: _Connection | None = None
         self._inherited: list[_Connection] = []

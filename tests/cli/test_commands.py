@@ -201,6 +201,8 @@ def test_load_and_unload(
         (("infer", "identity_bytes", "-i", "x=a", "--save", "y.npy"), "BYTES"),
         (("health", "--url", "http://here"), "expected host:port"),
         (("load", "add", "--config", "/nowhere"), "does not exist"),
+        (("health", "--tls-ca", "/nowhere"), "does not exist"),
+        (("health", "--tls-cert", "/dev/null"), "needs both cert and key"),
     ],
 )
 def test_mistakes_are_exit_code_2(thirdrail: Thirdrail, args: tuple[str, ...], text: str) -> None:

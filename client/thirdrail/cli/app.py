@@ -148,10 +148,14 @@ def shared(
     ] = False,
     tls: Annotated[bool, typer.Option("--tls", help="Connect by TLS.")] = False,
     tls_ca: Annotated[
-        Path | None, typer.Option(help="PEM file of whom to trust. Implies --tls.")
+        Path | None, typer.Option(exists=True, help="PEM file of whom to trust. Implies --tls.")
     ] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="PEM file of our certificate.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM file of our private key.")] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(exists=True, help="PEM file of our certificate.")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(exists=True, help="PEM file of our private key.")
+    ] = None,
     tls_name: Annotated[
         str | None, typer.Option(help="The name to expect in the server's certificate.")
     ] = None,
@@ -169,7 +173,8 @@ def shared(
             parse_url(url)
     options = None
     if tls or tls_ca or tls_cert or tls_key or tls_name:
-        options = TlsOptions(tls_ca, tls_cert, tls_key, tls_name)
+        with typed_by_hand():
+            options = TlsOptions(tls_ca, tls_cert, tls_key, tls_name)
     ctx.obj = Session(url, options, as_json)
 
 
