@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A client that never stops writing to its inputs: a process of its own, given a memfd.
 
-Arguments: fd, its size, then for each tensor offset:size:lowest byte:highest byte. It spoils one
-byte after the other and puts each back, so that the tensors are as they were about half of the
-time. The last eight bytes of the memory count the rounds. It ends with its standard input.
+Arguments: fd, its size, then for each tensor place:bytes:whole:spoiled, the offsets of the tensor
+and of two contents for it. It writes the one, then the other, for ever. The last eight bytes of
+the memory count the rounds. It ends with its standard input.
 """
 
 import mmap
-import random
 import select
 import sys
 
@@ -15,15 +14,15 @@ import sys
 def main() -> None:
     fd, size = int(sys.argv[1]), int(sys.argv[2])
     memory = mmap.mmap(fd, size)
-    tensors = [tuple(map(int, argument.split(":"))) for argument in sys.argv[3:]]
+    writes: list[tuple[slice, bytes]] = []
+    for argument in sys.argv[3:]:
+        place, count, *contents = map(int, argument.split(":"))
+        writes += [(slice(place, place + count), memory[at : at + count]) for at in contents]
     rounds = 0
     while not select.select([sys.stdin], [], [], 0)[0]:
-        for _ in range(1000):
-            offset, length, low, high = random.choice(tensors)
-            place = offset + random.randrange(length)
-            whole = memory[place]
-            memory[place] = random.randint(low, high)
-            memory[place] = whole
+        for _ in range(100):
+            for span, content in writes:
+                memory[span] = content
             rounds += 1
             memory[-8:] = rounds.to_bytes(8, "little")
 

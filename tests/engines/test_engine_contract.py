@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from thirdrail import dtypes
-from thirdrail_engines import Engine, EngineError
+from thirdrail_engines import Engine, EngineError, EngineInputError
 
 FLOAT, INT64, BOOL, STRING = (
     TensorProto.FLOAT,
@@ -172,7 +172,7 @@ def test_text_goes_in_and_out_beside_numbers(
     assert answer["digits"].tolist() == [b"2", b"2", b"2"]
     assert answer["minus"] is target
     assert target.tolist() == [-2, -2, -2]
-    with pytest.raises(EngineError, match="'words' has an element that is not UTF-8"):
+    with pytest.raises(EngineInputError, match="'words' has an element that is not UTF-8"):
         engine.run({"words": dtypes.object_array([b"\xff"], (1,)), "x": x[:1]}, wanted, {})
 
 

@@ -26,33 +26,35 @@ Array = np.ndarray[Any, Any]
 
 PAGE = mmap.PAGESIZE
 COUNT = 4096
-ROUNDS_MIN = 20_000
+ROUNDS_MIN = 2000
 PATIENCE = 1000  # runs for each run asked for, until the scribbler has done its part
 FLOAT_BYTES = (1, 127)
-ANY_BYTES = (0, 255)
 
 
-def float_data() -> Array:
+def float_data(seed: int) -> Array:
     low, high = FLOAT_BYTES
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     return random.integers(low, high + 1, 4 * COUNT, dtype=np.uint8).view(np.float32)
 
 
-MODELS: dict[str, tuple[Any, dict[str, Any], dict[str, Array]]] = {
+# The node, its inputs, and two contents for each: what is there, and what is written over it.
+X = (float_data(0), float_data(1))
+INDICES = np.arange(COUNT)
+MODELS: dict[str, tuple[Any, dict[str, Any], dict[str, tuple[Array, Array]]]] = {
     "Gather": (
         helper.make_node("Gather", ["x", "steer"], ["y"]),
         {"x": (FLOAT, ["n"]), "steer": (INT64, ["k"])},
-        {"x": float_data(), "steer": np.arange(COUNT)},
+        {"x": X, "steer": (INDICES, INDICES + COUNT)},  # into the memory behind x
     ),
     "Compress": (
         helper.make_node("Compress", ["x", "steer"], ["y"], axis=0),
         {"x": (FLOAT, ["n"]), "steer": (BOOL, ["n"])},
-        {"x": float_data(), "steer": np.arange(COUNT) % 3 == 0},
+        {"x": X, "steer": (INDICES % 3 == 0, INDICES >= 0)},
     ),
     "Reshape": (
         helper.make_node("Reshape", ["x", "steer"], ["y"]),
         {"x": (FLOAT, ["n"]), "steer": (INT64, ["k"])},
-        {"x": float_data(), "steer": np.array([2, COUNT // 2])},
+        {"x": X, "steer": (np.array([2, COUNT // 2]), np.array([COUNT, COUNT]))},
     ),
 }
 
@@ -92,31 +94,37 @@ def test_a_scribbling_client_learns_nothing_and_breaks_nothing(
 
 
 @contextmanager
-def scribbled(contents: dict[str, Array]) -> Iterator[tuple[dict[str, Array], Callable[[], int]]]:
+def scribbled(
+    contents: dict[str, tuple[Array, Array]],
+) -> Iterator[tuple[dict[str, Array], Callable[[], int]]]:
     """Arrays in memory that a scribbler writes to, and how many rounds it has made."""
-    strides = [-(-array.nbytes // PAGE) * PAGE + PAGE for array in contents.values()]
-    size = PAGE + sum(strides) + PAGE
+    memory_bytes = sum(3 * (whole.nbytes + 2 * PAGE) for whole, _ in contents.values()) + PAGE
     fd = os.memfd_create("scribbled")
     try:
-        os.ftruncate(fd, size)
-        memory = mmap.mmap(fd, size)
-        memory[:] = b"\xee" * (size - 8) + bytes(8)
-        views, arguments, offset = {}, [], PAGE
-        for (name, array), stride in zip(contents.items(), strides, strict=True):
-            view = np.frombuffer(memory, array.dtype, array.size, offset).reshape(array.shape)
-            view[...] = array
-            views[name] = view
-            low, high = FLOAT_BYTES if array.dtype == np.float32 else ANY_BYTES
-            arguments.append(f"{offset}:{array.nbytes}:{low}:{high}")
-            offset += stride
-        command = [
-            sys.executable,
-            str(Path(__file__).with_name("scribbler.py")),
-            str(fd),
-            str(size),
-        ]
+        os.ftruncate(fd, memory_bytes)
+        memory = mmap.mmap(fd, memory_bytes)
+        memory[:] = b"\xee" * (memory_bytes - 8) + bytes(8)
+        end = 0
+
+        def put(array: Array) -> int:
+            """A copy of the array, a page or more behind the last: its offset."""
+            nonlocal end
+            offset = end - end % -PAGE + PAGE
+            end = offset + array.nbytes
+            memory[offset:end] = array.tobytes()
+            return offset
+
+        views: dict[str, Array] = {}
+        arguments = [str(fd), str(memory_bytes)]
+        places = {name: put(whole) for name, (whole, _) in contents.items()}
+        for name, (whole, spoiled) in contents.items():
+            view = np.frombuffer(memory, whole.dtype, whole.size, places[name])
+            views[name] = view.reshape(whole.shape)
+            arguments.append(f"{places[name]}:{whole.nbytes}:{put(whole)}:{put(spoiled)}")
         with subprocess.Popen(
-            [*command, *arguments], stdin=subprocess.PIPE, pass_fds=[fd]
+            [sys.executable, str(Path(__file__).with_name("scribbler.py")), *arguments],
+            stdin=subprocess.PIPE,
+            pass_fds=[fd],
         ) as scribbler:
             yield views, lambda: int.from_bytes(memory[-8:], "little")
             assert scribbler.poll() is None

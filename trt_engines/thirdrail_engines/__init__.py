@@ -7,7 +7,13 @@ import os
 # before their first import. A server that was asked for nothing but gRPC must not talk to others.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-from thirdrail_engines.engine import Engine, EngineError, EngineSpec, ModelFileError
+from thirdrail_engines.engine import (
+    Engine,
+    EngineError,
+    EngineInputError,
+    EngineSpec,
+    ModelFileError,
+)
 from thirdrail_engines.inspector import Inspector
 from thirdrail_engines.load import load
 from thirdrail_engines.malloc import use_one_arena
@@ -18,6 +24,7 @@ __all__ = [
     "BatchProof",
     "Engine",
     "EngineError",
+    "EngineInputError",
     "EngineOptions",
     "EngineSpec",
     "Inspector",

@@ -16,6 +16,10 @@ class EngineError(Exception):
     """One run failed. The text is the engine's, fit to be shown to the caller."""
 
 
+class EngineInputError(EngineError):
+    """An element of an input is one that the engine cannot take, whatever the model."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     inputs: tuple[TensorSpec, ...]
@@ -52,7 +56,8 @@ class Engine(Protocol):
 
         Returns each wanted output; those of `into` are the same array objects. Results other than
         those never share memory with the inputs. BYTES come as object arrays of bytes.
-        Raises EngineError when the run fails, also when an array of `into` does not fit.
+        Raises EngineError when the run fails, also when an array of `into` does not fit;
+        EngineInputError for what nobody but the caller can change.
         """
         ...
 

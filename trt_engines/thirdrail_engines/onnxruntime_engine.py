@@ -19,7 +19,7 @@ import numpy as np
 from thirdrail import dtypes
 from thirdrail.dtypes import BYTES
 from thirdrail.tensors import Array
-from thirdrail_engines.engine import EngineError, EngineSpec
+from thirdrail_engines.engine import EngineError, EngineInputError, EngineSpec
 from thirdrail_engines.inspector import Inspector
 from thirdrail_engines.malloc import return_free_memory
 from thirdrail_engines.onnxruntime_errors import tidy
@@ -174,7 +174,7 @@ def _to_text(name: str, array: Array) -> Array:
     try:
         return dtypes.object_array([element.decode() for element in array.flat], array.shape)
     except UnicodeDecodeError:
-        raise EngineError(
+        raise EngineInputError(
             f"input '{name}' has an element that is not UTF-8, and this model takes text"
         ) from None
 
