@@ -253,6 +253,8 @@ class AsyncLane:
             if not packet:
                 return self.close("the worker is gone")
             self._on_packet(lane_pb2.LaneResponse.FromString(packet), fds)
+            if not self._pending:
+                return None  # nothing more is expected: spare the read that finds nothing
 
     def _on_packet(self, message: lane_pb2.LaneResponse, fds: list[int]) -> None:
         kind = message.WhichOneof("message")
