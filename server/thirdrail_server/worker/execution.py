@@ -2,7 +2,8 @@
 """One run of an engine for one batch: gather the inputs, run, scatter the results.
 
 No sockets and no loop: it runs on an instance thread, or on the worker's loop for tiny models.
-A fault of the run is everybody's; a fault in one member's results is that member's alone.
+A run that fails does not say for whose elements, so its members are run again one by one: nobody
+answers for his batch-mates. A fault in one member's results is that member's alone.
 
 The copies of tensor bytes, all of them: a batch of several requests is gathered (one copy, also
 the snapshot); a single request is bound where it lies, except inputs that must be snapshotted
@@ -19,10 +20,10 @@ import numpy as np
 
 from thirdrail import dtypes, tensors
 from thirdrail.dtypes import BYTES
-from thirdrail.errors import Internal, ThirdrailError
+from thirdrail.errors import Internal, InvalidArgument, ThirdrailError
 from thirdrail.tensors import Array, TensorSpec
 from thirdrail.v1 import tensor_pb2
-from thirdrail_engines.engine import Engine, EngineError
+from thirdrail_engines.engine import Engine, EngineError, EngineInputError
 from thirdrail_server.worker.arenas import OutputArena
 from thirdrail_server.worker.classification import classify
 from thirdrail_server.worker.requests import Request, VersionSpec, WantedOutput
@@ -58,35 +59,64 @@ class Outcome:
 class Execution:
     outcomes: list[Outcome]
     input_copy_ns: int
-    compute_ns: int
+    compute_ns: int  # 0: the run failed, or there was none
     output_copy_ns: int
+    is_one_run: bool = True  # else the members were run one by one
+    has_failed: bool = False  # the engine's run did
 
 
 def execute(engine: Engine, spec: VersionSpec, members: Sequence[Member]) -> Execution:
     """Run one batch. Never raises: every failure is in the outcomes."""
+    together = _execute_together(engine, spec, members)
+    if len(members) == 1 or not together.has_failed:
+        return together
+    alone = [_execute_together(engine, spec, [member]) for member in members]
+    return Execution(
+        [execution.outcomes[0] for execution in alone],
+        together.input_copy_ns + sum(execution.input_copy_ns for execution in alone),
+        sum(execution.compute_ns for execution in alone),
+        sum(execution.output_copy_ns for execution in alone),
+        is_one_run=False,
+    )
+
+
+def _execute_together(engine: Engine, spec: VersionSpec, members: Sequence[Member]) -> Execution:
     outcomes = [Outcome() for _ in members]
     slots: dict[str, _Slot] = {}
     started = gathered = computed = time.monotonic_ns()
+    has_failed = False
     try:
         inputs = _gather(members, spec, outcomes)
         slots = _slots_in_place(members, spec)
-        gathered = time.monotonic_ns()
+        gathered = computed = time.monotonic_ns()
         wanted = _wanted_names(members, spec)
         results = engine.run(inputs, wanted, {name: slot.array for name, slot in slots.items()})
         computed = time.monotonic_ns()
         _scatter(members, spec, results, slots, outcomes)
     except (EngineError, ThirdrailError) as error:
-        _fail_all(error, members, slots, outcomes)
+        has_failed = isinstance(error, EngineError)
+        _fail_all(_error_for_caller(error), members, slots, outcomes)
     except Exception:
         log.exception("unexpected failure in a run of %s version %s", spec.model, spec.version)
         _fail_all(Internal("internal error; the server's log has it"), members, slots, outcomes)
     return Execution(
-        outcomes, gathered - started, computed - gathered, time.monotonic_ns() - computed
+        outcomes,
+        gathered - started,
+        computed - gathered,
+        time.monotonic_ns() - computed,
+        has_failed=has_failed,
     )
 
 
+def _error_for_caller(error: EngineError | ThirdrailError) -> ThirdrailError:
+    if isinstance(error, ThirdrailError):
+        return error
+    kind = InvalidArgument if isinstance(error, EngineInputError) else Internal
+    return kind(str(error))
+
+
 def _fail_all(
-    error: Exception,
+    error: ThirdrailError,
     members: Sequence[Member],
     slots: "Mapping[str, _Slot]",
     outcomes: list[Outcome],
@@ -97,7 +127,7 @@ def _fail_all(
         if not slots:
             outcome.discard(member.arena)
         outcome.outputs = []
-        outcome.error = error if isinstance(error, ThirdrailError) else Internal(str(error))
+        outcome.error = error
 
 
 # Gathering
