@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that wait: queues that are full, timeouts that pass, callers that give up.
+
+The model `narrow` runs one request at a time and lets one wait.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from conformance.test_refusals import assert_failed
+from support.callers import Answer, Ask, Caller, Pending, WireTensor, tensors
+from thirdrail.v1 import inference_pb2 as pb
+
+WAIT_S_MAX = 30
+HOLDS = 80_000  # turns of `narrow`: 0.4 s at least
+TIMEOUT_US = 50_000  # far less
+
+
+def narrow(turns: int = 1, *, model: str = "narrow", timeout_us: int = 0) -> Ask:
+    inputs: list[WireTensor] = [*tensors(x=np.zeros(1, np.float32), turns=np.array(turns))]
+    return Ask(model, inputs, timeout_us=timeout_us)
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S_MAX
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@contextmanager
+def held(caller: Caller, model: str = "narrow") -> Iterator[Pending]:
+    """A request that runs, and has been answered at the end."""
+    until(lambda: is_idle(caller, model))
+    first = caller.submit(narrow(HOLDS, model=model))
+    until(lambda: caller.counters(model).running == 1)
+    yield first
+    until(lambda: is_idle(caller, model))
+
+
+def is_idle(caller: Caller, model: str) -> bool:
+    counters = caller.counters(model)
+    return not counters.running and not counters.queued
+
+
+def test_a_full_queue_refuses_at_once(caller: Caller) -> None:
+    before = caller.counters("narrow")
+    with held(caller) as running:
+        waiting = caller.submit(narrow())
+        until(lambda: caller.counters("narrow").queued == 1)
+        refused = caller.submit(narrow())
+        until(lambda: caller.counters("narrow").requests_refused > before.requests_refused)
+        assert not running.future.done(), "nobody is made to wait for a refusal"
+        assert_failed(caller, refused.result(), pb.REASON_QUEUE_FULL, "Exceeds maximum queue size")
+        assert isinstance(running.result(), Answer)
+        assert isinstance(waiting.result(), Answer)
+
+
+def test_a_timeout_ends_what_waits_and_nothing_else(caller: Caller) -> None:
+    before = caller.counters("narrow")
+    with held(caller) as running:
+        late = caller.submit(narrow(timeout_us=TIMEOUT_US))
+        until(lambda: caller.counters("narrow").requests_timed_out > before.requests_timed_out)
+        assert not running.future.done()
+        assert_failed(caller, late.result(), pb.REASON_TIMED_OUT, "Request timeout expired")
+        assert isinstance(running.result(), Answer)
+    assert caller.counters("narrow").batches == before.batches + 1, "it was never run"
+
+
+def test_a_timeout_that_does_not_pass_changes_nothing(caller: Caller) -> None:
+    assert isinstance(caller.submit(narrow(timeout_us=60_000_000)).result(), Answer)
+
+
+def test_a_cancelled_request_leaves_the_queue(caller: Caller) -> None:
+    before = caller.counters("narrow")
+    with held(caller):
+        waiting = caller.submit(narrow())
+        until(lambda: caller.counters("narrow").queued == 1)
+        waiting.cancel()
+        until(lambda: caller.counters("narrow").queued == 0)
+        assert caller.counters("narrow").requests_cancelled > before.requests_cancelled
+    assert isinstance(caller.submit(narrow()).result(), Answer)
+    assert caller.counters("narrow").batches == before.batches + 2, "it was never run"
+
+
+def test_cancelling_what_runs_frees_its_caller_at_once(caller: Caller) -> None:
+    with held(caller) as running:
+        running.cancel()
+        until(lambda: caller.counters("narrow").running == 0)
+
+
+def test_whenever_a_cancel_comes_the_request_ends_once(caller: Caller) -> None:
+    """It may not even have started by then, or its answer may be on its way."""
+    calls: list[Pending] = []
+    for turns in (1, 200, 400) * 8:
+        calls.append(caller.submit(narrow(turns, model="slow")))
+        calls[-1].cancel()
+    until(lambda: all(call.future.done() for call in calls))
+    until(lambda: is_idle(caller, "slow"))
+    assert isinstance(caller.submit(narrow(model="slow")).result(), Answer)
