@@ -5,7 +5,8 @@ import dataclasses
 import json
 import os
 import platform
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -24,8 +25,8 @@ class Table:
     title: str
     includes: str
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    rows: Sequence[tuple[str, ...]] = ()
+    notes: Sequence[str] = ()
 
     def print(self, console: Console) -> None:
         table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)

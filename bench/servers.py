@@ -20,6 +20,10 @@ POLL_S = 0.01
 HOST = "127.0.0.1"
 
 
+class NotReady(Exception):
+    """A server did not become ready in time."""
+
+
 @dataclass(slots=True)
 class Server:
     """A running server. `processes` has one entry per role: Thirdrail's front and its worker."""
@@ -86,7 +90,7 @@ def _running(
     try:
         first = psutil.Process(process.pid)
         yield Server(name, process, f"unix:{path}", f"{HOST}:{port}", [first])
-    except grpc.FutureTimeoutError:
+    except (grpc.FutureTimeoutError, NotReady):
         raise RuntimeError(f"{name} was not ready; its log:\n{log.read_text()}") from None
     finally:
         stop(process)
@@ -117,9 +121,11 @@ def wait_until_serving(server: Server) -> None:
         watch = health_pb2_grpc.HealthStub(channel).Watch(
             health_pb2.HealthCheckRequest(), timeout=READY_S_MAX
         )
-        for answer in watch:
-            if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                return
+        with contextlib.suppress(grpc.RpcError):
+            for answer in watch:
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+    raise NotReady(server.name)
 
 
 # A connection that fails is tried again soon, not after gRPC's usual second.
