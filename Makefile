@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-all proto demo bench clean
+.PHONY: help setup check format test test-all proto demo bench bench-triton clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -41,6 +41,9 @@ demo: $(STAMP) ## real models, real inputs, through a real server
 
 bench: $(STAMP) ## measure; the results belong into bench/README.md
 	$(BIN)/python -m bench
+
+bench-triton: $(STAMP) ## the same for Triton's server beside ours; downloads 55 MB into .tools
+	$(BIN)/python -m bench triton
 
 clean: ## remove what the other commands made
 	rm -rf $(VENV) .venv-proto .demo .tools dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
