@@ -17,6 +17,8 @@ from google.protobuf.message import DecodeError, Message
 
 from thirdrail.dtypes import Buffer
 from thirdrail.errors import (
+    Cancelled,
+    Internal,
     InvalidArgument,
     NotFound,
     ResourceExhausted,
@@ -107,7 +109,11 @@ class NativeInference:
 
 
 class _Stream:
-    """One InferStream: reads ahead up to the bound, answers in order of completion."""
+    """One InferStream: reads ahead up to the bound, answers in order of completion.
+
+    Each request has a task that makes its answer, and only that can be cancelled. What it made, or
+    the word that it was cancelled, goes to the one writer: no call is answered twice or not at all.
+    """
 
     def __init__(
         self, inference: NativeInference, context: Context, in_flight_max: int, flow: int
@@ -116,34 +122,38 @@ class _Stream:
         self._context = context
         self._flow = flow
         self._room = asyncio.Semaphore(in_flight_max)
-        self._calls: dict[int, asyncio.Task[None]] = {}
+        self._calls: dict[int, asyncio.Task[bytes]] = {}
+        self._answers: asyncio.Queue[bytes | None] = asyncio.Queue()  # None: there are no more
+        self._is_read = False
         self._models: dict[int, tuple[str, int]] = {}
-        self._writing = asyncio.Lock()  # gRPC takes one message at a time
 
     async def run(self, bodies: AsyncIterator[bytes], stopping: asyncio.Event) -> None:
         """Until the caller has sent all and everything is answered. Raises what ends the stream."""
-        reading = asyncio.create_task(self._read(bodies))
-        stop = asyncio.create_task(stopping.wait())
+        reader = asyncio.create_task(self._read(bodies))
+        reader.add_done_callback(self._on_read)
+        stopper = asyncio.create_task(_cancel_on(stopping, reader))
         try:
-            await asyncio.wait({reading, stop}, return_when=asyncio.FIRST_COMPLETED)
-            is_cut_off = not reading.done()
-            if reading.done():
-                reading.result()
-            reading.cancel()
-            if self._calls:
-                await asyncio.wait(self._calls.values())
-            if is_cut_off:
+            while (body := await self._answers.get()) is not None:
+                await self._context.write(_STREAM_INFER_KEY + varint(len(body)) + body)
+                self._room.release()
+            if reader.cancelled():
                 raise Unavailable(STOPPING_TEXT)
+            reader.result()
         finally:
-            for task in (stop, reading, *self._calls.values()):
+            for task in (reader, stopper, *self._calls.values()):
                 task.cancel()
 
     async def _read(self, bodies: AsyncIterator[bytes]) -> None:
-        """Until the caller has sent all. At the bound nothing is read: HTTP/2 holds the sender."""
-        await self._room.acquire()
+        await self._room.acquire()  # at the bound nothing is read: HTTP/2 holds the sender
         async for body in bodies:
             self._take(_parsed(pb.InferStreamRequest, body))
             await self._room.acquire()
+
+    def _on_read(self, reader: "asyncio.Task[None]") -> None:
+        self._is_read = True
+        has_failed = not reader.cancelled() and reader.exception() is not None
+        if has_failed or not self._calls:
+            self._answers.put_nowait(None)
 
     def _take(self, message: pb.InferStreamRequest) -> None:
         kind = message.WhichOneof("message")
@@ -153,7 +163,7 @@ class _Stream:
                 raise InvalidArgument(f"call {request.call} is in flight already on this stream")
             task = asyncio.create_task(self._answer(request))
             self._calls[request.call] = task
-            task.add_done_callback(lambda _: self._ended(request.call))
+            task.add_done_callback(lambda done: self._on_answer(request, done))
             return
         self._room.release()
         if kind == "cancel":
@@ -163,28 +173,28 @@ class _Stream:
             return
         raise InvalidArgument("a stream request holds neither 'infer' nor 'cancel'")
 
-    def _ended(self, call: int) -> None:
-        del self._calls[call]
-        self._room.release()
+    def _on_answer(self, request: pb.InferRequest, task: "asyncio.Task[bytes]") -> None:
+        del self._calls[request.call]
+        if task.cancelled():
+            error = Cancelled("Request cancelled")
+            self._answers.put_nowait(_failure(request.call, request.request_id, error))
+        else:
+            self._answers.put_nowait(task.result())
+        if self._is_read and not self._calls:
+            self._answers.put_nowait(None)
 
-    async def _answer(self, request: pb.InferRequest) -> None:
+    async def _answer(self, request: pb.InferRequest) -> bytes:
         call, request_id = request.call, request.request_id
         try:
             self._resolve_model(request)
             result = await self._inference._dispatch(None, request, self._context, self._flow)
             result.response.call = call
-            body = _serialized(result)
+            return _serialized(result)
         except ThirdrailError as error:
-            body = _failure(call, request_id, error.reason, error.message)
-        except asyncio.CancelledError:
-            if self._context.cancelled() or self._context.done():
-                raise
-            body = _failure(call, request_id, pb.REASON_CANCELLED, "Request cancelled")
+            return _failure(call, request_id, error)
         except Exception:
             log.exception("a request of a stream failed", extra={"request_id": request_id})
-            body = _failure(call, request_id, pb.REASON_INTERNAL, INTERNAL_TEXT)
-        async with self._writing:
-            await self._context.write(_STREAM_INFER_KEY + varint(len(body)) + body)
+            return _failure(call, request_id, Internal(INTERNAL_TEXT))
 
     def _resolve_model(self, request: pb.InferRequest) -> None:
         """Ids are bound per stream here, since all streams share the front's one lane."""
@@ -200,8 +210,13 @@ class _Stream:
         request.model_id = 0
 
 
-def _failure(call: int, request_id: str, reason: pb.Reason.ValueType, message: str) -> bytes:
-    status = pb.Status(reason=reason, message=message)
+async def _cancel_on(event: asyncio.Event, task: "asyncio.Task[None]") -> None:
+    await event.wait()
+    task.cancel()
+
+
+def _failure(call: int, request_id: str, error: ThirdrailError) -> bytes:
+    status = pb.Status(reason=error.reason, message=error.message)
     return pb.InferResponse(
         call=call, request_id=request_id, final=True, status=status
     ).SerializeToString()
