@@ -78,6 +78,7 @@ def test_a_model_is_called_with_typed_values(curl: Curl) -> None:
     assert (output["name"], output["shape"]) == ("c", ["1", "4"])
     assert response["requestId"] == "by hand"
     assert response["final"] is True
+    assert "call" not in response  # none was sent
 
 
 def test_a_stream_answers_each_request(curl: Curl) -> None:

@@ -151,17 +151,6 @@ def check_statistics_rise(url: str) -> None:
         assert {"add", "plus_one", "slow"} <= everything
 
 
-def check_keepalive_options(url: str) -> None:
-    options = triton.KeepAliveOptions(
-        keepalive_time_ms=1000,
-        keepalive_timeout_ms=1000,
-        keepalive_permit_without_calls=True,
-        http2_max_pings_without_data=0,
-    )
-    with triton.InferenceServerClient(url, keepalive_options=options) as client:
-        assert client.infer("plus_one", ones()).as_numpy("c").tolist() == [[2, 2, 2, 2]]
-
-
 def check_trace_and_log_settings(url: str) -> None:
     with triton.InferenceServerClient(url) as client:
         assert list(client.get_trace_settings().settings["trace_level"].value) == ["OFF"]
