@@ -65,10 +65,13 @@ class ModelsServicer(models_pb2_grpc.ModelsServicer):
                 self._control.load(request.name, config, None, progress.tell)
             )
             load.add_done_callback(progress.end)
+            last = pb.LoadResponse()
             try:
-                async for report in progress:
-                    yield report
-                yield pb.LoadResponse(phase="ready", done=True, versions=await load)
+                async for last in progress:
+                    if last.phase != "ready":  # that is said once, with the versions
+                        yield last
+                last.MergeFrom(pb.LoadResponse(phase="ready", done=True, versions=await load))
+                yield last
             finally:
                 load.cancel()
 
