@@ -10,12 +10,9 @@ import itertools
 import logging
 import zlib
 from collections.abc import AsyncIterator
-from typing import TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError, Message
 
-from thirdrail.dtypes import Buffer
 from thirdrail.errors import (
     Cancelled,
     Internal,
@@ -26,21 +23,26 @@ from thirdrail.errors import (
     Unavailable,
     error_of_reason,
 )
-from thirdrail.lane.packets import varint
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail_server.front.dispatch import Dispatcher, Result
+from thirdrail_server.front.native_messages import (
+    Large,
+    limit_time,
+    parsed_request,
+    parsed_stream_request,
+    refuse_references,
+    serialized,
+    streamed,
+    streamed_failure,
+    take_raw,
+)
 from thirdrail_server.front.statuses import INTERNAL_TEXT, Context, abort_with
 
 log = logging.getLogger(__name__)
 
 SERVICE = "thirdrail.v1.Inference"
-M = TypeVar("M", bound=Message)
-
 STOPPING_TEXT = "the server is shutting down and takes no new requests"
 MODEL_IDS_MAX = 1024  # bound on one stream
-# Keys of fields in the wire format: number << 3 | type.
-_STREAM_INFER_KEY = bytes((1 << 3 | 2,))
-_TIMEOUT_KEY = bytes((10 << 3 | 0,))
 _STREAM_FLOWS_FROM = 1 << 32  # above every number that a peer's address can hash to
 
 
@@ -68,15 +70,16 @@ class NativeInference:
         try:
             if self._stopping.is_set():
                 raise Unavailable(STOPPING_TEXT)
-            request = _parsed(pb.InferRequest, body)
+            request, large = parsed_request(body)
             if request.model_id:
                 raise InvalidArgument("model_id means nothing in a unary call; use model_name")
             flow = zlib.crc32(context.peer().encode())
-            result = await self._dispatch(body, request, context, flow)
+            result = await self._dispatch(body, request, large, context, flow)
             response = result.response
+            response.call = request.call  # it has the one of the front's own lane
             if response.status.reason:
                 raise error_of_reason(response.status.reason, response.status.message)
-            return _serialized(result)
+            return serialized(result)
         except ThirdrailError as error:
             await abort_with(context, error)
         except grpc.aio.AbortError:
@@ -86,19 +89,19 @@ class NativeInference:
             await context.abort(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
 
     async def _dispatch(
-        self, body: bytes | None, request: pb.InferRequest, context: Context, flow: int
+        self,
+        body: bytes | None,
+        request: pb.InferRequest,
+        large: Large,
+        context: Context,
+        flow: int,
     ) -> Result:
         """body: the request's bytes where they can be sent on, None where they cannot."""
-        for tensor in request.inputs:
-            if tensor.HasField("ref"):
-                raise InvalidArgument(
-                    f"tensor '{tensor.name}' is a memory reference; over gRPC, send raw bytes or "
-                    "values"
-                )
-        suffix = _limit_time(request, context)
+        refuse_references(request)
+        suffix = limit_time(request, context.time_remaining())
         if body is not None and len(body) <= self._dispatcher.inline_bytes_max:
             return await self._dispatcher.infer_bytes(body + suffix, request, flow=flow)
-        return await self._dispatcher.infer(request, _take_raw(request), flow=flow)
+        return await self._dispatcher.infer(request, take_raw(request, large), flow=flow)
 
     async def _stream(self, bodies: AsyncIterator[bytes], context: Context) -> None:
         stream = _Stream(self, context, self._in_flight_max, next(self._stream_flows))
@@ -134,7 +137,7 @@ class _Stream:
         stopper = asyncio.create_task(_cancel_on(stopping, reader))
         try:
             while (body := await self._answers.get()) is not None:
-                await self._context.write(_STREAM_INFER_KEY + varint(len(body)) + body)
+                await self._context.write(body)
                 self._room.release()
             if reader.cancelled():
                 raise Unavailable(STOPPING_TEXT)
@@ -146,7 +149,7 @@ class _Stream:
     async def _read(self, bodies: AsyncIterator[bytes]) -> None:
         await self._room.acquire()  # at the bound nothing is read: HTTP/2 holds the sender
         async for body in bodies:
-            self._take(_parsed(pb.InferStreamRequest, body))
+            self._take(*parsed_stream_request(body))
             await self._room.acquire()
 
     def _on_read(self, reader: "asyncio.Task[None]") -> None:
@@ -155,13 +158,13 @@ class _Stream:
         if has_failed or not self._calls:
             self._answers.put_nowait(None)
 
-    def _take(self, message: pb.InferStreamRequest) -> None:
+    def _take(self, message: pb.InferStreamRequest, large: Large) -> None:
         kind = message.WhichOneof("message")
         if kind == "infer":
             request = message.infer
             if request.call in self._calls:
                 raise InvalidArgument(f"call {request.call} is in flight already on this stream")
-            task = asyncio.create_task(self._answer(request))
+            task = asyncio.create_task(self._answer(request, large))
             self._calls[request.call] = task
             task.add_done_callback(lambda done: self._on_answer(request, done))
             return
@@ -177,24 +180,26 @@ class _Stream:
         del self._calls[request.call]
         if task.cancelled():
             error = Cancelled("Request cancelled")
-            self._answers.put_nowait(_failure(request.call, request.request_id, error))
+            self._answers.put_nowait(streamed_failure(request.call, request.request_id, error))
         else:
             self._answers.put_nowait(task.result())
         if self._is_read and not self._calls:
             self._answers.put_nowait(None)
 
-    async def _answer(self, request: pb.InferRequest) -> bytes:
+    async def _answer(self, request: pb.InferRequest, large: Large) -> bytes:
         call, request_id = request.call, request.request_id
         try:
             self._resolve_model(request)
-            result = await self._inference._dispatch(None, request, self._context, self._flow)
+            result = await self._inference._dispatch(
+                None, request, large, self._context, self._flow
+            )
             result.response.call = call
-            return _serialized(result)
+            return streamed(result)
         except ThirdrailError as error:
-            return _failure(call, request_id, error)
+            return streamed_failure(call, request_id, error)
         except Exception:
             log.exception("a request of a stream failed", extra={"request_id": request_id})
-            return _failure(call, request_id, Internal(INTERNAL_TEXT))
+            return streamed_failure(call, request_id, Internal(INTERNAL_TEXT))
 
     def _resolve_model(self, request: pb.InferRequest) -> None:
         """Ids are bound per stream here, since all streams share the front's one lane."""
@@ -213,59 +218,3 @@ class _Stream:
 async def _cancel_on(event: asyncio.Event, task: "asyncio.Task[None]") -> None:
     await event.wait()
     task.cancel()
-
-
-def _failure(call: int, request_id: str, error: ThirdrailError) -> bytes:
-    status = pb.Status(reason=error.reason, message=error.message)
-    return pb.InferResponse(
-        call=call, request_id=request_id, final=True, status=status
-    ).SerializeToString()
-
-
-def _parsed(kind: type[M], body: bytes) -> M:
-    try:
-        return kind.FromString(body)
-    except DecodeError:
-        raise InvalidArgument(
-            f"a message of {len(body)} bytes is not a {kind.DESCRIPTOR.full_name}"
-        ) from None
-
-
-def _limit_time(request: pb.InferRequest, context: Context) -> bytes:
-    """Let the gRPC deadline count as the request's timeout where it is nearer. Returns the field as
-    bytes, to be appended to the request's own; none where nothing changes."""
-    seconds: float | None = context.time_remaining()  # typed as if there were always a deadline
-    if seconds is None:
-        return b""
-    left_us = max(1, int(seconds * 1e6))
-    if request.timeout_us and request.timeout_us <= left_us:
-        return b""
-    request.timeout_us = left_us
-    return _TIMEOUT_KEY + varint(left_us)
-
-
-def _take_raw(request: pb.InferRequest) -> list[Buffer | None]:
-    """Per input its raw bytes, taken out of the request so that they are not sent twice."""
-    data: list[Buffer | None] = []
-    for tensor in request.inputs:
-        if tensor.HasField("raw"):
-            data.append(tensor.raw)
-            tensor.ClearField("raw")
-        else:
-            data.append(None)
-    return data
-
-
-def _serialized(result: Result) -> bytes:
-    """The response as it goes over the wire: results that lie in memory are copied into it."""
-    response = result.response
-    try:
-        for tensor, data in zip(response.outputs, result.data, strict=True):
-            if tensor.HasField("ref"):
-                tensor.raw = bytes(data or b"")
-        if response.HasField("timing"):
-            response.timing.transport = "grpc"
-            response.timing.copies += 1  # between the message and the worker's memory, each way
-        return response.SerializeToString()
-    finally:
-        result.release()

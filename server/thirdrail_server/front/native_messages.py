@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""thirdrail.v1 messages between gRPC's bytes and the dispatcher: parsing, limits, serializing.
+
+Pure code. Large tensors never pass through protobuf, see wire.py.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from thirdrail.dtypes import Buffer
+from thirdrail.errors import InvalidArgument, ThirdrailError
+from thirdrail.lane.packets import varint
+from thirdrail.v1 import inference_pb2 as pb
+from thirdrail_server.front import wire
+from thirdrail_server.front.dispatch import Result
+from thirdrail_server.front.wire import LARGE_BYTES_MIN
+
+M = TypeVar("M", bound=Message)
+Large = Sequence[memoryview | None]  # per input, its bytes where they were taken out
+
+# Numbers of fields: InferRequest.inputs, InferResponse.outputs, Tensor.raw, InferStream*.infer.
+_INPUTS, _OUTPUTS, _RAW, _STREAM_INFER = 6, 8, 4, 1
+_TIMEOUT_KEY = bytes((10 << 3 | 0,))  # of InferRequest.timeout_us: number << 3 | wire type
+
+
+def parsed(kind: type[M], body: bytes) -> M:
+    """Raises InvalidArgument when the bytes are no such message."""
+    try:
+        return kind.FromString(body)
+    except DecodeError:
+        raise InvalidArgument(
+            f"a message of {len(body)} bytes is not a {kind.DESCRIPTOR.full_name}"
+        ) from None
+
+
+def parsed_request(body: bytes) -> tuple[pb.InferRequest, Large]:
+    """The request without its large tensors' bytes, and those. Raises InvalidArgument."""
+    rest, large = wire.detach(body, _INPUTS, _RAW) if len(body) >= LARGE_BYTES_MIN else (body, [])
+    return parsed(pb.InferRequest, rest), large
+
+
+def parsed_stream_request(body: bytes) -> tuple[pb.InferStreamRequest, Large]:
+    """The same for a message of a stream."""
+    if len(body) < LARGE_BYTES_MIN:
+        return parsed(pb.InferStreamRequest, body), []
+    rest, infer = wire.detach(body, _STREAM_INFER, None)
+    message = parsed(pb.InferStreamRequest, rest)
+    if message.WhichOneof("message") != "infer" or len(infer) != 1 or infer[0] is None:
+        return parsed(pb.InferStreamRequest, body), []
+    request, large = parsed_request(bytes(infer[0]))
+    message.infer.CopyFrom(request)
+    return message, large
+
+
+def refuse_references(request: pb.InferRequest) -> None:
+    """Raises InvalidArgument for a tensor that lies in an arena: it would be the front's own."""
+    for tensor in request.inputs:
+        if tensor.HasField("ref"):
+            raise InvalidArgument(
+                f"tensor '{tensor.name}' is a memory reference; over gRPC, send raw bytes or values"
+            )
+
+
+def limit_time(request: pb.InferRequest, seconds_left: float | None) -> bytes:
+    """Let the gRPC deadline count as the request's timeout where it is nearer.
+
+    Returns what must be appended to the serialized request to the same effect: in protobuf's wire
+    format the last value of a field counts.
+    """
+    if seconds_left is None:
+        return b""
+    left_us = max(1, int(seconds_left * 1e6))
+    if request.timeout_us and request.timeout_us <= left_us:
+        return b""
+    request.timeout_us = left_us
+    return _TIMEOUT_KEY + varint(left_us)
+
+
+def take_raw(request: pb.InferRequest, large: Large) -> list[Buffer | None]:
+    """Per input its raw bytes, taken out of the request so that they are not sent twice."""
+    data: list[Buffer | None] = []
+    for tensor, taken in itertools.zip_longest(request.inputs, large):
+        if tensor.HasField("raw"):
+            data.append(tensor.raw if taken is None else taken)
+            tensor.ClearField("raw")
+        else:
+            data.append(None)
+    return data
+
+
+def serialized(result: Result) -> bytes:
+    """The response as unary calls answer. Its memory is released."""
+    return wire.joined(_pieces(result))
+
+
+def streamed(result: Result) -> bytes:
+    """The response as a message of a stream. Its memory is released."""
+    return wire.joined(wire.bytes_field(_STREAM_INFER, *_pieces(result)))
+
+
+def streamed_failure(call: int, request_id: str, error: ThirdrailError) -> bytes:
+    """A failed request as a message of a stream, which goes on."""
+    status = pb.Status(reason=error.reason, message=error.message)
+    response = pb.InferResponse(call=call, request_id=request_id, final=True, status=status)
+    return wire.joined(wire.bytes_field(_STREAM_INFER, response.SerializeToString()))
+
+
+def _pieces(result: Result) -> list[Buffer]:
+    """The serialized response in pieces; results that lie in memory are pieces of their own.
+
+    They are released here already: whoever gets them copies them before the next await, and not
+    before that can a release be sent.
+    """
+    response = result.response
+    try:
+        if response.HasField("timing"):
+            response.timing.transport = "grpc"
+            response.timing.copies += 2  # out of the request's message and into the response's
+        if not any(tensor.HasField("ref") for tensor in response.outputs):
+            return [response.SerializeToString()]
+        head = pb.InferResponse()
+        head.CopyFrom(response)
+        head.ClearField("outputs")
+        pieces: list[Buffer] = [head.SerializeToString()]
+        for tensor, data in zip(response.outputs, result.data, strict=True):
+            raw: list[Buffer] = []
+            if data is not None and tensor.HasField("ref"):
+                tensor.ClearField("ref")
+                raw = wire.bytes_field(_RAW, data)
+            pieces += wire.bytes_field(_OUTPUTS, tensor.SerializeToString(), *raw)
+        return pieces
+    finally:
+        result.release()

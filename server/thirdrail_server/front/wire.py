@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Large tensors out of and into serialized messages, without protobuf copying their bytes.
+
+Protobuf copies a bytes field when it parses it, again when it is read, again when it is set and
+again
+when it is serialized: four times 16 MiB for a large tensor and its answer. Here its place in the
+message is found by reading the lengths on the way
+(https://protobuf.dev/programming-guides/encoding), the small rest goes through protobuf as ever,
+and the bytes are copied once, to where they are needed.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from thirdrail.dtypes import Buffer
+from thirdrail.lane.packets import varint
+
+# Below it, protobuf's copies are cheaper than looking for a way around them.
+LARGE_BYTES_MIN = 32 << 10
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
+
+Field = tuple[int, int, int, int]  # number, where it begins, where its payload begins, its end
+
+
+class _NotUnderstood(Exception):
+    """Left to protobuf, which knows what to say about it."""
+
+
+def detach(body: bytes, outer: int, inner: int | None) -> tuple[bytes, list[memoryview | None]]:
+    """Take large bytes out of a serialized message.
+
+    outer: the number of a repeated field of the message. inner: of the bytes field in each of its
+    entries; None where the entries themselves are the bytes.
+    Returns the message with empty bytes in their place, and per entry a view of what was taken,
+    None where it was left in place. A message that makes no sense comes back as it is.
+    """
+    view = memoryview(body)
+    kept: list[Buffer] = []
+    taken: list[memoryview | None] = []
+    copied_to = 0
+    try:
+        for number, begin, payload, end in _fields(view, 0, len(body)):
+            if number != outer:
+                continue
+            place = (payload, end) if inner is None else _only_bytes(view, payload, end, inner)
+            if place is None or place[1] - place[0] < LARGE_BYTES_MIN:
+                taken.append(None)
+                continue
+            taken.append(view[place[0] : place[1]])
+            kept.append(view[copied_to:begin])
+            kept.append(_emptied(view, outer, payload, end, place, inner))
+            copied_to = end
+    except _NotUnderstood:
+        return body, []
+    if not kept:
+        return body, taken
+    return b"".join([*kept, view[copied_to:]]), taken
+
+
+def _emptied(
+    view: memoryview, outer: int, payload: int, end: int, place: tuple[int, int], inner: int | None
+) -> bytes:
+    """The entry without its bytes."""
+    if inner is None:
+        return _key(outer) + b"\0"
+    # Between the inner field's key and its payload stands the length that is to become 0.
+    before = place[0] - len(varint(place[1] - place[0]))
+    entry = b"".join([view[payload:before], b"\0", view[place[1] : end]])
+    return _key(outer) + varint(len(entry)) + entry
+
+
+def _only_bytes(view: memoryview, begin: int, end: int, inner: int) -> tuple[int, int] | None:
+    """Where an entry's bytes are, if the field comes once and its length in the shortest form.
+
+    The caller checks what else the entry has: the bytes may be one choice of several.
+    """
+    found: tuple[int, int] | None = None
+    for number, start, payload, stop in _fields(view, begin, end):
+        if number == inner:
+            if found is not None:
+                return None
+            found = (payload, stop)
+            if payload - start != len(_key(inner)) + len(varint(stop - payload)):
+                return None
+    return found
+
+
+def _fields(view: memoryview, begin: int, end: int) -> Iterator[Field]:
+    position = begin
+    while position < end:
+        start = position
+        key, position = _varint_at(view, position, end)
+        kind = key & 7
+        payload = position
+        if kind == _BYTES:
+            size, payload = _varint_at(view, position, end)
+            position = payload + size
+        elif kind == _VARINT:
+            _, position = _varint_at(view, position, end)
+        elif kind in _FIXED_BYTES:
+            position += _FIXED_BYTES[kind]
+        else:
+            raise _NotUnderstood
+        if position > end:
+            raise _NotUnderstood
+        # Only length-delimited fields have a payload; others never match what is looked for.
+        yield (key >> 3 if kind == _BYTES else 0), start, payload, position
+
+
+def _varint_at(view: memoryview, position: int, end: int) -> tuple[int, int]:
+    value = shift = 0
+    while position < end and shift < 64:
+        byte = view[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+    raise _NotUnderstood
+
+
+def bytes_field(number: int, *payload: Buffer) -> list[Buffer]:
+    """A length-delimited field in pieces, to be joined with the rest of its message."""
+    size = sum(memoryview(piece).nbytes for piece in payload)
+    return [_key(number) + varint(size), *payload]
+
+
+def joined(pieces: Sequence[Buffer]) -> bytes:
+    """The message of these pieces: the one copy of its large bytes."""
+    return b"".join(pieces)
+
+
+def _key(number: int) -> bytes:
+    return varint(number << 3 | _BYTES)
