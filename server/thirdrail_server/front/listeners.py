@@ -14,6 +14,9 @@ import grpc
 from thirdrail_server.config import ConfigError, ServerConfig, TlsFiles
 
 KEEPALIVE_MIN_PING_MS = 10_000
+# A connection may have so many more streams than calls are allowed: at its own bound a client waits
+# in silence, at ours it is told.
+REFUSED_STREAMS_MAX = 64
 
 
 def channel_options(config: ServerConfig) -> list[tuple[str, Any]]:
@@ -21,7 +24,7 @@ def channel_options(config: ServerConfig) -> list[tuple[str, Any]]:
     return [
         ("grpc.max_receive_message_length", config.message_bytes_max),
         ("grpc.max_send_message_length", config.message_bytes_max),
-        ("grpc.max_concurrent_streams", config.concurrent_calls_max),
+        ("grpc.max_concurrent_streams", config.concurrent_calls_max + REFUSED_STREAMS_MAX),
         ("grpc.max_allowed_incoming_connections", config.connections_max),
         # Two servers on one port would each get half of the calls, and neither would say so.
         ("grpc.so_reuseport", 0),

@@ -10,11 +10,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import grpc
-from grpc_channelz.v1 import channelz
+from grpc_channelz.v1 import channelz, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from thirdrail.lane.aio import AsyncLane
 from thirdrail.v1 import inference_pb2, metrics_pb2, metrics_pb2_grpc, models_pb2, models_pb2_grpc
@@ -32,6 +33,7 @@ from thirdrail_server.front.dispatch import Dispatcher
 from thirdrail_server.front.kserve.servicer import KServeServicer
 from thirdrail_server.front.listeners import channel_options, listen
 from thirdrail_server.front.native_inference import SERVICE, NativeInference
+from thirdrail_server.front.registration import Registration
 from thirdrail_server.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from thirdrail_server.worker.process import GIL_SWITCH_S
 
@@ -81,10 +83,11 @@ class Front:
     def _add_services(self) -> None:
         handlers = grpc.method_handlers_generic_handler(SERVICE, self._native.handlers())
         self._server.add_generic_rpc_handlers((handlers,))
-        models_pb2_grpc.add_ModelsServicer_to_server(self._models, self._server)
-        metrics_pb2_grpc.add_MetricsServicer_to_server(self._metrics, self._server)
-        grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._kserve, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        server: Any = Registration(self._server)
+        models_pb2_grpc.add_ModelsServicer_to_server(self._models, server)
+        metrics_pb2_grpc.add_MetricsServicer_to_server(self._metrics, server)
+        grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._kserve, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         services = [
             *(inference_pb2.DESCRIPTOR.services_by_name.values()),
             *(models_pb2.DESCRIPTOR.services_by_name.values()),
@@ -93,9 +96,12 @@ class Front:
             *(health_pb2.DESCRIPTOR.services_by_name.values()),
         ]
         names = [service.full_name for service in services]
-        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], self._server)
+        reflecting = reflection.aio.ReflectionServicer([*names, reflection.SERVICE_NAME])
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflecting, server)
         if self._config.channelz:
-            channelz.add_channelz_servicer(self._server)
+            channelz_pb2_grpc.add_ChannelzServicer_to_server(
+                channelz.aio.ChannelzServicer(), server
+            )
 
     async def start(self) -> str | None:
         """Listen, start the worker, begin to load. Returns the TCP address in use.
