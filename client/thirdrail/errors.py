@@ -2,20 +2,13 @@
 """What can go wrong, and whose turn it is to act.
 
 Three kinds: CallerError (the same request will fail again), NotNow (try later or ask for less) and
-ServerFault (ours). REASONS is the only place where a reason meets an exception class and a gRPC
-status.
+ServerFault (ours). Which gRPC status stands for which of them is said in `statuses`, which the
+worker does without.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
-import grpc
-
 from thirdrail.v1 import inference_pb2 as pb
-
-# Beside a failed call's status, the Reason's name: two reasons may share a status, and a status
-# without this key did not come from our server.
-REASON_KEY = "thirdrail-reason"
 
 
 class ThirdrailError(Exception):
@@ -112,45 +105,24 @@ class Internal(ServerFault):
     reason = pb.REASON_INTERNAL
 
 
-@dataclass(frozen=True, slots=True)
-class ReasonRow:
-    error: type[ThirdrailError]
-    status: grpc.StatusCode  # of the native services
-    kserve_status: (
-        grpc.StatusCode
-    )  # of inference.GRPCInferenceService, as Triton's clients expect it
-
-
-_S = grpc.StatusCode
-REASONS: dict[pb.Reason.ValueType, ReasonRow] = {
-    row.error.reason: row
-    for row in (
-        ReasonRow(InvalidArgument, _S.INVALID_ARGUMENT, _S.INVALID_ARGUMENT),
-        ReasonRow(NotFound, _S.NOT_FOUND, _S.NOT_FOUND),
-        ReasonRow(AlreadyExists, _S.ALREADY_EXISTS, _S.ALREADY_EXISTS),
-        ReasonRow(FailedPrecondition, _S.FAILED_PRECONDITION, _S.INVALID_ARGUMENT),
-        ReasonRow(PermissionDenied, _S.PERMISSION_DENIED, _S.PERMISSION_DENIED),
-        ReasonRow(Unimplemented, _S.UNIMPLEMENTED, _S.UNIMPLEMENTED),
-        ReasonRow(Internal, _S.INTERNAL, _S.INTERNAL),
-        ReasonRow(Unavailable, _S.UNAVAILABLE, _S.UNAVAILABLE),
-        ReasonRow(ResourceExhausted, _S.RESOURCE_EXHAUSTED, _S.UNAVAILABLE),
-        ReasonRow(QueueFull, _S.RESOURCE_EXHAUSTED, _S.UNAVAILABLE),
-        ReasonRow(TimedOut, _S.DEADLINE_EXCEEDED, _S.UNAVAILABLE),
-        ReasonRow(Cancelled, _S.CANCELLED, _S.CANCELLED),
-    )
-}
-
-_BY_STATUS: dict[grpc.StatusCode, type[ThirdrailError]] = {}
-for _row in REASONS.values():  # RESOURCE_EXHAUSTED is told apart by reason in band, not by status
-    _BY_STATUS.setdefault(_row.status, _row.error)
+_ERRORS: tuple[type[ThirdrailError], ...] = (
+    InvalidArgument,
+    NotFound,
+    AlreadyExists,
+    FailedPrecondition,
+    PermissionDenied,
+    Unimplemented,
+    QueueFull,
+    ResourceExhausted,
+    Unavailable,
+    TimedOut,
+    Cancelled,
+    Internal,
+)
+_BY_REASON = {error.reason: error for error in _ERRORS}
 
 
 def error_of_reason(reason: int, message: str) -> ThirdrailError:
     """The exception for a failed response. A reason from a newer server counts as its fault."""
-    row = REASONS.get(pb.Reason.ValueType(reason))
-    return row.error(message) if row else Internal(f"unknown reason {reason}: {message}")
-
-
-def error_of_status(status: grpc.StatusCode, message: str) -> ThirdrailError:
-    """The exception for a gRPC status, whoever sent it: our server, a proxy or the gRPC runtime."""
-    return _BY_STATUS.get(status, Internal)(message)
+    error = _BY_REASON.get(pb.Reason.ValueType(reason))
+    return error(message) if error else Internal(f"unknown reason {reason}: {message}")

@@ -11,8 +11,9 @@ from typing import Protocol, runtime_checkable
 
 import grpc
 
-from thirdrail import errors
-from thirdrail.errors import REASON_KEY, ThirdrailError
+from thirdrail import errors, statuses
+from thirdrail.errors import ThirdrailError
+from thirdrail.statuses import REASON_KEY
 from thirdrail.v1 import inference_pb2 as pb
 
 START_A_SERVER = "start a server with: thirdrail serve REPOSITORY"
@@ -82,7 +83,7 @@ def error_of_call(
         return with_note(Unreachable(f"no server answers at {address}: {details}"))
     if status is grpc.StatusCode.DEADLINE_EXCEEDED and timeout is not None:
         return with_note(errors.TimedOut(f"no answer within {timeout:g} s"))
-    return with_note(errors.error_of_status(status, details))
+    return with_note(statuses.error_of_status(status, details))
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class WorkerConfig:
     lane: LaneLimits = field(default_factory=LaneLimits)
     threads_max: int = 0  # CPU threads that engines may use together; 0: one per core
     queue_requests_max: int = 1024  # per model version, where its configuration says nothing
-    derive_batch_rows: int = 0  # above 0: models without a configuration batch, where proven
+    derive_batch_rows: int = 0  # 2 or more: models without a configuration batch, where proven
     loads_at_once_max: int = 2
     drain_s_max: float = 30.0  # requests of a replaced or unloaded model may take so long to finish
     # A model runs on the worker's own loop, sparing a thread switch, if 99 of 100 trial runs take
@@ -49,6 +49,12 @@ class WorkerConfig:
     # busy host counts not.
     inline_run_us_max: int = 100
     inline_overrun_us_max: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.derive_batch_rows < 0 or self.derive_batch_rows == 1:
+            raise ConfigError(
+                f"derive_batch_rows must be 0 (off) or 2 or more, got {self.derive_batch_rows}"
+            )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

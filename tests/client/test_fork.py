@@ -90,11 +90,24 @@ def test_a_lock_that_a_thread_held_does_not_stop_the_child(echo: EchoServer) -> 
     run(
         echo,
         """
-        client = thirdrail.Client(url)
-        lock = client._locks.setdefault(os.getpid(), threading.Lock())
-        with lock:  # another thread is connecting
-            child = forked(lambda: client.infer("echo", X))
-            assert succeeded(child)
+        from thirdrail import client as module
+
+        client, original = thirdrail.Client(url), module.find_address
+        connecting, go_on = threading.Event(), threading.Event()
+
+        def find_slowly(*args, **options):
+            connecting.set()
+            go_on.wait()
+            return original(*args, **options)
+
+        module.find_address = find_slowly
+        thread = threading.Thread(target=client.infer, args=("echo", X))
+        thread.start()
+        connecting.wait()
+        module.find_address = original
+        assert succeeded(forked(lambda: client.infer("echo", X)))
+        go_on.set()
+        thread.join()
         """,
     )
 

@@ -26,7 +26,9 @@ def modules_after(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("statement", ["import thirdrail", "import thirdrail.cli"])
+@pytest.mark.parametrize(
+    "statement", ["import thirdrail", "import thirdrail.client", "import thirdrail.cli"]
+)
 def test_what_is_not_imported(statement: str) -> None:
     loaded = modules_after(statement)
     assert "thirdrail" in loaded
@@ -36,7 +38,7 @@ def test_what_is_not_imported(statement: str) -> None:
 def test_other_peoples_messages_are_not_registered() -> None:
     """Two registrations of one file in one process crash: these files belong to other packages."""
     code = """
-import thirdrail, thirdrail.cli
+import thirdrail.aio, thirdrail.cli, thirdrail.client
 from google.protobuf import descriptor_pool
 pool = descriptor_pool.Default()
 for name in ("inference.ModelInferRequest", "grpc.health.v1.HealthCheckRequest"):

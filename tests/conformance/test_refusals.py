@@ -8,7 +8,7 @@ import pytest
 
 from support.callers import Answer, Ask, Caller, Failure, Outcome, WireTensor, infer, tensors
 from thirdrail.dtypes import encode_bytes, object_array
-from thirdrail.errors import REASONS
+from thirdrail.statuses import REASONS
 from thirdrail.v1 import inference_pb2 as pb
 
 ROW = np.zeros((1, 4), np.float32)

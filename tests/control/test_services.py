@@ -12,7 +12,7 @@ import pytest
 from google.protobuf import text_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from thirdrail.errors import REASON_KEY
+from thirdrail.statuses import REASON_KEY
 from thirdrail.v1 import metrics_pb2, metrics_pb2_grpc, models_pb2, models_pb2_grpc
 from thirdrail_server.front.control.access import ControlAccess
 from thirdrail_server.front.control.health import HealthServicer

@@ -19,8 +19,9 @@ import grpc
 from support.server import RunningServer
 from support.worker import RunningWorker
 from thirdrail.dtypes import BY_NAME, BY_VALUE, Buffer, dtype_of_array
-from thirdrail.errors import REASON_KEY, ThirdrailError
+from thirdrail.errors import ThirdrailError
 from thirdrail.lane.aio import AsyncLane
+from thirdrail.statuses import REASON_KEY
 from thirdrail.tensors import (
     Array,
     array_of_bytes,

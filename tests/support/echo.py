@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from thirdrail.errors import REASON_KEY, REASONS
+from thirdrail.statuses import REASON_KEY, REASONS
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import (
     inference_pb2_grpc,

@@ -9,7 +9,8 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 
-from thirdrail.errors import REASON_KEY, REASONS, Internal, ThirdrailError
+from thirdrail.errors import Internal, ThirdrailError
+from thirdrail.statuses import REASON_KEY, REASONS
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail_server.front.kserve.status import text_of
 

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 # A waiting thread gets the GIL after this long, not after Python's 5 ms: a lane call takes 0.1 ms.
 GIL_SWITCH_S = 0.0002
+FRONT_DEATH_S_MAX = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +48,21 @@ class InheritedSockets:
 def run_worker(config: WorkerConfig, inherited: InheritedSockets) -> int:
     """Run until the front is gone or says so. Returns the process's exit status."""
     use_one_arena()  # before the first thread
-    _die_with(inherited.front_pid, inherited.leftovers)
+    watch = _die_with(inherited.front_pid, inherited.leftovers)
     configure_logging(process=f"worker {config.name}")
     sys.setswitchinterval(GIL_SWITCH_S)
     # A terminal's Ctrl-C reaches the whole group: the front decides how its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     asyncio.run(_serve(config, inherited))
+    # A dying front's sockets close a moment before its death is known: then this is its death, and
+    # the watch has something to remove.
+    watch.join(FRONT_DEATH_S_MAX)
     # Engines that are still running must not hold up the end; nobody waits for them.
     logging.shutdown()
     os._exit(0)
 
 
-def _die_with(front_pid: int, leftovers: Sequence[Path]) -> None:
+def _die_with(front_pid: int, leftovers: Sequence[Path]) -> threading.Thread:
     """End this process as soon as the front has ended, and remove what it could not.
 
     A thread and not a parent-death signal: a killed front leaves its socket's name behind, and this
@@ -76,7 +80,9 @@ def _die_with(front_pid: int, leftovers: Sequence[Path]) -> None:
             path.unlink(missing_ok=True)
         os._exit(1)
 
-    threading.Thread(target=watch, name="front watch", daemon=True).start()
+    thread = threading.Thread(target=watch, name="front watch", daemon=True)
+    thread.start()
+    return thread
 
 
 async def _serve(config: WorkerConfig, inherited: InheritedSockets) -> None:

@@ -8,7 +8,8 @@ from typing import Any, Concatenate, TypeVar
 
 import grpc
 
-from thirdrail.errors import REASONS, InvalidArgument, ThirdrailError, error_of_reason
+from thirdrail.errors import InvalidArgument, ThirdrailError, error_of_reason
+from thirdrail.statuses import REASONS
 from thirdrail.v1 import inference_pb2
 
 _log = logging.getLogger(__name__)
