@@ -37,11 +37,14 @@ class Registration:
         self._server = server
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
-        """Add all methods of a service."""
+        """Add all methods of a service.
+
+        As generic handlers only: for methods registered by name, grpc.aio goes through all of them
+        whenever a call comes, which takes 20 us of CPU for our 35.
+        """
         careful = {name: _careful(handler) for name, handler in handlers.items()}
         generic = grpc.method_handlers_generic_handler(service, careful)
         self._server.add_generic_rpc_handlers((generic,))
-        self._server.add_registered_method_handlers(service, careful)
 
     def add_generic_rpc_handlers(self, handlers: object) -> None:
         """Nothing: generated code passes the same methods to the other one as well."""
