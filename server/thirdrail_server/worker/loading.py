@@ -5,11 +5,12 @@ Runs on a loader thread; nothing of it is visible to callers until the model tab
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import thirdrail_engines
+from thirdrail.tensors import Array
 from thirdrail_engines import EngineOptions, Inspector, threads_per_run
 from thirdrail_engines.engine import Engine, EngineError, EngineSpec, ModelFileError
 from thirdrail_engines.proof import prove_batching, seeded_inputs
@@ -25,9 +26,11 @@ from thirdrail_server.repository.options import (
 from thirdrail_server.worker.requests import VersionSpec
 from thirdrail_server.worker.served_version import RunPlace
 
-# Trial runs of a model that may be small enough for the loop.
+# Trial runs of a model that may be small enough for the loop. One quiet round is enough: in the
+# others a busy host may have been at work.
+TRIAL_ROUNDS = 5
 TRIAL_RUNS = 100
-TRIAL_BUDGET_NS_MAX = 50_000_000
+TRIAL_BUDGET_NS_MAX = 20_000_000
 TRIAL_ELEMENTS_MAX = 4096  # of one input; an open dimension that could exceed it is the size rule's
 
 TellPhase = Callable[[str], None]
@@ -126,20 +129,26 @@ def _run_place(engine: Engine, options: ModelOptions, config: WorkerConfig) -> R
     inputs = seeded_inputs([t for t in engine.spec.inputs if not t.optional], rows=1)
     if inputs is None:
         return on_threads
-    wanted = [tensor.name for tensor in engine.spec.outputs]
-    times_ns: list[int] = []
+    bound_ns = config.inline_run_us_max * 1000
     try:
-        for _ in range(TRIAL_RUNS):
-            started_ns = time.thread_time_ns()
-            engine.run(inputs, wanted, {})
-            times_ns.append(time.thread_time_ns() - started_ns)
-            if sum(times_ns) > TRIAL_BUDGET_NS_MAX:
-                return on_threads
+        if not any(_slowest_but_one_ns(engine, inputs) <= bound_ns for _ in range(TRIAL_ROUNDS)):
+            return on_threads
     except EngineError:  # random values need not make sense to a model
         return on_threads
-    if sorted(times_ns)[-2] > config.inline_run_us_max * 1000:
-        return on_threads
     return RunPlace(on_loop=True, overrun_ns_max=config.inline_overrun_us_max * 1000)
+
+
+def _slowest_but_one_ns(engine: Engine, inputs: Mapping[str, Array]) -> int:
+    """The 99th percentile of a round of trial runs; above any bound where they take too long."""
+    wanted = [tensor.name for tensor in engine.spec.outputs]
+    times_ns: list[int] = []
+    for _ in range(TRIAL_RUNS):
+        started_ns = time.thread_time_ns()
+        engine.run(inputs, wanted, {})
+        times_ns.append(time.thread_time_ns() - started_ns)
+        if sum(times_ns) > TRIAL_BUDGET_NS_MAX:
+            return TRIAL_BUDGET_NS_MAX
+    return sorted(times_ns)[-2]
 
 
 def _is_small(spec: EngineSpec) -> bool:
