@@ -19,7 +19,7 @@ from thirdrail_server.inference import grpc_service_pb2 as pb
 from thirdrail_server.inference.grpc_service_pb2_grpc import GRPCInferenceServiceServicer
 
 _REGIONS_TEXT = (
-    "Client shared memory is disabled. Start the server with '--allow-client-shm=true' to enable."
+    "Client shared memory is not served by this version of Thirdrail; send tensors in the request"
 )
 _SERVER_LOGGER = "thirdrail_server"
 
