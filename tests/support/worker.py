@@ -83,9 +83,9 @@ class RunningWorker:
 
 @contextlib.contextmanager
 def running_worker(
-    config: WorkerConfig | None = None, *, lanes: int = 1
+    config: WorkerConfig | None = None, *, lanes: int = 1, log: Path | None = None
 ) -> Iterator[RunningWorker]:
-    """A worker with so many lanes, without models."""
+    """A worker with so many lanes, without models. log: where it logs to; None: standard error."""
     config = config or WorkerConfig()
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="worker's peer", daemon=True)
@@ -97,7 +97,9 @@ def running_worker(
     command += ["--config", config.to_json(), "--control-fd", str(fds[0])]
     for fd in fds[1:]:
         command += ["--lane-fd", str(fd)]
-    process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL)
+    with contextlib.ExitStack() as stack:
+        stderr = stack.enter_context(log.open("wb")) if log is not None else None
+        process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, stderr=stderr)
     for theirs in (worker_control, *(theirs for _, theirs in pairs)):
         theirs.close()
     channel = asyncio.run_coroutine_threadsafe(

@@ -208,6 +208,7 @@ class AsyncLane:
             self._attached.exception()
         if self._input is not None:
             self._input.close(error)
+        self._output_chunks.clear()  # replies that were not released keep theirs
         pending, self._pending = self._pending, {}
         for entry in pending.values():
             if not entry.future.done():

@@ -39,15 +39,19 @@ class InputArena:
         self._chunks: list[mmap.mmap] = []
         self._growing: asyncio.Future[None] | None = None
         self._waiting_for_space: list[asyncio.Future[None]] = []
+        self._ended: Unavailable | None = None
 
     @property
     def used_bytes(self) -> int:
         return self._allocator.used_bytes
 
     async def place(self, data: Buffer) -> ArenaRef:
-        """Copy `data` into the arena. Raises ResourceExhausted when it can never fit."""
+        """Copy `data` into the arena.
+
+        Raises ResourceExhausted when it can never fit, Unavailable when the lane has ended.
+        """
         size = memoryview(data).nbytes
-        while (place := self._allocator.allocate(size)) is None:
+        while (place := self._find(size)) is None:
             await self._make_space(size)
         chunk, offset = place
         target = np.frombuffer(self._chunks[chunk], np.uint8, size, offset)
@@ -57,6 +61,11 @@ class InputArena:
         else:
             await self._copy_beside_loop(target, source, (chunk, offset))
         return ArenaRef(epoch=self._epoch, chunk=chunk, offset=offset, size=size)
+
+    def _find(self, size: int) -> tuple[int, int] | None:
+        if self._ended is not None:
+            raise self._ended
+        return self._allocator.allocate(size)
 
     async def _copy_beside_loop(
         self,
@@ -114,7 +123,9 @@ class InputArena:
             self._growing = None
 
     def close(self, error: Unavailable) -> None:
-        """The lane has ended: whoever waits, fails."""
+        """The lane has ended: whoever waits, fails; the memory goes with the last copy into it."""
+        self._ended = error
+        self._chunks.clear()
         if self._growing is not None:
             self._waiting_for_space.append(self._growing)
             self._growing = None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from thirdrail.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from thirdrail.errors import Cancelled, FailedPrecondition, InvalidArgument, ResourceExhausted
 from thirdrail.lane.allocator import ALIGNMENT_BYTES, ArenaAllocator
 from thirdrail.lane.memory import create_chunk
 from thirdrail.v1 import lane_pb2, tensor_pb2
@@ -101,6 +101,10 @@ class InputArena:
             )
         return np.frombuffer(chunk, np.uint8, ref.size, ref.offset)
 
+    def close(self) -> None:
+        """Let go of the memory; what a request still reads lives as long as its view."""
+        self._chunks.clear()
+
 
 @dataclass(slots=True)
 class _Slot:
@@ -124,6 +128,7 @@ class OutputArena:
         self._new_chunks: list[NewChunk] = []
         self._slots: list[_Slot] = [_Slot(0, 0, 0, True)]  # slot 0 means "no slot"
         self._free_slots: list[int] = []
+        self._is_closed = False
         self.stale_releases = 0
 
     @property
@@ -135,8 +140,11 @@ class OutputArena:
         return self._allocator.used_bytes
 
     def lease(self, size: int) -> tuple[tensor_pb2.ArenaRef, Bytes]:
-        """A slot of `size` bytes, writable for us. Raises ResourceExhausted at the bound."""
+        """A slot of `size` bytes, writable for us. Raises ResourceExhausted at the bound, Cancelled
+        after `close`."""
         with self._lock:
+            if self._is_closed:
+                raise Cancelled("the session has ended")
             place = self._allocator.allocate(size) or self._grow(size)
             chunk, offset = place
             number = self._free_slots.pop() if self._free_slots else len(self._slots)
@@ -199,3 +207,11 @@ class OutputArena:
         with self._lock:
             new, self._new_chunks = self._new_chunks, []
             return new
+
+    def close(self) -> None:
+        """Let go of the memory; what a run still writes to lives as long as its slot's array."""
+        for chunk in self.take_new_chunks():
+            chunk.close()
+        with self._lock:
+            self._is_closed = True
+            self._chunks.clear()

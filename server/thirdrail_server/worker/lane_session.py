@@ -106,8 +106,9 @@ class LaneSession:
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.cancel()
-        for chunk in self._output.take_new_chunks():
-            chunk.close()
+        # Not left to the garbage collector: a session is part of cycles.
+        self._input.close()
+        self._output.close()
         self._on_closed(self)
 
     def goodbye(self, error: ThirdrailError) -> None:
@@ -303,6 +304,7 @@ class LaneSession:
             refused = lane_pb2.GrowRefused(size=size, message=str(error))
             return self._send(lane_pb2.LaneResponse(grow_refused=refused))
         if self.is_closed:
+            self._input.close()
             return chunk.close()
         self._send_chunk(chunk)
 
