@@ -20,6 +20,8 @@ URL_VARIABLE = "THIRDRAIL_URL"
 SOCKET_NAME = "grpc.sock"
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8001
+USERS_ROOT = Path("/run/user")
+TEMPORARY_ROOT = Path("/tmp")  # noqa: S108 a folder's owner is checked before it is used
 
 _PROBE_SECONDS_MAX = 1.0
 _SCHEMES = ("unix:", "dns:", "ipv4:", "ipv6:")
@@ -80,9 +82,9 @@ def _socket_candidates() -> list[Path]:
     folders = []
     if os.environ.get("XDG_RUNTIME_DIR"):
         folders.append(Path(os.environ["XDG_RUNTIME_DIR"]) / "thirdrail")
-    if Path(f"/run/user/{uid}").is_dir():
-        folders.append(Path(f"/run/user/{uid}/thirdrail"))
-    folders.append(Path(f"/tmp/thirdrail-{uid}"))  # noqa: S108 its owner is checked before use
+    if (USERS_ROOT / str(uid)).is_dir():
+        folders.append(USERS_ROOT / str(uid) / "thirdrail")
+    folders.append(TEMPORARY_ROOT / f"thirdrail-{uid}")
     return [folder / SOCKET_NAME for folder in dict.fromkeys(folders)]
 
 

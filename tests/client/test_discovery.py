@@ -17,7 +17,10 @@ from thirdrail.failures import START_A_SERVER
 
 @pytest.fixture(autouse=True)
 def runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A runtime directory of the test's own, and a default port where nobody listens."""
+    """A runtime directory of the test's own, and nobody in the other places: not a server of
+    whoever runs the tests, either."""
+    monkeypatch.setattr(discovery, "USERS_ROOT", tmp_path / "users")
+    monkeypatch.setattr(discovery, "TEMPORARY_ROOT", tmp_path / "temporary")
     monkeypatch.delenv("THIRDRAIL_URL", raising=False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -62,11 +65,12 @@ def test_urls_of_other_kinds_are_refused(url: str) -> None:
 
 
 def test_the_servers_own_path(runtime_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert default_socket_path() == runtime_folder / "grpc.sock"
+    name, uid = discovery.SOCKET_NAME, os.getuid()
+    assert default_socket_path() == runtime_folder / name
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    uid = os.getuid()
-    without = [Path(f"/run/user/{uid}/thirdrail"), Path(f"/tmp/thirdrail-{uid}")]
-    assert default_socket_path().parent in without
+    assert default_socket_path() == discovery.TEMPORARY_ROOT / f"thirdrail-{uid}" / name
+    (discovery.USERS_ROOT / str(uid)).mkdir(parents=True)
+    assert default_socket_path() == discovery.USERS_ROOT / str(uid) / "thirdrail" / name
 
 
 def test_an_address_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
