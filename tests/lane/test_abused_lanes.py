@@ -114,7 +114,7 @@ class Peer:
     def is_cut_off(self) -> bool:
         try:
             self.sock.send(infer(1).SerializeToString())
-        except (BrokenPipeError, ConnectionResetError):
+        except ConnectionError:
             return True
         return False
 
@@ -215,7 +215,7 @@ def test_a_peer_that_never_reads_is_cut_off(worker: RunningWorker, peer: Peer) -
     """Its answers wait for it up to a bound."""
     before = psutil.Process(worker.process.pid).memory_info().rss
     packet = infer(1, "none").SerializeToString()
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+    with contextlib.suppress(ConnectionError):
         for _ in range(1_000_000):
             peer.sock.send(packet)
     assert peer.is_cut_off()
@@ -409,7 +409,7 @@ def throw(worker: RunningWorker, neighbour: AsyncLane, count: int) -> None:
             peer.send(infer(777))
             while peer.receive().infer.call != 777:
                 pass
-        except (EOFError, BrokenPipeError):
+        except (EOFError, ConnectionError):
             pass  # one of the packets ended the session
         finally:
             peer.sock.close()
