@@ -50,12 +50,12 @@ class Engine(Protocol):
         inputs: C-contiguous arrays by name, BYTES as object arrays of bytes; optional ones may be
             absent.
         wanted: the outputs to compute.
-        into: for some of them, writable arrays of exactly the result's type and shape, to be
-            written in
-            place. The engine never writes to them after it returned or raised.
+        into: for some of them, writable arrays of exactly the result's type and shape, which the
+            engine may write them to. It never does so after it returned or raised.
 
-        Returns each wanted output; those of `into` are the same array objects. Results other than
-        those never share memory with the inputs. BYTES come as object arrays of bytes.
+        Returns each wanted output: the array of `into` itself where the engine wrote there without
+        a copy of its own, any other array where it did not, as for small results. Results never
+        share memory with the inputs. BYTES come as object arrays of bytes.
         Raises EngineError when the run fails, also when an array of `into` does not fit;
         EngineInputError for what nobody but the caller can change.
         """

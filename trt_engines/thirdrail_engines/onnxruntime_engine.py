@@ -112,9 +112,8 @@ class OnnxRuntimeEngine:
         for name, result in zip(wanted, results, strict=True):
             if self._outputs[name].dtype is BYTES:
                 answer[name] = _to_bytes(result)
-            elif name in into:
-                answer[name] = _copy_into(name, result, into[name])
             else:
+                _check_shape(name, result, into.get(name))
                 answer[name] = result
         return answer
 
@@ -148,8 +147,7 @@ class OnnxRuntimeEngine:
         if dtype is BYTES:
             return _to_bytes(value.numpy())
         array = _bf16_of(value) if dtype is _BF16 else value.numpy()
-        if target is not None:
-            return _copy_into(name, array, target)
+        _check_shape(name, array, target)
         return array.copy() if name in self._passed_on else array
 
 
@@ -160,14 +158,13 @@ def _place(array: Array) -> tuple[str, int, int, tuple[int, ...], int]:
     return "cpu", 0, ELEMENT_TYPES[array.dtype], array.shape, address
 
 
-def _copy_into(name: str, result: Array, target: Array) -> Array:
-    if result.shape != target.shape:
+def _check_shape(name: str, result: Array, target: Array | None) -> None:
+    """A result that was not written to its target could at least have been."""
+    if target is not None and result.shape != target.shape:
         raise EngineError(
             f"output '{name}' has the shape {list(result.shape)}, "
             f"the array to write it to has {list(target.shape)}"
         )
-    np.copyto(target, result)
-    return target
 
 
 def _to_text(name: str, array: Array) -> Array:
@@ -196,8 +193,8 @@ def _to_bytes(array: Array) -> Array:
 
 
 def _bf16_of(value: Any) -> Array:
-    """A copy of a BF16 result: ONNX Runtime gives numpy no view of it, but its address."""
+    """A BF16 result where it lies: ONNX Runtime gives numpy no view of it, but its address."""
     assert _BF16.numpy is not None
-    size = value.tensor_size_in_bytes()
-    data = ctypes.string_at(value.data_ptr(), size) if size else b""
-    return np.frombuffer(data, dtype=_BF16.numpy).reshape(value.shape())
+    memory = (ctypes.c_ubyte * value.tensor_size_in_bytes()).from_address(value.data_ptr())
+    memory.owner = value  # it lives as long as the memory is looked at
+    return np.frombuffer(memory, dtype=_BF16.numpy).reshape(value.shape())

@@ -7,8 +7,9 @@ answers for his batch-mates. A fault in one member's results is that member's al
 
 The copies of tensor bytes, all of them: a batch of several requests is gathered (one copy, also
 the snapshot); a single request is bound where it lies, except inputs that must be snapshotted
-first; results whose shape is known beforehand are written by the engine straight into the
-caller's slot when the request runs alone; all others are copied out once.
+first; large results whose shape is known beforehand are written by the engine straight into the
+caller's slot when the request runs alone; all others are copied out once. What an engine makes of
+elements that it cannot take as they are (text, booleans) is a conversion and not counted.
 """
 
 import logging
@@ -24,7 +25,7 @@ from thirdrail.errors import Internal, InvalidArgument, ThirdrailError
 from thirdrail.tensors import Array, TensorSpec
 from thirdrail.v1 import tensor_pb2
 from thirdrail_engines.engine import Engine, EngineError, EngineInputError
-from thirdrail_server.worker.arenas import OutputArena
+from thirdrail_server.worker.arenas import Bytes, OutputArena
 from thirdrail_server.worker.classification import classify
 from thirdrail_server.worker.requests import Request, VersionSpec, WantedOutput
 
@@ -42,17 +43,31 @@ class Member:
 
 @dataclass(slots=True)
 class Outcome:
-    """What one member gets: outputs, or an error."""
+    """What one member gets: outputs, or an error. It owns its slots until the outputs are sent."""
 
+    arena: OutputArena
     outputs: list[tensor_pb2.Tensor] = field(default_factory=list)
     error: ThirdrailError | None = None
     copies: int = 0
+    leases: list[tensor_pb2.ArenaRef] = field(default_factory=list)
 
-    def discard(self, arena: OutputArena) -> None:
+    def lease(self, size: int) -> tuple[tensor_pb2.ArenaRef, Bytes]:
+        """See OutputArena.lease."""
+        ref, memory = self.arena.lease(size)
+        self.leases.append(ref)
+        return ref, memory
+
+    def discard(self) -> None:
         """Nobody will read it: give its slots back."""
-        for tensor in self.outputs:
-            if tensor.WhichOneof("data") == "ref":
-                arena.release(tensor.ref.epoch, tensor.ref.slot, tensor.ref.generation)
+        for ref in self.leases:
+            self.arena.release(ref.epoch, ref.slot, ref.generation)
+        self.leases.clear()
+
+    def fail(self, error: ThirdrailError) -> None:
+        """An error in place of everything that was there."""
+        self.discard()
+        self.outputs.clear()
+        self.error = error
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +77,7 @@ class Execution:
     compute_ns: int  # 0: the run failed, or there was none
     output_copy_ns: int
     is_one_run: bool = True  # else the members were run one by one
-    has_failed: bool = False  # the engine's run did
+    has_failed: bool = False  # the run did, whoever's elements were to blame
 
 
 def execute(engine: Engine, spec: VersionSpec, members: Sequence[Member]) -> Execution:
@@ -71,6 +86,8 @@ def execute(engine: Engine, spec: VersionSpec, members: Sequence[Member]) -> Exe
     if len(members) == 1 or not together.has_failed:
         return together
     alone = [_execute_together(engine, spec, [member]) for member in members]
+    for execution, outcome in zip(alone, together.outcomes, strict=True):
+        execution.outcomes[0].copies += outcome.copies
     return Execution(
         [execution.outcomes[0] for execution in alone],
         together.input_copy_ns + sum(execution.input_copy_ns for execution in alone),
@@ -81,24 +98,22 @@ def execute(engine: Engine, spec: VersionSpec, members: Sequence[Member]) -> Exe
 
 
 def _execute_together(engine: Engine, spec: VersionSpec, members: Sequence[Member]) -> Execution:
-    outcomes = [Outcome() for _ in members]
-    slots: dict[str, _Slot] = {}
+    outcomes = [Outcome(member.arena) for member in members]
     started = gathered = computed = time.monotonic_ns()
     has_failed = False
     try:
-        inputs = _gather(members, spec, outcomes)
-        slots = _slots_in_place(members, spec)
+        inputs = _gather(members, outcomes)
+        slots = _slots_in_place(members[0], spec, outcomes[0]) if len(members) == 1 else {}
         gathered = computed = time.monotonic_ns()
         wanted = _wanted_names(members, spec)
         results = engine.run(inputs, wanted, {name: slot.array for name, slot in slots.items()})
         computed = time.monotonic_ns()
         _scatter(members, spec, results, slots, outcomes)
-    except (EngineError, ThirdrailError) as error:
-        has_failed = isinstance(error, EngineError)
-        _fail_all(_error_for_caller(error), members, slots, outcomes)
-    except Exception:
-        log.exception("unexpected failure in a run of %s version %s", spec.model, spec.version)
-        _fail_all(Internal("internal error; the server's log has it"), members, slots, outcomes)
+    except Exception as error:
+        has_failed = not isinstance(error, ThirdrailError)
+        answer = _error_for_caller(error, spec)
+        for outcome in outcomes:
+            outcome.fail(answer)
     return Execution(
         outcomes,
         gathered - started,
@@ -108,34 +123,23 @@ def _execute_together(engine: Engine, spec: VersionSpec, members: Sequence[Membe
     )
 
 
-def _error_for_caller(error: EngineError | ThirdrailError) -> ThirdrailError:
+def _error_for_caller(error: Exception, spec: VersionSpec) -> ThirdrailError:
     if isinstance(error, ThirdrailError):
         return error
-    kind = InvalidArgument if isinstance(error, EngineInputError) else Internal
-    return kind(str(error))
-
-
-def _fail_all(
-    error: ThirdrailError,
-    members: Sequence[Member],
-    slots: "Mapping[str, _Slot]",
-    outcomes: list[Outcome],
-) -> None:
-    for slot in slots.values():
-        members[0].arena.release(slot.ref.epoch, slot.ref.slot, slot.ref.generation)
-    for member, outcome in zip(members, outcomes, strict=True):
-        if not slots:
-            outcome.discard(member.arena)
-        outcome.outputs = []
-        outcome.error = error
+    if isinstance(error, EngineInputError):
+        return InvalidArgument(str(error))
+    if isinstance(error, EngineError):
+        return Internal(str(error))
+    log.error(
+        "unexpected failure in a run of %s version %s", spec.model, spec.version, exc_info=error
+    )
+    return Internal("internal error; the server's log has it")
 
 
 # Gathering
 
 
-def _gather(
-    members: Sequence[Member], spec: VersionSpec, outcomes: list[Outcome]
-) -> Mapping[str, Array]:
+def _gather(members: Sequence[Member], outcomes: Sequence[Outcome]) -> Mapping[str, Array]:
     first = members[0].request
     if len(members) > 1:
         for outcome in outcomes:
@@ -166,11 +170,8 @@ class _Slot:
     array: Array
 
 
-def _slots_in_place(members: Sequence[Member], spec: VersionSpec) -> dict[str, _Slot]:
+def _slots_in_place(member: Member, spec: VersionSpec, outcome: Outcome) -> dict[str, _Slot]:
     """Slots for the large results of a single request whose shapes are known before the run."""
-    if len(members) > 1:
-        return {}
-    member = members[0]
     slots: dict[str, _Slot] = {}
     for output in member.request.outputs:
         expected = spec.outputs[output.name]
@@ -179,7 +180,7 @@ def _slots_in_place(members: Sequence[Member], spec: VersionSpec) -> dict[str, _
             continue
         size = tensors.element_count(output.name, shape) * expected.dtype.itemsize
         if size > member.inline_bytes_max:
-            ref, memory = member.arena.lease(size)
+            ref, memory = outcome.lease(size)
             assert expected.dtype.numpy is not None
             slots[output.name] = _Slot(ref, memory.view(expected.dtype.numpy).reshape(shape))
     return slots
@@ -208,7 +209,7 @@ def _scatter(
     if spec.batch_rows_max:
         for name, array in results.items():
             if array.ndim == 0 or array.shape[0] != rows:
-                raise Internal(
+                raise EngineError(
                     f"model '{spec.model}' returned output '{name}' of shape {list(array.shape)} "
                     f"for a batch of {rows} rows"
                 )
@@ -217,9 +218,8 @@ def _scatter(
         stop = start + member.request.rows
         try:
             _collect(member, spec, results, slots, outcome, slice(start, stop))
-        except ThirdrailError as error:
-            outcome.discard(member.arena)
-            outcome.outputs, outcome.error = [], error
+        except Exception as error:
+            outcome.fail(_error_for_caller(error, spec))
         start = stop
 
 
@@ -234,14 +234,17 @@ def _collect(
     inline_left = member.inline_bytes_max
     is_copied = False
     for output in member.request.outputs:
+        array = results[output.name]
         slot = slots.get(output.name)
         if slot is not None:
-            tensor = _header(output, slot.array)
+            if array is not slot.array:
+                np.copyto(slot.array, array)
+                is_copied = True
+            tensor = _header(output, array)
             tensor.ref.CopyFrom(slot.ref)
             outcome.outputs.append(tensor)
             continue
         is_copied = True
-        array = results[output.name]
         if spec.batch_rows_max:
             array = array[rows]
         if output.class_count:
@@ -249,18 +252,22 @@ def _collect(
             array = classify(array, output.class_count, labels, spec.batch_rows_max)
         tensor = _header(output, array)
         outcome.outputs.append(tensor)
-        inline_left -= _fill(tensor, array, output, member.arena, inline_left)
+        inline_left -= _fill(tensor, array, output, outcome, inline_left)
     outcome.copies += is_copied
 
 
 def _fill(
-    tensor: tensor_pb2.Tensor, array: Array, output: WantedOutput, arena: OutputArena, room: int
+    tensor: tensor_pb2.Tensor,
+    array: Array,
+    output: WantedOutput,
+    outcome: Outcome,
+    room: int,
 ) -> int:
     """Copy the elements into the message, or into a slot where they take more than `room` bytes.
     Returns how much of the room was used."""
     data = memoryview(tensors.bytes_of_array(array))
     if data.nbytes > room:
-        ref, memory = arena.lease(data.nbytes)
+        ref, memory = outcome.lease(data.nbytes)
         tensor.ref.CopyFrom(ref)
         memory[:] = np.frombuffer(data, np.uint8)
         return 0

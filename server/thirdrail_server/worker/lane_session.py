@@ -243,7 +243,7 @@ class LaneSession:
 
     def _on_ended(self, call: Call, ending: Ending) -> None:
         if self.is_closed:
-            return ending.outcome.discard(self._output)
+            return ending.outcome.discard()
         request = call.member.request
         self._calls.pop(request.call, None)
         if ending.outcome.error is not None:
@@ -269,7 +269,7 @@ class LaneSession:
         self._send_new_chunks()
         packet = lane_pb2.LaneResponse(infer=response).SerializeToString()
         if len(packet) > self._limits.packet_bytes_max:
-            ending.outcome.discard(self._output)
+            ending.outcome.discard()
             error = ResourceExhausted(
                 f"the response without its tensors has {len(packet)} bytes, a packet of the lane "
                 f"takes {self._limits.packet_bytes_max}; ask for fewer outputs, or for raw ones"

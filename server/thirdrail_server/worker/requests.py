@@ -54,8 +54,6 @@ class Request:
     rows: int  # 1 where the model does not batch
     signature: tuple[object, ...]  # requests with different ones never share a batch
     input_bytes: int
-    transport: str
-    front_copies: int
 
 
 def read_request(
@@ -87,8 +85,6 @@ def read_request(
         rows=rows or 1,
         signature=_signature(inputs, spec),
         input_bytes=sum(array.nbytes for array in inputs.values()),
-        transport="lane",
-        front_copies=0,
     )
 
 

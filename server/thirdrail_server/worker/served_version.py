@@ -232,7 +232,7 @@ class ServedVersion:
             if call in owed_calls:
                 self._answer(call, outcome, execution, batch.rows, now_ns)
             else:
-                outcome.discard(call.member.arena)
+                outcome.discard()
         self._perform(actions)
 
     def _answer(
@@ -256,7 +256,7 @@ class ServedVersion:
 
     def _end(self, call: Call, error: ThirdrailError) -> None:
         self.statistics.request_failed(error, time.monotonic_ns() - call.arrived_ns)
-        call.on_ended(call, Ending(Outcome(error=error)))
+        call.on_ended(call, Ending(Outcome(call.member.arena, error=error)))
 
     def _set_timer(self) -> None:
         wake_ns = self._scheduler.wake_at_ns

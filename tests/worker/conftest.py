@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model versions prepared as the worker prepares them, and sessions that use them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from support.models import write
+from support.sessions import Session
+from thirdrail_engines import Inspector
+from thirdrail_server.config import WorkerConfig
+from thirdrail_server.control_messages import LoadCommand
+from thirdrail_server.front.control.load_source import LoadSource, prepare
+from thirdrail_server.worker.loading import PreparedVersion, prepare_version
+
+Prepare = Callable[..., PreparedVersion]
+OpenSession = Callable[..., Session]
+
+
+@pytest.fixture(scope="session")
+def inspector() -> Iterator[Inspector]:
+    with Inspector() as shared:
+        yield shared
+
+
+@pytest.fixture
+def prepare_model(tmp_path: Path, inspector: Inspector) -> Iterator[Prepare]:
+    """prepare_model(built, config="", **settings of the worker) -> the version, ready to run."""
+    prepared: list[PreparedVersion] = []
+
+    def prepare_one(
+        built: onnx.ModelProto, config: str = "", *, cores: int = 1, **settings: Any
+    ) -> PreparedVersion:
+        name = f"m{len(prepared)}"
+        write(tmp_path, name, built, config)
+        command = command_of(name, tmp_path)
+        version, path = command.versions[0]
+        prepared.append(
+            prepare_version(
+                name,
+                version,
+                path,
+                command.config,
+                WorkerConfig(**settings),
+                cores,
+                inspector,
+                lambda phase: None,
+            )
+        )
+        return prepared[-1]
+
+    yield prepare_one
+    for each in prepared:
+        each.engine.close()
+
+
+@pytest.fixture
+def open_session() -> Iterator[OpenSession]:
+    """open_session(...) -> a Session, closed at the test's end."""
+    sessions: list[Session] = []
+
+    def open_one(**fields: Any) -> Session:
+        sessions.append(Session(**fields))
+        return sessions[-1]
+
+    yield open_one
+    for session in sessions:
+        session.close()
+
+
+@pytest.fixture
+def session(open_session: OpenSession) -> Session:
+    return open_session()
+
+
+def command_of(name: str, repository: Path) -> LoadCommand:
+    """What the front would tell a worker to load."""
+    return prepare(name, LoadSource(repository)).command
