@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -103,6 +105,29 @@ def test_the_client_may_compress(server: RunningServer) -> None:
         np.testing.assert_array_equal(client.infer("identity", {"x": X})["y"], X)
         with pytest.raises(ResourceExhausted):
             client.infer("identity", {"x": np.zeros(MIB, np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("method", "unit"),
+    [
+        ("/thirdrail.v1.Inference/Infer", b"\x32\x00"),
+        ("/inference.GRPCInferenceService/ModelInfer", b"\x2a\x00"),
+        ("/inference.GRPCInferenceService/ModelInfer", b"\x3a\x00"),
+    ],
+)
+def test_a_swarm_of_fields_is_refused_before_it_costs_anything(
+    server: RunningServer, method: str, unit: bytes
+) -> None:
+    """Half a million empty inputs in 1 MiB would become a hundred times as much."""
+    with server.channel() as channel:
+        infer(channel)
+        before = psutil.Process(server.pid).memory_info().rss
+        raw: Any = channel.unary_unary(method)
+        code, text = failure(lambda: raw(unit * (MIB // 2 - 100), timeout=20))
+        assert code is Status.INVALID_ARGUMENT
+        assert "may have at most 4096 fields" in text
+        assert psutil.Process(server.pid).memory_info().rss - before < 16 * MIB
+        assert infer(channel) == 16
 
 
 # Connections and calls

@@ -10,6 +10,7 @@ elements are thus bounded by the message's size alone.
 
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
@@ -33,10 +34,13 @@ class _NoMessage(Exception):
     """Left to protobuf to refuse."""
 
 
-def check_field_count(kind: Descriptor, body: Buffer) -> None:
-    """Raises InvalidArgument when a serialized message of this kind has more than FIELDS_MAX
+def check_field_count(kind: Any, body: Buffer) -> None:
+    """kind: a message's Descriptor.
+
+    Raises InvalidArgument when a serialized message of this kind has more than FIELDS_MAX
     fields, those of its parts included. Numbers in a packed list that is not a tensor's elements
-    count as well."""
+    count as well.
+    """
     if len(body) <= _FIELD_BYTES_MIN * FIELDS_MAX:
         return
     try:
@@ -91,9 +95,16 @@ def _holds_messages(kind: Descriptor) -> bool:
 
 @cache
 def _packed(kind: Descriptor) -> frozenset[int]:
-    """The fields of numbers in a message that is looked through: where one has a length, it is a
-    list, a shape for one."""
-    return frozenset(field.number for field in kind.fields if field.type not in _NOT_PACKED)
+    """The lists of numbers in a message that is looked through: shapes, for one."""
+    return frozenset(
+        field.number for field in kind.fields if _is_list(field) and field.type not in _NOT_PACKED
+    )
+
+
+def _is_list(field: FieldDescriptor) -> bool:
+    if hasattr(field, "is_repeated"):
+        return bool(field.is_repeated)
+    return bool(field.label == FieldDescriptor.LABEL_REPEATED)  # protobuf before 6.31
 
 
 def _varint(view: memoryview, position: int, end: int) -> tuple[int, int]:
