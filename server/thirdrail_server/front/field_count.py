@@ -101,7 +101,7 @@ def _packed(kind: Descriptor) -> frozenset[int]:
     )
 
 
-def _is_list(field: FieldDescriptor) -> bool:
+def _is_list(field: Any) -> bool:
     if hasattr(field, "is_repeated"):
         return bool(field.is_repeated)
     return bool(field.label == FieldDescriptor.LABEL_REPEATED)  # protobuf before 6.31
