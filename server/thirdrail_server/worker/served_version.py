@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from thirdrail.errors import ThirdrailError
 from thirdrail.v1 import metrics_pb2
 from thirdrail_engines.engine import Engine
+from thirdrail_server.worker.alarm import Alarm
 from thirdrail_server.worker.execution import Execution, Member, Outcome, execute
 from thirdrail_server.worker.instance_threads import InstanceThreads
 from thirdrail_server.worker.policy import QueuePolicy
@@ -93,8 +94,7 @@ class ServedVersion:
         self._place = place
         self._is_suspect = False
         self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_ns: int | None = None
+        self._alarm = Alarm(self._loop, self._on_alarm)
         self._idle: asyncio.Future[None] | None = None
         self._actions: deque[Action] = deque()
         self._is_performing = False
@@ -147,8 +147,7 @@ class ServedVersion:
                     drain_s_max,
                 )
                 self._perform(self._scheduler.die(reason))
-        if self._timer is not None:
-            self._timer.cancel()
+        self._alarm.close()
         await self._loop.run_in_executor(None, self._close)
 
     def _close(self) -> None:
@@ -172,7 +171,7 @@ class ServedVersion:
                     self._end(action.key, action.error)
         finally:
             self._is_performing = False
-        self._set_timer()
+        self._alarm.set(self._scheduler.wake_at_ns)
         if self._idle is not None and self._scheduler.is_idle and not self._idle.done():
             self._idle.set_result(None)
 
@@ -258,17 +257,5 @@ class ServedVersion:
         self.statistics.request_failed(error, time.monotonic_ns() - call.arrived_ns)
         call.on_ended(call, Ending(Outcome(call.member.arena, error=error)))
 
-    def _set_timer(self) -> None:
-        wake_ns = self._scheduler.wake_at_ns
-        if wake_ns == self._timer_ns:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._timer_ns = wake_ns
-        if wake_ns is not None:
-            self._timer = self._loop.call_at(wake_ns / 1e9, self._on_timer)
-
-    def _on_timer(self) -> None:
-        self._timer = self._timer_ns = None
+    def _on_alarm(self) -> None:
         self._perform(self._scheduler.tick(time.monotonic_ns()))
