@@ -29,7 +29,7 @@ from thirdrail_server.front.control.catalog import Catalog
 from thirdrail_server.front.control.load_source import LoadSource, prepare
 from thirdrail_server.front.dispatch import Dispatcher
 from thirdrail_server.front.listeners import channel_options
-from thirdrail_server.front.native_inference import SERVICE, NativeInference
+from thirdrail_server.front.native_inference import NativeInference
 
 MODEL = "identity"
 _SPAWN = multiprocessing.get_context("spawn")
@@ -108,8 +108,7 @@ async def _serve(pipe: Connection, repository: Path, address: str) -> None:
         dispatcher, stream_requests_in_flight_max=config.stream_requests_in_flight_max
     )
     server = grpc.aio.server(options=channel_options(config))
-    handlers = grpc.method_handlers_generic_handler(SERVICE, native.handlers())
-    server.add_generic_rpc_handlers((handlers,))
+    server.add_generic_rpc_handlers((native.handler(),))
     server.add_insecure_port(address)
     await server.start()
     pipe.send(pairs[1][0])

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may control models: over TCP a verified certificate, over a Unix socket the owner alone."""
+"""Who may control models, or log settings: over TCP with a verified certificate, over a Unix socket
+the owner alone."""
 
 import shutil
 import subprocess
@@ -191,6 +192,20 @@ class Peer:
 
     def auth_context(self) -> Mapping[str, list[bytes]]:
         return self._auth
+
+
+def test_log_settings_are_open_to_the_same_callers_in_any_mode(tmp_path: Path) -> None:
+    verified = {"transport_security_type": [b"ssl"], "x509_pem_cert": [b"a certificate"]}
+    tmp_path.chmod(0o700)
+    (tmp_path / "s").touch()
+    for mode in ModelControlMode:
+        access = ControlAccess(mode, tmp_path / "s")
+        access.authorize_settings(Peer("unix:"))
+        access.authorize_settings(Peer("ipv4:127.0.0.1:5", **verified))
+        with pytest.raises(PermissionDenied, match="changing log settings over TCP needs a client"):
+            access.authorize_settings(Peer("ipv4:127.0.0.1:5"))
+        with pytest.raises(PermissionDenied, match="changing log settings is not allowed"):
+            ControlAccess(mode, None).authorize_settings(Peer("unix:"))
 
 
 def test_texts_say_what_to_do(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thirdrail.v1 import inference_pb2 as pb
@@ -28,6 +28,7 @@ def native(raw_sizes: list[int]) -> pb.InferRequest:
     return request
 
 
+@settings(deadline=None)
 @given(st.lists(sizes, max_size=4))
 def test_native_tensors_come_out_and_everything_else_stays(raw_sizes: list[int]) -> None:
     request = native(raw_sizes)
@@ -42,6 +43,7 @@ def test_native_tensors_come_out_and_everything_else_stays(raw_sizes: list[int])
     assert small == request
 
 
+@settings(deadline=None)
 @given(st.lists(sizes, max_size=4))
 def test_kserve_tensors_come_out_and_everything_else_stays(raw_sizes: list[int]) -> None:
     request = kserve.ModelInferRequest(model_name="m", id="i")
@@ -73,6 +75,7 @@ def test_bytes_that_come_twice_are_left_to_protobuf() -> None:
     assert detach(body, INPUTS, RAW) == (body, [None])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=64), st.integers(0, 1 << 17), st.integers(0, 255))
 def test_damaged_messages_never_raise_and_mean_the_same(
     junk: bytes, place: int, value: int

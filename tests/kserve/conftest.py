@@ -21,10 +21,7 @@ from thirdrail_server.front.dispatch import Dispatcher, Result
 from thirdrail_server.front.kserve.servicer import KServeServicer
 from thirdrail_server.front.kserve.status import Context
 from thirdrail_server.inference import grpc_service_pb2 as kserve
-from thirdrail_server.inference.grpc_service_pb2_grpc import (
-    GRPCInferenceServiceStub,
-    add_GRPCInferenceServiceServicer_to_server,
-)
+from thirdrail_server.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 
 
 @dataclass
@@ -127,13 +124,14 @@ class RecordingControl(ModelControl):
 
 @dataclass
 class Serving:
+    address: str
     stub: GRPCInferenceServiceStub
     servicer: KServeServicer
     server: grpc.aio.Server
     catalog: Catalog
     dispatcher: EchoDispatcher
     control: RecordingControl
-    refusal: list[ThirdrailError]  # the first one, if any, is what callers of control get
+    refusal: list[ThirdrailError]  # the first, if any, is what control and settings answer
 
 
 def echo_config(name: str) -> kserve.ModelConfig:
@@ -170,7 +168,7 @@ def serve(tmp_path: Path) -> Serve:
     async def running(**config: int | str | bool) -> AsyncIterator[Serving]:
         refusal: list[ThirdrailError] = []
 
-        def authorize_control(context: Context) -> None:
+        def authorize(context: Context) -> None:
             for error in refusal:
                 raise error
 
@@ -180,17 +178,18 @@ def serve(tmp_path: Path) -> Serve:
             dispatcher=dispatcher,
             catalog=catalog,
             control=control,
-            authorize_control=authorize_control,
+            authorize_control=authorize,
+            authorize_settings=authorize,
             config=ServerConfig(repository=tmp_path, **config),  # type: ignore[arg-type]
         )
         server = grpc.aio.server()
-        add_GRPCInferenceServiceServicer_to_server(servicer, server)
+        server.add_generic_rpc_handlers((servicer.handler(),))
         address = f"unix:{tmp_path}/s"
         server.add_insecure_port(address)
         await server.start()
         async with grpc.aio.insecure_channel(address) as channel:
             stub = GRPCInferenceServiceStub(channel)
-            yield Serving(stub, servicer, server, catalog, dispatcher, control, refusal)
+            yield Serving(address, stub, servicer, server, catalog, dispatcher, control, refusal)
         await server.stop(None)
 
     return running

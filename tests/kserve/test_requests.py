@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from thirdrail.dtypes import DTYPES, decode_bytes
+from thirdrail.dtypes import DTYPES, Buffer, decode_bytes
 from thirdrail.errors import InvalidArgument
 from thirdrail.v1 import inference_pb2, tensor_pb2
 from thirdrail_server.front.kserve.requests import native_request
@@ -122,7 +122,7 @@ def test_an_input_without_data_is_refused(inputs: int) -> None:
     assert text == "unable to find data for input tensor 'X' for model 'M' in request."
 
 
-def raw_of(datatype: str, **contents: Any) -> bytes | None:
+def raw_of(datatype: str, **contents: Any) -> Buffer | None:
     tensor = input_of(datatype=datatype, contents=kserve.InferTensorContents(**contents))
     request = request_of(inputs=[tensor], raw_input_contents=[])
     return native_request(request, time_left_us=None)[1][0]

@@ -41,7 +41,9 @@ def test_outputs_are_raw_and_in_order() -> None:
         memoryview(bytearray(b"\x01\0\0\0a")),
     ]
 
-    message = responses.kserve_response(response, data, request_id="r-1")
+    message = kserve.ModelInferResponse.FromString(
+        responses.unary_reply(response, data, request_id="r-1")
+    )
 
     output = kserve.ModelInferResponse.InferOutputTensor
     assert message == kserve.ModelInferResponse(
@@ -72,7 +74,9 @@ def test_elements_inside_the_response_become_raw_too(form: str) -> None:
         output.values.CopyFrom(tensors.values_of_array(array))
     response = inference_pb2.InferResponse(outputs=[output])
 
-    message = responses.kserve_response(response, [None], request_id="")
+    message = kserve.ModelInferResponse.FromString(
+        responses.unary_reply(response, [None], request_id="")
+    )
 
     assert list(message.raw_output_contents) == [array.tobytes()]
     assert not message.outputs[0].HasField("contents")
@@ -80,16 +84,19 @@ def test_elements_inside_the_response_become_raw_too(form: str) -> None:
 
 @pytest.mark.parametrize("is_final", [True, False])
 def test_a_stream_reply_says_whether_it_is_the_last(is_final: bool) -> None:
-    message = responses.stream_response(kserve.ModelInferResponse(id="r"), is_final=is_final)
+    response = inference_pb2.InferResponse(outputs=[tensor("Y")], final=is_final)
+    reply = responses.stream_reply(response, [memoryview(b"1234")], request_id="r")
+    message = kserve.ModelStreamInferResponse.FromString(reply)
     parameter = message.infer_response.parameters["triton_final_response"]
     assert parameter.WhichOneof("parameter_choice") == "bool_param"
     assert parameter.bool_param is is_final
     assert (message.error_message, message.infer_response.id) == ("", "r")
+    assert message.infer_response.raw_output_contents == [b"1234"]
 
 
 def test_a_stream_error_has_its_text_and_the_id_alone() -> None:
-    message = responses.stream_error(NotFound("gone"), request_id="r-9")
-    assert message == kserve.ModelStreamInferResponse(
+    reply = responses.stream_error(NotFound("gone"), request_id="r-9")
+    assert kserve.ModelStreamInferResponse.FromString(reply) == kserve.ModelStreamInferResponse(
         error_message="gone", infer_response=kserve.ModelInferResponse(id="r-9")
     )
 

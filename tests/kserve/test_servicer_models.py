@@ -320,3 +320,23 @@ def test_log_settings_change_what_the_server_logs(serve: Serve) -> None:
             assert logger.level == logging.DEBUG
 
     asyncio.run(run())
+
+
+@pytest.mark.usefixtures("_server_log_level")
+def test_log_settings_are_changed_by_few_and_read_by_all(serve: Serve) -> None:
+    setting = kserve.LogSettingsRequest.SettingValue
+
+    async def run() -> None:
+        async with serve() as serving:
+            serving.refusal.append(PermissionDenied("not you"))
+            change = kserve.LogSettingsRequest(settings={"log_info": setting(bool_param=False)})
+            code, text = await failure(serving.stub.LogSettings(change))
+            assert (code, text) == (Status.PERMISSION_DENIED, "not you")
+            reply = await serving.stub.LogSettings(kserve.LogSettingsRequest())
+            assert reply.settings["log_info"].bool_param
+            # What nobody may change is no question of who asks.
+            file = kserve.LogSettingsRequest(settings={"log_file": setting(string_param="/x")})
+            code, _ = await failure(serving.stub.LogSettings(file))
+            assert code is Status.UNIMPLEMENTED
+
+    asyncio.run(run())

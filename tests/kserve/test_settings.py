@@ -58,6 +58,7 @@ def test_an_empty_value_goes_back_to_global_and_then_to_the_default() -> None:
         ("trace_rate", ["0"]),
         ("trace_rate", ["1", "2"]),
         ("trace_rate", ["٣"]),
+        ("trace_level", ["OFF"] * 4),
         ("trace_count", ["-2"]),
         ("trace_count", ["9" * 5000]),
         ("log_frequency", ["-1"]),

@@ -2,8 +2,9 @@
 """thirdrail.v1.Inference: unary calls and streams, from gRPC to the dispatcher and back.
 
 Messages come and go as bytes: a small request is sent on to the worker as it came, with a few
-    fields appended, since in protobuf's wire format the last value of a field counts.
+fields appended, since in protobuf's wire format the last value of a field counts.
 """
+# ruff: noqa: N802 - the methods have the names of the protocol's calls
 
 import asyncio
 import itertools
@@ -25,8 +26,8 @@ from thirdrail.errors import (
 )
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail_server.front.dispatch import Dispatcher, Result
+from thirdrail_server.front.handlers import service_handler
 from thirdrail_server.front.native_messages import (
-    Large,
     limit_time,
     parsed_request,
     parsed_stream_request,
@@ -37,17 +38,17 @@ from thirdrail_server.front.native_messages import (
     take_raw,
 )
 from thirdrail_server.front.statuses import INTERNAL_TEXT, Context, abort_with
+from thirdrail_server.front.wire import Large
 
 log = logging.getLogger(__name__)
 
-SERVICE = "thirdrail.v1.Inference"
 STOPPING_TEXT = "the server is shutting down and takes no new requests"
 MODEL_IDS_MAX = 1024  # bound on one stream
 _STREAM_FLOWS_FROM = 1 << 32  # above every number that a peer's address can hash to
 
 
 class NativeInference:
-    """The service's two methods. `handlers()` are what a gRPC server is given."""
+    """The service's two methods. A gRPC server is given the `handler()`."""
 
     def __init__(self, dispatcher: Dispatcher, *, stream_requests_in_flight_max: int) -> None:
         self._dispatcher = dispatcher
@@ -55,18 +56,15 @@ class NativeInference:
         self._stream_flows = itertools.count(_STREAM_FLOWS_FROM)
         self._stopping = asyncio.Event()
 
-    def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
-        """By method name; requests and responses are bytes."""
-        return {
-            "Infer": grpc.unary_unary_rpc_method_handler(self._infer),
-            "InferStream": grpc.stream_stream_rpc_method_handler(self._stream),
-        }
+    def handler(self) -> grpc.GenericRpcHandler:
+        service = pb.DESCRIPTOR.services_by_name["Inference"]
+        return service_handler(service, self, of_bytes=("Infer", "InferStream"))
 
     def begin_stop(self) -> None:
         """Take no new requests; open streams answer what they have read, and end."""
         self._stopping.set()
 
-    async def _infer(self, body: bytes, context: Context) -> bytes:
+    async def Infer(self, body: bytes, context: Context) -> bytes:
         try:
             if self._stopping.is_set():
                 raise Unavailable(STOPPING_TEXT)
@@ -103,7 +101,7 @@ class NativeInference:
             return await self._dispatcher.infer_bytes(body + suffix, request, flow=flow)
         return await self._dispatcher.infer(request, take_raw(request, large), flow=flow)
 
-    async def _stream(self, bodies: AsyncIterator[bytes], context: Context) -> None:
+    async def InferStream(self, bodies: AsyncIterator[bytes], context: Context) -> None:
         stream = _Stream(self, context, self._in_flight_max, next(self._stream_flows))
         try:
             await stream.run(bodies, self._stopping)

@@ -5,10 +5,6 @@ Pure code. Large tensors never pass through protobuf, see wire.py.
 """
 
 import itertools
-from collections.abc import Sequence
-from typing import TypeVar
-
-from google.protobuf.message import DecodeError, Message
 
 from thirdrail.dtypes import Buffer
 from thirdrail.errors import InvalidArgument, ThirdrailError
@@ -16,38 +12,30 @@ from thirdrail.lane.packets import varint
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail_server.front import wire
 from thirdrail_server.front.dispatch import Result
-from thirdrail_server.front.wire import LARGE_BYTES_MIN
-
-M = TypeVar("M", bound=Message)
-Large = Sequence[memoryview | None]  # per input, its bytes where they were taken out
+from thirdrail_server.front.field_count import check_field_count
+from thirdrail_server.front.wire import LARGE_BYTES_MIN, Large, parsed
 
 # Numbers of fields: InferRequest.inputs, InferResponse.outputs, Tensor.raw, InferStream*.infer.
 _INPUTS, _OUTPUTS, _RAW, _STREAM_INFER = 6, 8, 4, 1
 _TIMEOUT_KEY = bytes((10 << 3 | 0,))  # of InferRequest.timeout_us: number << 3 | wire type
 
 
-def parsed(kind: type[M], body: bytes) -> M:
-    """Raises InvalidArgument when the bytes are no such message."""
-    try:
-        return kind.FromString(body)
-    except DecodeError:
-        raise InvalidArgument(
-            f"a message of {len(body)} bytes is not a {kind.DESCRIPTOR.full_name}"
-        ) from None
-
-
 def parsed_request(body: bytes) -> tuple[pb.InferRequest, Large]:
     """The request without its large tensors' bytes, and those. Raises InvalidArgument."""
-    rest, large = wire.detach(body, _INPUTS, _RAW) if len(body) >= LARGE_BYTES_MIN else (body, [])
-    return parsed(pb.InferRequest, rest), large
+    if len(body) < LARGE_BYTES_MIN:
+        return parsed(pb.InferRequest, body), []
+    check_field_count(pb.InferRequest.DESCRIPTOR, body)
+    rest, large = wire.detach(body, _INPUTS, _RAW)
+    return parsed(pb.InferRequest, rest, len(body)), large
 
 
 def parsed_stream_request(body: bytes) -> tuple[pb.InferStreamRequest, Large]:
     """The same for a message of a stream."""
     if len(body) < LARGE_BYTES_MIN:
         return parsed(pb.InferStreamRequest, body), []
+    check_field_count(pb.InferStreamRequest.DESCRIPTOR, body)
     rest, infer = wire.detach(body, _STREAM_INFER, None)
-    message = parsed(pb.InferStreamRequest, rest)
+    message = parsed(pb.InferStreamRequest, rest, len(body))
     if message.WhichOneof("message") != "infer" or len(infer) != 1 or infer[0] is None:
         return parsed(pb.InferStreamRequest, body), []
     request, large = parsed_request(bytes(infer[0]))

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
-from grpc_channelz.v1 import channelz, channelz_pb2_grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_channelz.v1 import channelz, channelz_pb2
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from thirdrail.lane.aio import AsyncLane
-from thirdrail.v1 import inference_pb2, metrics_pb2, metrics_pb2_grpc, models_pb2, models_pb2_grpc
+from thirdrail.v1 import inference_pb2, metrics_pb2, models_pb2
 from thirdrail_server.config import ServerConfig
 from thirdrail_server.control_channel import ChannelLimits
 from thirdrail_server.front.control.access import ControlAccess
@@ -30,11 +31,11 @@ from thirdrail_server.front.control.models_service import ModelsServicer
 from thirdrail_server.front.control.supervisor import Supervisor
 from thirdrail_server.front.control.worker_process import WorkerProcess, start_worker
 from thirdrail_server.front.dispatch import Dispatcher
+from thirdrail_server.front.handlers import service_handler
 from thirdrail_server.front.kserve.servicer import KServeServicer
 from thirdrail_server.front.listeners import channel_options, listen
-from thirdrail_server.front.native_inference import SERVICE, NativeInference
-from thirdrail_server.front.registration import Registration
-from thirdrail_server.inference import grpc_service_pb2, grpc_service_pb2_grpc
+from thirdrail_server.front.native_inference import NativeInference
+from thirdrail_server.inference import grpc_service_pb2
 from thirdrail_server.worker.process import GIL_SWITCH_S
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Front:
             catalog=self.catalog,
             control=self._control,
             authorize_control=access.authorize,
+            authorize_settings=access.authorize_settings,
             config=config,
         )
         self._models = ModelsServicer(self.catalog, self._control, access.authorize)
@@ -81,27 +83,21 @@ class Front:
         self._add_services()
 
     def _add_services(self) -> None:
-        handlers = grpc.method_handlers_generic_handler(SERVICE, self._native.handlers())
-        self._server.add_generic_rpc_handlers((handlers,))
-        server: Any = Registration(self._server)
-        models_pb2_grpc.add_ModelsServicer_to_server(self._models, server)
-        metrics_pb2_grpc.add_MetricsServicer_to_server(self._metrics, server)
-        grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._kserve, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        services = [
-            *(inference_pb2.DESCRIPTOR.services_by_name.values()),
-            *(models_pb2.DESCRIPTOR.services_by_name.values()),
-            *(metrics_pb2.DESCRIPTOR.services_by_name.values()),
-            *(grpc_service_pb2.DESCRIPTOR.services_by_name.values()),
-            *(health_pb2.DESCRIPTOR.services_by_name.values()),
+        handlers = [
+            self._native.handler(),
+            self._kserve.handler(),
+            service_handler(_service(models_pb2), self._models),
+            service_handler(_service(metrics_pb2), self._metrics),
+            service_handler(_service(health_pb2), self._health),
         ]
-        names = [service.full_name for service in services]
+        modules = (inference_pb2, grpc_service_pb2, models_pb2, metrics_pb2, health_pb2)
+        names = [_service(module).full_name for module in modules]
         reflecting = reflection.aio.ReflectionServicer([*names, reflection.SERVICE_NAME])
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflecting, server)
+        handlers.append(service_handler(_service(reflection_pb2), reflecting))
         if self._config.channelz:
-            channelz_pb2_grpc.add_ChannelzServicer_to_server(
-                channelz.aio.ChannelzServicer(), server
-            )
+            answering = channelz.aio.ChannelzServicer()
+            handlers.append(service_handler(_service(channelz_pb2), answering))
+        self._server.add_generic_rpc_handlers(handlers)
 
     async def start(self) -> str | None:
         """Listen, start the worker, begin to load. Returns the TCP address in use.
@@ -185,3 +181,10 @@ async def _settled(catalog: Catalog) -> None:
     with catalog.subscribe() as changes:
         while catalog.is_any_loading():
             await anext(changes)
+
+
+def _service(module: Any) -> ServiceDescriptor:
+    """The one of a file of messages."""
+    services: list[ServiceDescriptor] = list(module.DESCRIPTOR.services_by_name.values())
+    (only,) = services
+    return only

@@ -2,17 +2,24 @@
 """Large tensors out of and into serialized messages, without protobuf copying their bytes.
 
 Protobuf copies a bytes field when it parses it, again when it is read, again when it is set and
-again
-when it is serialized: four times 16 MiB for a large tensor and its answer. Here its place in the
-message is found by reading the lengths on the way
+again when it is serialized: four times 16 MiB for a large tensor and its answer. Here its place in
+the message is found by reading the lengths on the way
 (https://protobuf.dev/programming-guides/encoding), the small rest goes through protobuf as ever,
 and the bytes are copied once, to where they are needed.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
 
 from thirdrail.dtypes import Buffer
+from thirdrail.errors import InvalidArgument
 from thirdrail.lane.packets import varint
+from thirdrail_server.front.field_count import check_field_count
+
+M = TypeVar("M", bound=Message)
+Large = Sequence[memoryview | None]  # per entry, its bytes where they were taken out
 
 # Below it, protobuf's copies are cheaper than looking for a way around them.
 LARGE_BYTES_MIN = 32 << 10
@@ -27,13 +34,30 @@ class _NotUnderstood(Exception):
     """Left to protobuf, which knows what to say about it."""
 
 
+def parsed(kind: type[M], body: bytes, came_bytes: int | None = None) -> M:
+    """The message in `body`.
+
+    came_bytes: the size of the whole message, if `body` is what `detach` left of it.
+    Raises InvalidArgument when the bytes are no such message, or one of too many fields.
+    """
+    check_field_count(kind.DESCRIPTOR, body)
+    try:
+        return kind.FromString(body)
+    except DecodeError:
+        size = len(body) if came_bytes is None else came_bytes
+        raise InvalidArgument(
+            f"a message of {size} bytes is not a {kind.DESCRIPTOR.full_name}"
+        ) from None
+
+
 def detach(body: bytes, outer: int, inner: int | None) -> tuple[bytes, list[memoryview | None]]:
     """Take large bytes out of a serialized message.
 
     outer: the number of a repeated field of the message. inner: of the bytes field in each of its
     entries; None where the entries themselves are the bytes.
     Returns the message with empty bytes in their place, and per entry a view of what was taken,
-    None where it was left in place. A message that makes no sense comes back as it is.
+    None where it was left in place. A message that makes no sense comes back as it is. It takes as
+    long as the message has fields: `check_field_count` comes first.
     """
     view = memoryview(body)
     kept: list[Buffer] = []

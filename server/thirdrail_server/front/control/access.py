@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may load and unload models.
+"""Who may load and unload models, and who may change what the server logs.
 
-- Nobody, unless the server runs with --model-control explicit.
+- Models: nobody, unless the server runs with --model-control explicit.
 - Over TCP: whoever showed a client certificate that TLS verified.
 - Over the Unix socket: the owner of the server. gRPC does not tell who is at the other end of a
   Unix socket, but the kernel lets only those connect who may write the socket and enter its
@@ -24,11 +24,6 @@ from thirdrail_server.config import ModelControlMode
 NOT_ALLOWED = "explicit model load / unload is not allowed"
 OFF = f"{NOT_ALLOWED}: model control is off; start the server with --model-control explicit"
 POLLING = f"{NOT_ALLOWED} if polling is enabled"
-
-NEEDS_CERTIFICATE = (
-    "loading and unloading over TCP needs a client certificate that the server verified; "
-    "use one, or the server's Unix socket"
-)
 
 
 class Peer(Protocol):
@@ -54,14 +49,24 @@ class ControlAccess:
     def authorize(self, context: Peer) -> None:
         """Let the caller control models, or raise Unavailable (the mode) or PermissionDenied."""
         refuse_unless_explicit(self.mode)
-        if context.peer().startswith("unix:"):
-            self._authorize_socket()
-        elif not _has_certificate(context):
-            raise PermissionDenied(NEEDS_CERTIFICATE)
+        self._require_trusted(context, "loading and unloading")
 
-    def _authorize_socket(self) -> None:
+    def authorize_settings(self, context: Peer) -> None:
+        """Let the caller change what the server logs, in any mode, or raise PermissionDenied."""
+        self._require_trusted(context, "changing log settings")
+
+    def _require_trusted(self, context: Peer, action: str) -> None:
+        if context.peer().startswith("unix:"):
+            self._require_private_socket(action)
+        elif not _has_certificate(context):
+            raise PermissionDenied(
+                f"{action} over TCP needs a client certificate that the server verified; "
+                f"use one, or the server's Unix socket"
+            )
+
+    def _require_private_socket(self, action: str) -> None:
         if self.socket is None:
-            raise PermissionDenied("loading and unloading is not allowed over this Unix socket")
+            raise PermissionDenied(f"{action} is not allowed over this Unix socket")
         try:
             is_private = is_owners_alone(self.socket)
         except OSError as error:
@@ -70,8 +75,8 @@ class ControlAccess:
             ) from None
         if not is_private:
             raise PermissionDenied(
-                f"others than the server's owner may use its socket '{self.socket}', so nobody can "
-                f"load and unload over it; chmod 700 its folder and restart the server"
+                f"{action} is not allowed over the server's socket '{self.socket}', because others "
+                f"than its owner may use it; chmod 700 its folder and restart the server"
             )
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ModelInfer and ModelStreamInfer: a request through the dispatcher and back."""
+"""ModelInfer and ModelStreamInfer: a request through the dispatcher and back.
+
+Messages come and go as bytes, because large tensors do not pass through protobuf, see wire.py.
+"""
 
 import asyncio
 import itertools
@@ -7,15 +10,16 @@ import logging
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 from thirdrail.errors import Internal, ThirdrailError, Unavailable
 from thirdrail.v1 import inference_pb2
 from thirdrail_server.front.dispatch import Dispatcher, Result
 from thirdrail_server.front.kserve import responses
-from thirdrail_server.front.kserve.requests import native_request
+from thirdrail_server.front.kserve.requests import native_request, parsed_request
 from thirdrail_server.front.kserve.status import INTERNAL_TEXT, Context, error_of, named
 from thirdrail_server.front.kserve.stream import StreamCut, replies_in_order
+from thirdrail_server.front.wire import Large
 from thirdrail_server.inference import grpc_service_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -24,7 +28,15 @@ _STOPPING_TEXT = "GRPC server is shutting down and has stopped accepting new req
 _STATUS_ON_ERROR_HEADER = "triton_grpc_error"
 _STREAM_FLOWS_FROM = 1 << 32  # above every number that a peer's address can hash to
 
-StreamAnswer = Callable[[pb.ModelInferRequest], Coroutine[Any, Any, pb.ModelStreamInferResponse]]
+StreamAnswer = Callable[[bytes], Coroutine[Any, Any, bytes]]
+
+
+class Serialized(Protocol):
+    """How a call puts a response that succeeded into bytes."""
+
+    def __call__(
+        self, response: inference_pb2.InferResponse, data: responses.Data, *, request_id: str
+    ) -> bytes: ...
 
 
 class InferenceCalls:
@@ -44,18 +56,19 @@ class InferenceCalls:
         """Refuses new requests from now on; open streams answer what they have read, and end."""
         self._stop.set()
 
-    async def unary(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
+    async def unary(self, body: bytes, context: Context) -> bytes:
+        """The reply to a ModelInferRequest. Raises ThirdrailError alone."""
         if self.is_stopping:
             raise Unavailable(_STOPPING_TEXT)
+        request, large = parsed_request(body)
         # Their connection is all that tells unary callers apart.
         flow = zlib.crc32(context.peer().encode())
-        message, _ = await self._infer(request, context, flow)
-        return message
+        return await self._infer(request, large, context, flow, responses.unary_reply)
 
-    async def stream(self, requests: AsyncIterator[pb.ModelInferRequest], context: Context) -> None:
+    async def stream(self, bodies: AsyncIterator[bytes], context: Context) -> None:
         """Writes the replies to the stream. Raises what ends it with a status other than OK."""
         replies = replies_in_order(
-            requests,
+            bodies,
             self._stream_answer(context),
             in_flight_max=self._in_flight_max,
             stop=self._stop,
@@ -71,25 +84,30 @@ class InferenceCalls:
         flow = next(self._stream_flows)
         ends_on_error = _wants_status_on_error(context)
 
-        async def answer(request: pb.ModelInferRequest) -> pb.ModelStreamInferResponse:
+        async def answer(request: pb.ModelInferRequest, large: Large) -> bytes:
             try:
-                message, is_final = await self._infer(request, context, flow)
-                return responses.stream_response(message, is_final=is_final)
+                return await self._infer(request, large, context, flow, responses.stream_reply)
             except ThirdrailError as error:
                 if ends_on_error:
                     raise
                 return responses.stream_error(error, request_id=request.id)
 
-        return answer
+        # What is no request at all has no id to answer to: it ends the stream, where it is read.
+        return lambda body: answer(*parsed_request(body))
 
     async def _infer(
-        self, request: pb.ModelInferRequest, context: Context, flow: int
-    ) -> tuple[pb.ModelInferResponse, bool]:
-        """The reply, and whether it is the request's last. Raises ThirdrailError alone."""
+        self,
+        request: pb.ModelInferRequest,
+        large: Large,
+        context: Context,
+        flow: int,
+        serialized: Serialized,
+    ) -> bytes:
+        """The reply. Raises ThirdrailError alone."""
         try:
-            native, data = native_request(request, time_left_us=_time_left_us(context))
+            native, data = native_request(request, large, time_left_us=_time_left_us(context))
             result = await self._dispatcher.infer(native, data, flow=flow)
-            return _reply(result, request.id)
+            return _reply(result, request.id, serialized)
         except ThirdrailError as error:
             raise named(error, request.id) from None
         except Exception:
@@ -97,13 +115,12 @@ class InferenceCalls:
             raise Internal(INTERNAL_TEXT) from None
 
 
-def _reply(result: Result, request_id: str) -> tuple[pb.ModelInferResponse, bool]:
+def _reply(result: Result, request_id: str, serialized: Serialized) -> bytes:
     try:
         response = result.response
         if response.status.reason != inference_pb2.REASON_UNSPECIFIED:
             raise error_of(response.status)
-        message = responses.kserve_response(response, result.data, request_id=request_id)
-        return message, response.final
+        return serialized(response, result.data, request_id=request_id)
     finally:
         result.release()
 

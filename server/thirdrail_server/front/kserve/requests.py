@@ -5,25 +5,42 @@ Only what can be wrong in KServe's form itself is checked here. Whether names, t
 sizes fit the model is for the worker to say, which knows it and trusts nobody.
 """
 
-from collections.abc import Sequence
-
 from thirdrail import dtypes
+from thirdrail.dtypes import Buffer
 from thirdrail.errors import InvalidArgument
 from thirdrail.v1 import inference_pb2
 from thirdrail_server.front.control.catalog import parse_version
+from thirdrail_server.front.field_count import check_field_count
 from thirdrail_server.front.kserve import parameters
 from thirdrail_server.front.kserve.contents import bytes_of_contents
+from thirdrail_server.front.wire import LARGE_BYTES_MIN, Large, detach, parsed
 from thirdrail_server.inference import grpc_service_pb2 as kserve
 
 Input = kserve.ModelInferRequest.InferInputTensor
-Data = list[bytes | None]
+Data = list[Buffer | None]
+
+_RAW_INPUT_CONTENTS = kserve.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
+
+
+def parsed_request(body: bytes) -> tuple[kserve.ModelInferRequest, Large]:
+    """The request with its large raw_input_contents empty, and the bytes that were in them.
+
+    Raises InvalidArgument when the bytes are no such message.
+    """
+    if len(body) < LARGE_BYTES_MIN:
+        return parsed(kserve.ModelInferRequest, body), []
+    check_field_count(kserve.ModelInferRequest.DESCRIPTOR, body)
+    rest, large = detach(body, _RAW_INPUT_CONTENTS, None)
+    return parsed(kserve.ModelInferRequest, rest, len(body)), large
 
 
 def native_request(
-    request: kserve.ModelInferRequest, *, time_left_us: int | None
+    request: kserve.ModelInferRequest, large: Large = (), *, time_left_us: int | None
 ) -> tuple[inference_pb2.InferRequest, Data]:
     """The native request, and the bytes of each of its inputs in their order.
 
+    large: per entry of raw_input_contents its bytes, None where they are in the request; empty:
+        they are for all.
     time_left_us: until the gRPC deadline; None: there is none. The nearer of it and the request's
     own timeout counts. Raises InvalidArgument; and Unimplemented for a tensor in a shared-memory
     region.
@@ -38,18 +55,19 @@ def native_request(
         # 0 would mean "no timeout", so a deadline that has just passed leaves one microsecond.
         time_left_us = max(1, time_left_us)
         native.timeout_us = min(native.timeout_us or time_left_us, time_left_us)
-    data = _add_inputs(request, native)
+    data = _add_inputs(request, large, native)
     for output in request.outputs:
         _add_output(output, native)
     return native, data
 
 
-def _add_inputs(request: kserve.ModelInferRequest, native: inference_pb2.InferRequest) -> Data:
+def _add_inputs(
+    request: kserve.ModelInferRequest, large: Large, native: inference_pb2.InferRequest
+) -> Data:
     data: Data = []
-    raw = request.raw_input_contents
-    for tensor in request.inputs:
+    for index, tensor in enumerate(request.inputs):
         _refuse_region_input(tensor)
-        data.append(_bytes_of_input(tensor, len(data), raw, request.model_name))
+        data.append(_bytes_of_input(request, large, index))
         native.inputs.add(
             name=tensor.name, data_type=_data_type(tensor, request.model_name), shape=tensor.shape
         )
@@ -67,14 +85,16 @@ def _refuse_region_input(tensor: Input) -> None:
     raise parameters.refuse_region(tensor.name, "send its bytes in raw_input_contents")
 
 
-def _bytes_of_input(tensor: Input, index: int, raw: Sequence[bytes], model: str) -> bytes:
+def _bytes_of_input(request: kserve.ModelInferRequest, large: Large, index: int) -> Buffer:
+    tensor, raw, model = request.inputs[index], request.raw_input_contents, request.model_name
     if raw and tensor.HasField("contents"):
         raise InvalidArgument(
             "contents field must not be specified when using raw_input_contents for "
             f"'{tensor.name}' for model '{model}'"
         )
     if index < len(raw):
-        return raw[index]
+        taken = large[index] if large else None
+        return raw[index] if taken is None else taken
     if tensor.HasField("contents"):
         return bytes_of_contents(tensor, model)
     raise InvalidArgument(

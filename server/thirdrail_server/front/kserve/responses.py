@@ -2,7 +2,8 @@
 """What came back from the dispatcher becomes a ModelInferResponse, or one message of a stream.
 
 Tensors always leave as raw_output_contents, one entry per output and in the same order; `contents`
-is never used, and an output without elements has an empty entry.
+is never used, and an output without elements has an empty entry. The entries do not go through
+protobuf: each is copied once, from where the dispatcher has it into the serialized message.
 """
 
 from collections.abc import Sequence
@@ -12,9 +13,14 @@ from thirdrail.dtypes import Buffer
 from thirdrail.errors import ThirdrailError
 from thirdrail.v1 import inference_pb2, tensor_pb2
 from thirdrail_server.front.kserve import status
+from thirdrail_server.front.wire import bytes_field, joined
 from thirdrail_server.inference import grpc_service_pb2 as kserve
 
 _FINAL_RESPONSE = "triton_final_response"
+_RAW_OUTPUT_CONTENTS = kserve.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER
+_INFER_RESPONSE = kserve.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER
+
+Data = Sequence[Buffer | None]
 
 _PARAMETER_FIELD = {
     "bool_value": "bool_param",
@@ -25,16 +31,26 @@ _PARAMETER_FIELD = {
 }
 
 
-def kserve_response(
-    response: inference_pb2.InferResponse,
-    data: Sequence[Buffer | None],
-    *,
-    request_id: str,
-) -> kserve.ModelInferResponse:
-    """The reply to one request that succeeded. The bytes of `data` are copied into it.
+def unary_reply(response: inference_pb2.InferResponse, data: Data, *, request_id: str) -> bytes:
+    """The serialized ModelInferResponse to one request that succeeded, with a copy of `data`.
 
     data: per output its raw bytes; None: they are in the response itself.
     """
+    head = _without_elements(response, request_id)
+    return joined([head.SerializeToString(), *_elements(response, data)])
+
+
+def stream_reply(response: inference_pb2.InferResponse, data: Data, *, request_id: str) -> bytes:
+    """The same as a serialized ModelStreamInferResponse, which says whether more will follow."""
+    head = _without_elements(response, request_id)
+    head.parameters[_FINAL_RESPONSE].bool_param = response.final
+    pieces = [head.SerializeToString(), *_elements(response, data)]
+    return joined(bytes_field(_INFER_RESPONSE, *pieces))
+
+
+def _without_elements(
+    response: inference_pb2.InferResponse, request_id: str
+) -> kserve.ModelInferResponse:
     message = kserve.ModelInferResponse(
         model_name=response.model_name,
         model_version=str(response.model_version),
@@ -44,15 +60,22 @@ def kserve_response(
         form = parameter.WhichOneof("value")
         if form is not None:
             setattr(message.parameters[key], _PARAMETER_FIELD[form], getattr(parameter, form))
-    for tensor, raw in zip(response.outputs, data, strict=True):
+    for tensor in response.outputs:
         message.outputs.add(
             name=tensor.name,
             datatype=dtypes.dtype_of_value(tensor.data_type).name,
             shape=tensor.shape,
         )
-        elements = raw if raw is not None else _inline_elements(tensor)
-        message.raw_output_contents.append(bytes(elements))  # bytes(x) of bytes is x itself
     return message
+
+
+def _elements(response: inference_pb2.InferResponse, data: Data) -> list[Buffer]:
+    """raw_output_contents in pieces."""
+    pieces: list[Buffer] = []
+    for tensor, raw in zip(response.outputs, data, strict=True):
+        elements = raw if raw is not None else _inline_elements(tensor)
+        pieces += bytes_field(_RAW_OUTPUT_CONTENTS, elements)
+    return pieces
 
 
 def _inline_elements(tensor: tensor_pb2.Tensor) -> Buffer:
@@ -61,17 +84,10 @@ def _inline_elements(tensor: tensor_pb2.Tensor) -> Buffer:
     return tensors.bytes_of_array(tensors.array_of_tensor(tensor))
 
 
-def stream_response(
-    message: kserve.ModelInferResponse, *, is_final: bool
-) -> kserve.ModelStreamInferResponse:
-    """One message of a stream. is_final: no further response to the same request follows."""
-    message.parameters[_FINAL_RESPONSE].bool_param = is_final
-    return kserve.ModelStreamInferResponse(infer_response=message)
-
-
-def stream_error(error: ThirdrailError, *, request_id: str) -> kserve.ModelStreamInferResponse:
+def stream_error(error: ThirdrailError, *, request_id: str) -> bytes:
     """The failure of one request of a stream that goes on: its text, and which it was."""
-    return kserve.ModelStreamInferResponse(
+    message = kserve.ModelStreamInferResponse(
         error_message=status.text_of(error),
         infer_response=kserve.ModelInferResponse(id=request_id),
     )
+    return message.SerializeToString()

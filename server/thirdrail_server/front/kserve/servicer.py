@@ -6,15 +6,18 @@
 import logging
 from collections.abc import AsyncIterator, Callable
 
+import grpc
+
 from thirdrail import __version__
 from thirdrail.errors import InvalidArgument, NotFound, Unavailable, Unimplemented
 from thirdrail_server.config import ServerConfig
 from thirdrail_server.front.control.catalog import Catalog, ServedModel, parse_version
 from thirdrail_server.front.control.model_control import ModelControl
 from thirdrail_server.front.dispatch import Dispatcher
+from thirdrail_server.front.handlers import service_handler
 from thirdrail_server.front.kserve import metadata, repository, settings, statistics
 from thirdrail_server.front.kserve.inference import InferenceCalls
-from thirdrail_server.front.kserve.status import Context, answering
+from thirdrail_server.front.kserve.status import Context, abort, answering
 from thirdrail_server.inference import grpc_service_pb2 as pb
 from thirdrail_server.inference.grpc_service_pb2_grpc import GRPCInferenceServiceServicer
 
@@ -25,7 +28,10 @@ _SERVER_LOGGER = "thirdrail_server"
 
 
 class KServeServicer(GRPCInferenceServiceServicer):
-    """KServe v2 and Triton's extensions. Keeps no state but the trace and log settings."""
+    """KServe v2 and Triton's extensions. Keeps no state but the trace and log settings.
+
+    A gRPC server is given the `handler()`.
+    """
 
     def __init__(
         self,
@@ -34,18 +40,27 @@ class KServeServicer(GRPCInferenceServiceServicer):
         catalog: Catalog,
         control: ModelControl,
         authorize_control: Callable[[Context], None],
+        authorize_settings: Callable[[Context], None],
         config: ServerConfig,
     ) -> None:
-        """authorize_control: raises the refusal of a caller who may not load and unload models."""
+        """authorize_control: raises the refusal of a caller who may not load and unload models.
+
+        authorize_settings: of one who may not change what the server logs.
+        """
         self._calls = InferenceCalls(
             dispatcher, stream_requests_in_flight_max=config.stream_requests_in_flight_max
         )
         self._catalog = catalog
         self._control = control
         self._authorize_control = authorize_control
+        self._authorize_settings = authorize_settings
         self._config = config
         self._trace = settings.TraceSettings()
         self._log = settings.LogSettings()
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        service = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+        return service_handler(service, self, abort, of_bytes=("ModelInfer", "ModelStreamInfer"))
 
     def begin_stop(self) -> None:
         """Not ready from now on, no new requests; open streams answer what they read, and end."""
@@ -101,19 +116,19 @@ class KServeServicer(GRPCInferenceServiceServicer):
 
     # Inference
 
+    # These two work on bytes, where the stub's types want messages.
+
     @answering
-    async def ModelInfer(
-        self, request: pb.ModelInferRequest, context: Context
-    ) -> pb.ModelInferResponse:
-        return await self._calls.unary(request, context)
+    async def ModelInfer(self, body: bytes, context: Context) -> bytes:  # type: ignore[override]
+        return await self._calls.unary(body, context)
 
     # The stub's type wants a generator. One that is cancelled while gRPC writes what it yielded is
     # not cleaned up until it is collected, and its requests go on till then; so this one writes.
     @answering
     async def ModelStreamInfer(  # type: ignore[override]
-        self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
+        self, bodies: AsyncIterator[bytes], context: Context
     ) -> None:
-        await self._calls.stream(request_iterator, context)
+        await self._calls.stream(bodies, context)
 
     # Statistics
 
@@ -224,6 +239,7 @@ class KServeServicer(GRPCInferenceServiceServicer):
         if request.model_name and request.model_name not in known:
             raise InvalidArgument(f"Request for unknown model : {request.model_name}")
         changes = {key: tuple(setting.value) for key, setting in request.settings.items()}
+        # Open to all: nothing depends on these values, which other people's clients write anyway.
         self._trace.update(request.model_name, changes)
         return settings.trace_response(self._trace.values(request.model_name))
 
@@ -232,6 +248,8 @@ class KServeServicer(GRPCInferenceServiceServicer):
         self, request: pb.LogSettingsRequest, context: Context
     ) -> pb.LogSettingsResponse:
         if request.settings:
+            settings.checked_log(request.settings)  # what is open to nobody is said to everybody
+            self._authorize_settings(context)
             self._log.update(request.settings)
             logging.getLogger(_SERVER_LOGGER).setLevel(self._log.level())
         return settings.log_response(self._log.values())

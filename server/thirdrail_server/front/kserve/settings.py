@@ -82,7 +82,8 @@ def _checked_trace(key: str, value: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _is_levels(value: tuple[str, ...]) -> bool:
-    return all(level in _TRACE_LEVELS for level in value)
+    # No more of them than there are: the values are kept.
+    return len(value) <= len(_TRACE_LEVELS) and all(level in _TRACE_LEVELS for level in value)
 
 
 def _is_number_from(low: int) -> Callable[[tuple[str, ...]], bool]:
@@ -116,7 +117,7 @@ class LogSettings:
 
     def update(self, changes: Mapping[str, kserve.LogSettingsRequest.SettingValue]) -> None:
         """Raises InvalidArgument or Unimplemented, and then nothing has changed."""
-        self._values |= {key: _checked_log(key, value) for key, value in changes.items()}
+        self._values |= checked_log(changes)
 
     def level(self) -> int:
         """The `logging` level that these values mean. No peer can switch errors off."""
@@ -125,6 +126,13 @@ class LogSettings:
         if self._values["log_info"]:
             return logging.INFO
         return logging.WARNING if self._values["log_warning"] else logging.ERROR
+
+
+def checked_log(
+    changes: Mapping[str, kserve.LogSettingsRequest.SettingValue],
+) -> dict[str, LogValue]:
+    """The new values. Raises InvalidArgument, or Unimplemented for what nobody can change here."""
+    return {key: _checked_log(key, value) for key, value in changes.items()}
 
 
 def _checked_log(key: str, setting: kserve.LogSettingsRequest.SettingValue) -> LogValue:

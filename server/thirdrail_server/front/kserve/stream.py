@@ -27,9 +27,9 @@ async def replies_in_order(
 ) -> AsyncGenerator[_Reply, None]:
     """Yields the answers in order until the requests end, or until `stop` is set.
 
-    A reply counts as written when the next one is asked for. Raises what `answer` or `requests`
-    raises, and StreamCut after a stop. However it is left, every answer still under way is
-    cancelled and has ended.
+    A reply counts as written when the next one is asked for. Raises what an answer raises; what
+    `requests` or `answer` itself raises, and StreamCut after a stop, once everything read before is
+    answered. However it is left, every answer still under way is cancelled and has ended.
     """
     slots = asyncio.Semaphore(in_flight_max)
     answers: asyncio.Queue[asyncio.Task[_Reply] | None] = asyncio.Queue()
