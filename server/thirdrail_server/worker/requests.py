@@ -100,6 +100,8 @@ def _check_names(message: inference_pb2.InferRequest, spec: VersionSpec) -> None
     required = [name for name, expected in spec.inputs.items() if not expected.optional]
     missing = [name for name in required if name not in seen]
     unexpected = next((name for name in names if name not in spec.inputs), None)
+    # As in Triton, what is missing goes first: a name that is wrong counts as missing, and is only
+    # called unexpected where nothing else is.
     if missing or len(names) > len(spec.inputs):
         raise InvalidArgument(_count_text(spec, names, required, missing))
     if unexpected is not None:
