@@ -12,9 +12,9 @@ from typing import Any
 import grpc
 import pytest
 
-from thirdrail.errors import PermissionDenied, Unavailable
+from thirdrail.errors import PermissionDenied
 from thirdrail_server.config import ModelControlMode
-from thirdrail_server.front.control.access import ControlAccess, is_owners_alone
+from thirdrail_server.front.control.access import ControlAccess, ControlIsOff, is_owners_alone
 from thirdrail_server.front.statuses import answering
 
 EXPLICIT = ModelControlMode.EXPLICIT
@@ -179,7 +179,7 @@ async def test_the_mode_comes_first(tmp_path: Path) -> None:
     path = tmp_path / "s"
     for mode in (ModelControlMode.NONE, ModelControlMode.POLL):
         status = await over_socket(path, ControlAccess(mode, path))
-        assert status is grpc.StatusCode.UNAVAILABLE
+        assert status is grpc.StatusCode.FAILED_PRECONDITION
 
 
 class Peer:
@@ -209,8 +209,9 @@ def test_log_settings_are_open_to_the_same_callers_in_any_mode(tmp_path: Path) -
 
 
 def test_texts_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match="start the server with --model-control explicit"):
-        ControlAccess(ModelControlMode.NONE, None).authorize(Peer("ipv4:127.0.0.1:5"))
+    for mode in (ModelControlMode.NONE, ModelControlMode.POLL):
+        with pytest.raises(ControlIsOff, match="start the server with --model-control explicit"):
+            ControlAccess(mode, None).authorize(Peer("ipv4:127.0.0.1:5"))
     with pytest.raises(PermissionDenied, match="needs a client certificate"):
         ControlAccess(EXPLICIT, None).authorize(Peer("ipv4:127.0.0.1:5"))
     with pytest.raises(PermissionDenied, match="cannot tell who may use its socket"):

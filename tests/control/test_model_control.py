@@ -11,6 +11,7 @@ import pytest
 
 from thirdrail.errors import Internal, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from thirdrail_server.config import ControlLimits, WorkerConfig
+from thirdrail_server.front.control.access import ControlIsOff
 from thirdrail_server.front.control.catalog import RELOAD_FAILED
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.repository.errors import RepositoryError
@@ -82,9 +83,9 @@ async def test_other_modes_refuse_control(
 ) -> None:
     repository.write("a")
     async with open_plane(model_control=mode) as plane:
-        with pytest.raises(Unavailable, match=text):
+        with pytest.raises(ControlIsOff, match=text):
             await plane.control.load("a")
-        with pytest.raises(Unavailable, match=text):
+        with pytest.raises(ControlIsOff, match=text):
             await plane.control.unload("a")
 
 
@@ -93,9 +94,7 @@ async def test_load_failures_say_what_failed(repository: Any, open_plane: Any) -
     repository.write("all", config="version_policy { specific { versions: [5] } }")
     async with open_plane(**EXPLICIT) as plane:
         await plane.worker.wait_until_up()
-        with pytest.raises(
-            Internal, match="failed to load 'x', failed to poll from model repository"
-        ):
+        with pytest.raises(NotFound, match="the repository has no folder 'x'"):
             await plane.control.load("x")
         assert plane.catalog.get("x") is None, "a name that nobody knows leaves no trace"
         with pytest.raises(Internal, match="failed to load 'bad', no version is available"):

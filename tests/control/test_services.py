@@ -145,7 +145,7 @@ async def test_control_is_off_by_default(repository: Any, open_plane: Any, tmp_p
     async with open_plane() as plane, serving(plane, tmp_path) as stubs:
         with pytest.raises(grpc.aio.AioRpcError, match="--model-control explicit") as failure:
             await stubs.models.Unload(models_pb2.UnloadRequest(name="m"))
-        assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert failure.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
 async def test_watch_tells_the_state_then_the_changes_then_the_end(

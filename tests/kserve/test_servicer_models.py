@@ -11,6 +11,7 @@ import pytest
 
 from thirdrail.errors import Internal, PermissionDenied, Unavailable
 from thirdrail.v1 import metrics_pb2
+from thirdrail_server.front.control.access import ControlIsOff
 from thirdrail_server.inference import grpc_service_pb2 as kserve
 
 Serve = Any  # the fixture `serve` of conftest.py
@@ -188,7 +189,8 @@ def test_callers_without_the_right_control_nothing(serve: Serve) -> None:
     ("error", "status"),
     [
         (Internal("failed to load 'M', no version is available"), Status.INTERNAL),
-        (Unavailable("explicit model load / unload is not allowed"), Status.UNAVAILABLE),
+        (Unavailable("the worker is being restarted"), Status.UNAVAILABLE),
+        (ControlIsOff("explicit model load / unload is not allowed"), Status.UNAVAILABLE),
     ],
 )
 def test_failures_of_the_control_keep_their_text(

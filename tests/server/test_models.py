@@ -20,7 +20,13 @@ from conftest import StartServer
 from support.models import add, constant, identity, model, slow, tensor, write
 from support.server import RunningServer
 from thirdrail import Client
-from thirdrail.errors import Internal, NotFound, PermissionDenied, ThirdrailError, Unavailable
+from thirdrail.errors import (
+    FailedPrecondition,
+    Internal,
+    NotFound,
+    PermissionDenied,
+    ThirdrailError,
+)
 from thirdrail.models import LoadProgress
 
 A = np.zeros((1, 4), np.float32)
@@ -113,9 +119,9 @@ def test_a_given_configuration_is_used_for_that_load(
 
 def test_what_cannot_be_loaded_says_why(repository: Path, start_server: StartServer) -> None:
     with client_of(start_server(repository, *EXPLICIT)) as client:
-        with pytest.raises(Internal, match="failed to load 'none', failed to poll from model rep"):
+        with pytest.raises(NotFound, match="the repository has no folder 'none'"):
             client.load("none")
-        with pytest.raises(Internal, match=r"has no folder '\.\./models'"):
+        with pytest.raises(NotFound, match=r"has no folder '\.\./models'"):
             client.load("../models")
         write(repository, "text", identity())
         (repository / "text" / "1" / "model.onnx").write_text("no model")
@@ -218,7 +224,7 @@ def test_a_failed_reload_leaves_the_old_one_serving(
         assert client.health()
         assert any("failed" in warning for warning in client.describe("plus").warnings)
         shutil.rmtree(repository / "plus")
-        with pytest.raises(Internal, match="failed to load 'plus'"):
+        with pytest.raises(NotFound, match="the repository has no folder 'plus'"):
             client.load("plus")
         assert value_of(client) == 1
     assert callers.errors == []
@@ -233,7 +239,7 @@ def test_other_modes_load_nothing_on_demand(
 ) -> None:
     with client_of(start_server(repository, f"--model-control={mode}")) as client:
         for control in (client.load, client.unload):
-            with pytest.raises(Unavailable, match=words):
+            with pytest.raises(FailedPrecondition, match=words):
                 control("plus")
         assert value_of(client) == 1
 

@@ -18,12 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from thirdrail.errors import PermissionDenied, Unavailable
+from thirdrail.errors import FailedPrecondition, PermissionDenied
 from thirdrail_server.config import ModelControlMode
 
 NOT_ALLOWED = "explicit model load / unload is not allowed"
 OFF = f"{NOT_ALLOWED}: model control is off; start the server with --model-control explicit"
-POLLING = f"{NOT_ALLOWED} if polling is enabled"
+POLLING = (
+    f"{NOT_ALLOWED} if polling is enabled; start the server with --model-control explicit instead"
+)
+
+
+class ControlIsOff(FailedPrecondition):
+    """This server loads and unloads nothing on demand, and will not before it is restarted."""
 
 
 class Peer(Protocol):
@@ -34,11 +40,11 @@ class Peer(Protocol):
 
 
 def refuse_unless_explicit(mode: ModelControlMode) -> None:
-    """Raises Unavailable when this server loads and unloads nothing on demand."""
+    """Raises ControlIsOff when this server loads and unloads nothing on demand."""
     if mode is ModelControlMode.NONE:
-        raise Unavailable(OFF)
+        raise ControlIsOff(OFF)
     if mode is ModelControlMode.POLL:
-        raise Unavailable(POLLING)
+        raise ControlIsOff(POLLING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,7 @@ class ControlAccess:
     socket: Path | None  # the only Unix socket that the server listens on
 
     def authorize(self, context: Peer) -> None:
-        """Let the caller control models, or raise Unavailable (the mode) or PermissionDenied."""
+        """Let the caller control models, or raise ControlIsOff or PermissionDenied."""
         refuse_unless_explicit(self.mode)
         self._require_trusted(context, "loading and unloading")
 

@@ -96,8 +96,9 @@ class ModelControl:
 
         config: in place of the repository's config.pbtxt. files: path inside the model's folder ->
         content; the model is then loaded from them alone, and `config` must be given.
-        Raises Unavailable (not in explicit mode; no worker), InvalidArgument and ResourceExhausted
-        (files, a full line), Internal: the load failed, what served before goes on serving.
+        Raises ControlIsOff, NotFound (the repository has no such model), Unavailable (no worker),
+        InvalidArgument and ResourceExhausted (files, a full line), Internal: the load failed. What
+        served before goes on serving.
         """
         refuse_unless_explicit(self._config.model_control)
         source = LoadSource(self._config.repository, config)
@@ -113,7 +114,7 @@ class ModelControl:
         """Unload a model on demand; one that is not loaded stays so.
 
         wait: until its last request has ended and its memory is free; else only until nobody gets
-        it any more. Raises NotFound, Unavailable (not in explicit mode), ResourceExhausted.
+        it any more. Raises ControlIsOff, NotFound, ResourceExhausted.
         """
         refuse_unless_explicit(self._config.model_control)
         if self._catalog.get(name) is None:
@@ -230,10 +231,13 @@ class ModelControl:
     async def _prepare(self, name: str, source: LoadSource) -> PreparedLoad:
         try:
             return await asyncio.to_thread(prepare, name, source)
-        except RepositoryError as error:
+        except ModelMissing as error:
             # A name that nobody knows leaves no trace, or callers could fill the catalog.
-            if not isinstance(error, ModelMissing) or self._catalog.get(name) is not None:
+            if self._catalog.get(name) is not None:
                 self._catalog.fail_load(name, error.message)
+            raise NotFound(error.message) from None
+        except RepositoryError as error:
+            self._catalog.fail_load(name, error.message)
             raise Internal(
                 f"failed to load '{name}', failed to poll from model repository: {error}"
             ) from None

@@ -5,10 +5,12 @@ Which files may be uploaded, of what size and where to, is for the model control
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from thirdrail.errors import InvalidArgument, Unimplemented
+from thirdrail.errors import Internal, InvalidArgument, NotFound, Unavailable, Unimplemented
 from thirdrail.v1 import models_pb2
+from thirdrail_server.front.control.access import ControlIsOff
 from thirdrail_server.front.control.catalog import ServedModel
 from thirdrail_server.inference import grpc_service_pb2 as kserve
 from thirdrail_server.repository.model_config import parse_json
@@ -32,6 +34,27 @@ class LoadOverrides:
 
     config: kserve.ModelConfig | None
     files: dict[str, bytes]  # by path below the model's folder
+
+
+@contextmanager
+def refusals_as_known() -> Iterator[None]:
+    """Inside, a server without model control refuses as KServe's clients expect it to."""
+    try:
+        yield
+    except ControlIsOff as error:
+        raise Unavailable(error.message) from None
+
+
+@contextmanager
+def load_failures_as_known(model: str) -> Iterator[None]:
+    """Inside, a load of `model` fails as KServe's clients expect it to."""
+    try:
+        with refusals_as_known():
+            yield
+    except NotFound as error:
+        raise Internal(
+            f"failed to load '{model}', failed to poll from model repository: {error}"
+        ) from None
 
 
 def refuse_repository_name(name: str) -> None:

@@ -169,21 +169,24 @@ class KServeServicer(GRPCInferenceServiceServicer):
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
-        self._authorize_control(context)
-        repository.refuse_repository_name(request.repository_name)
-        overrides = repository.load_overrides(request.model_name, request.parameters)
-        await self._control.load(request.model_name, overrides.config, overrides.files)
+        with repository.load_failures_as_known(request.model_name):
+            self._authorize_control(context)
+            repository.refuse_repository_name(request.repository_name)
+            overrides = repository.load_overrides(request.model_name, request.parameters)
+            await self._control.load(request.model_name, overrides.config, overrides.files)
         return pb.RepositoryModelLoadResponse()
 
     @answering
     async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, context: Context
     ) -> pb.RepositoryModelUnloadResponse:
-        self._authorize_control(context)
-        repository.refuse_repository_name(request.repository_name)
-        repository.check_unload(request.parameters)
-        # Clients expect the answer once the model is out of reach, and then look into the index.
-        await self._control.unload(request.model_name, wait=False)
+        with repository.refusals_as_known():
+            self._authorize_control(context)
+            repository.refuse_repository_name(request.repository_name)
+            repository.check_unload(request.parameters)
+            # Clients expect the answer once nobody gets the model any more, and then look into
+            # the index.
+            await self._control.unload(request.model_name, wait=False)
         return pb.RepositoryModelUnloadResponse()
 
     # Shared memory
