@@ -8,8 +8,6 @@ not.
 
 import mmap
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +17,12 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
+from support.scribbling import Contents, memory_bytes, scribbled
 from thirdrail_engines import Engine, EngineError
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 Array = np.ndarray[Any, Any]
 
-PAGE = mmap.PAGESIZE
 COUNT = 4096
 ROUNDS_MIN = 2000
 PATIENCE = 1000  # runs for each run asked for, until the scribbler has done its part
@@ -72,7 +70,7 @@ def test_a_scribbling_client_learns_nothing_and_breaks_nothing(
     assert positional == ({"x"} if operator != "Compress" else frozenset())
     runs_min = 10_000 if request.config.getoption("--all", default=False) else 1000
     runs = answered = refused = 0
-    with scribbled(contents) as (views, rounds):
+    with scribbled_arrays(contents) as (views, rounds):
         while runs < runs_min or rounds() < ROUNDS_MIN or not answered:
             runs += 1
             assert runs < runs_min * PATIENCE, "the scribbler hardly ran"
@@ -94,41 +92,22 @@ def test_a_scribbling_client_learns_nothing_and_breaks_nothing(
 
 
 @contextmanager
-def scribbled(
-    contents: dict[str, tuple[Array, Array]],
+def scribbled_arrays(
+    contents: Contents,
 ) -> Iterator[tuple[dict[str, Array], Callable[[], int]]]:
     """Arrays in memory that a scribbler writes to, and how many rounds it has made."""
-    memory_bytes = sum(3 * (whole.nbytes + 2 * PAGE) for whole, _ in contents.values()) + PAGE
+    size = memory_bytes(contents)
     fd = os.memfd_create("scribbled")
     try:
-        os.ftruncate(fd, memory_bytes)
-        memory = mmap.mmap(fd, memory_bytes)
-        memory[:] = b"\xee" * (memory_bytes - 8) + bytes(8)
-        end = 0
-
-        def put(array: Array) -> int:
-            """A copy of the array, a page or more behind the last: its offset."""
-            nonlocal end
-            offset = end - end % -PAGE + PAGE
-            end = offset + array.nbytes
-            memory[offset:end] = array.tobytes()
-            return offset
-
-        views: dict[str, Array] = {}
-        arguments = [str(fd), str(memory_bytes)]
-        places = {name: put(whole) for name, (whole, _) in contents.items()}
-        for name, (whole, spoiled) in contents.items():
-            view = np.frombuffer(memory, whole.dtype, whole.size, places[name])
-            views[name] = view.reshape(whole.shape)
-            arguments.append(f"{places[name]}:{whole.nbytes}:{put(whole)}:{put(spoiled)}")
-        with subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("scribbler.py")), *arguments],
-            stdin=subprocess.PIPE,
-            pass_fds=[fd],
-        ) as scribbler:
-            yield views, lambda: int.from_bytes(memory[-8:], "little")
-            assert scribbler.poll() is None
-            assert scribbler.stdin is not None
-            scribbler.stdin.close()
+        os.ftruncate(fd, size)
+        with scribbled(fd, size, contents) as scribbling:
+            memory = mmap.mmap(fd, size)
+            views = {
+                name: np.frombuffer(
+                    memory, whole.dtype, whole.size, scribbling.places[name]
+                ).reshape(whole.shape)
+                for name, (whole, _) in contents.items()
+            }
+            yield views, scribbling.rounds
     finally:
         os.close(fd)
