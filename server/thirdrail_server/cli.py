@@ -2,6 +2,7 @@
 """`thirdrail serve`, as a command for typer: settings in, a running server out."""
 
 import asyncio
+import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,18 @@ from thirdrail_server.config import (
 )
 
 EXIT_CANNOT_START = 1
+
+# The modules of the extra `server`. The worker is what needs most of them: one that lacks a package
+# would be started again and again.
+NEEDED_MODULES = (
+    "grpc_channelz",
+    "grpc_health",
+    "grpc_reflection",
+    "ml_dtypes",
+    "onnx",
+    "onnxruntime",
+    "prometheus_client",
+)
 
 Listening = "Listening"
 Models = "Models"
@@ -193,6 +206,7 @@ def serve(
 
     Stop it with Ctrl-C or SIGTERM: it finishes what it has taken on first.
     """
+    _require_packages()
     tls = _tls_files(tls_cert, tls_key, tls_client_ca)
     _configure_logs(log_level, log_format)
     try:
@@ -222,6 +236,13 @@ def serve(
         _run(config, suggest=suggest_config)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def _require_packages() -> None:
+    """Raises ModuleNotFoundError, of which the command line makes the line to install it with."""
+    for name in NEEDED_MODULES:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
 
 def _run(config: ServerConfig, *, suggest: bool) -> None:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`thirdrail` itself: help, shared options, other packages' commands, and what is not installed."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from thirdrail import __version__
 from thirdrail.cli import extensions
 from thirdrail.cli.app import shared_options_first
+from thirdrail_server.cli import NEEDED_MODULES
 
 Thirdrail = Callable[..., Any]
 
@@ -72,7 +75,10 @@ def act() -> None:
     [
         ("typer", "models", "pip install 'thirdrail[cli]'"),
         ("rich", "models", "pip install 'thirdrail[cli]'"),
-        ("onnxruntime", "serve /nowhere", "pip install 'thirdrail[server]'"),
+        *(
+            (module, "serve /nowhere", "pip install 'thirdrail[server]'")
+            for module in NEEDED_MODULES
+        ),
     ],
 )
 def test_a_missing_package_names_the_line_that_installs_it(
@@ -87,9 +93,6 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Missing())
-if {blocked!r} == "onnxruntime":
-    import thirdrail_server.cli
-    thirdrail_server.cli._run = lambda config, suggest: __import__("onnxruntime")
 sys.argv = ["thirdrail", *{argv!r}.split()]
 from thirdrail.cli import main
 main()
@@ -97,6 +100,26 @@ main()
     assert done.returncode == 2, done.stderr
     assert f"The package {blocked} is missing. Install it with: {line}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_every_package_of_the_extra_is_looked_for() -> None:
+    modules_of: dict[str, set[str]] = {}
+    for module, distributions in metadata.packages_distributions().items():
+        for each in distributions:
+            modules_of.setdefault(canonical(each), set()).add(module)
+    needed = of_extra("server") - of_extra("cli")
+    for distribution in needed:
+        assert modules_of[distribution] & set(NEEDED_MODULES), distribution
+    assert len(needed) == len(NEEDED_MODULES)
+
+
+def of_extra(extra: str) -> set[str]:
+    lines = metadata.requires("thirdrail") or []
+    return {canonical(re.split("[>=;]", each)[0]) for each in lines if f"== '{extra}'" in each}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @pytest.mark.parametrize(
