@@ -29,6 +29,7 @@ OUTPUTS = [
         sorted((PROTOS / "inference").glob("*.proto")),
     ),
 ]
+QUIET = {"mypy": "quiet:", "mypy_grpc": "quiet:"}
 STUB_FOLDERS = ["client/thirdrail/v1", "server/thirdrail_server/inference"]
 
 
@@ -73,7 +74,7 @@ def protoc(
     python: Path, includes: list[str], files: list[Path], out: Path, kinds: list[str]
 ) -> None:
     plugins = [f"--plugin=protoc-gen-{n}={VENV}/bin/protoc-gen-{n}" for n in ("mypy", "mypy_grpc")]
-    outputs = [f"--{kind}_out={out}" for kind in kinds]
+    outputs = [f"--{kind}_out={QUIET.get(kind, '')}{out}" for kind in kinds]
     arguments = [*includes, *plugins, *outputs, *map(str, files)]
     subprocess.run([str(python), "-m", "grpc_tools.protoc", *arguments], check=True)
 
