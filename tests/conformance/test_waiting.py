@@ -15,7 +15,7 @@ from support.callers import Answer, Ask, Caller, Pending, WireTensor, tensors
 from thirdrail.v1 import inference_pb2 as pb
 
 WAIT_S_MAX = 30
-HOLDS = 80_000  # turns of `narrow`: 0.4 s at least
+HOLDS = 100_000  # turns of `narrow`: 0.5 s at least
 TIMEOUT_US = 50_000  # far less
 
 

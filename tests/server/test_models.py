@@ -184,7 +184,7 @@ def test_requests_in_flight_finish_on_the_version_they_began_with(
 ) -> None:
     write(repository, "slow", slow(), version=1)
     with client_of(start_server(repository, *EXPLICIT)) as client:
-        inputs = {"x": np.zeros(1, np.float32), "turns": np.array(100_000)}
+        inputs = {"x": np.zeros(1, np.float32), "turns": np.array(200_000)}
         old = client.submit("slow", inputs)
         waiting = client.submit("slow", {**inputs, "turns": np.array(1)})
         until(lambda: _running(client, "slow") == 1)
@@ -203,7 +203,7 @@ def _running(client: Client, name: str) -> int:
 def test_unload_lets_requests_in_flight_finish(repository: Path, start_server: StartServer) -> None:
     write(repository, "slow", slow())
     with client_of(start_server(repository, *EXPLICIT)) as client:
-        inputs = {"x": np.zeros(1, np.float32), "turns": np.array(50_000)}
+        inputs = {"x": np.zeros(1, np.float32), "turns": np.array(200_000)}
         running = client.submit("slow", inputs)
         until(lambda: _running(client, "slow") == 1)
         client.unload("slow")

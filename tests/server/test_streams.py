@@ -28,7 +28,7 @@ from thirdrail_server.inference import grpc_service_pb2 as kserve
 from thirdrail_server.inference import grpc_service_pb2_grpc as kserve_grpc
 
 IN_FLIGHT_MAX = 8
-LONG = 40_000  # turns of the slow model: 0.2 s at least
+LONG = 60_000  # turns of the slow model: 0.3 s at least
 MIB = 1 << 20
 Status = grpc.StatusCode
 
