@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model versions prepared as the worker prepares them, and sessions that use them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,22 @@ def inspector() -> Iterator[Inspector]:
 
 @pytest.fixture
 def prepare_model(tmp_path: Path, inspector: Inspector) -> Iterator[Prepare]:
-    """prepare_model(built, config="", **settings of the worker) -> the version, ready to run."""
+    """prepare_model(built, config="", files={}, **settings of the worker): a version, ready to
+    run."""
     prepared: list[PreparedVersion] = []
 
     def prepare_one(
-        built: onnx.ModelProto, config: str = "", *, cores: int = 1, **settings: Any
+        built: onnx.ModelProto,
+        config: str = "",
+        *,
+        cores: int = 1,
+        files: Mapping[str, str] | None = None,
+        **settings: Any,
     ) -> PreparedVersion:
         name = f"m{len(prepared)}"
-        write(tmp_path, name, built, config)
+        folder = write(tmp_path, name, built, config)
+        for filename, text in (files or {}).items():
+            (folder / filename).write_text(text)
         command = command_of(name, tmp_path)
         version, path = command.versions[0]
         prepared.append(
