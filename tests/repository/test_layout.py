@@ -136,13 +136,27 @@ def test_kinds_that_are_not_served_are_refused_by_name(
             model_file(repository.model("m"), 1, name)
 
 
-def test_a_missing_model_file_names_model_version_and_file(repository: Any) -> None:
+def test_a_missing_model_file_is_named_and_what_could_be_meant(repository: Any) -> None:
     repository.write("m/1/README", "")
-    with pytest.raises(
-        RepositoryError,
-        match=r"model 'm', version 1: the model file 'model.onnx': No such file",
-    ):
+    with pytest.raises(RepositoryError, match=r"the model file 'model.onnx' does not exist$"):
         model_file(repository.model("m"), 1)
+    repository.write("m/1/net.onnx")
+    with pytest.raises(RepositoryError, match=r"does not exist; rename 'net.onnx', or name it in"):
+        model_file(repository.model("m"), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("m", "found 'model.onnx'; move 'model.onnx' to 'm/1/model.onnx'"),
+        ("1", "found 'model.onnx'; if this is a version of a model, serve the folder above the"),
+    ],
+)
+def test_a_model_one_folder_too_high_or_too_low_is_told_so(
+    repository: Any, name: str, advice: str
+) -> None:
+    repository.write(f"{name}/model.onnx")
+    assert advice in repository.model(name).problem
 
 
 def test_a_fifo_is_no_model_file(repository: Any) -> None:

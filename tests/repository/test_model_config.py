@@ -73,10 +73,24 @@ def test_the_name_may_be_left_out_but_not_differ() -> None:
         parse_json(b'{"name": "other"}', "m")
 
 
+def test_an_unknown_field_in_json_is_told_with_a_likely_one() -> None:
+    with pytest.raises(RepositoryError, match="Did you mean 'max_batch_size'"):
+        parse_json(b'{"max_batchsize": 1}', "m")
+
+
+def test_an_error_that_quotes_an_error_is_no_error() -> None:
+    quoted = b"""max_batch_size: ' : Message type "a.B" has no field named "c"'"""
+    with pytest.raises(RepositoryError, match="Couldn't parse integer"):
+        parse_text(quoted, "m")
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         (b'name: "m"\nmax_batch: 1', r'c: line 2, column 1: .*no field named "max_batch"'),
+        (b"max_batch_sise: 1", r"c: line 1, .*\. Did you mean 'max_batch_size'\?$"),
+        (b"input { datatype: TYPE_FP32 }", r"c: line 1, .*\. Did you mean 'data_type'\?$"),
+        (b"nothing_like_it: 1", r'c: line 1, .*no field named "nothing_like_it"\.$'),
         (b"max_batch_size: many", r"c: line 1, column 17: .*Couldn't parse integer: many"),
         (b"input {\n  dims: [ 1, 2\n", r"c: line \d, column \d+: "),
         (b"max_batch_size: 99999999999", r"c: line 1, column 17: .*out of range"),

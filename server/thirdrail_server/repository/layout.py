@@ -71,7 +71,7 @@ def model_file(folder: ModelFolder, version: int, filename: str = "") -> Path:
     Raises RepositoryError when there is none, it lies outside the repository, or is of a kind not
     served.
     """
-    what = f"model '{folder.name}', version {version}: the model file"
+    what = "the model file"
     within = folder.path / str(version)
     resolve_inside(folder.root, folder.path, str(version), what)
     wanted = filename or MODEL_FILENAME
@@ -81,6 +81,8 @@ def model_file(folder: ModelFolder, version: int, filename: str = "") -> Path:
     kind = _NOT_SERVED.get(Path(present).suffix)
     if kind is not None:
         raise RepositoryError(f"{what} '{present}': {kind} are {NOT_SERVED}")
+    if not filename and not os.path.lexists(within / present):
+        raise RepositoryError(f"{what} '{present}' does not exist{_alternatives(within)}")
     if not resolve_inside(folder.root, within, present, what).is_file():
         raise RepositoryError(f"{what} '{present}' is not a regular file")
     return within / present
@@ -89,6 +91,13 @@ def model_file(folder: ModelFolder, version: int, filename: str = "") -> Path:
 def _present(version_folder: Path) -> str | None:
     names = (f"model{suffix}" for suffix in _NOT_SERVED)
     return next((name for name in names if (version_folder / name).exists()), None)
+
+
+def _alternatives(version_folder: Path) -> str:
+    other = next(version_folder.glob("*.onnx"), None)
+    if other is None:
+        return ""
+    return f"; rename {other.name!a}, or name it in config.pbtxt as default_model_filename"
 
 
 def _entries(folder: Path, entries_max: int) -> list[os.DirEntry[str]]:
@@ -120,7 +129,7 @@ def _model_folder(root: Path, entry: os.DirEntry[str]) -> ModelFolder:
         path = resolve_inside(root, root, entry.name, "the model folder")
         entries = _entries(path, VERSIONS_MAX)
         folder = ModelFolder(name, root, path, _versions(entries), _config_path(root, path), None)
-        return _with_problem(folder, None if folder.versions else _no_version(entries))
+        return _with_problem(folder, None if folder.versions else _no_version(name, entries))
     except RepositoryError as error:
         return _with_problem(broken, str(error))
     except (OSError, ValueError) as error:
@@ -162,9 +171,14 @@ def _config_path(root: Path, path: Path) -> Path | None:
     return resolve_inside(root, path, CONFIG_FILENAME, "the configuration")
 
 
-def _no_version(entries: list[os.DirEntry[str]]) -> str:
+def _no_version(name: str, entries: list[os.DirEntry[str]]) -> str:
     found = [ascii(entry.name) for entry in entries if not entry.name.startswith(".")][:5]
-    return (
+    text = (
         "no version folder: expected folders named 1, 2, ... without leading zeros, "
         f"found {', '.join(found) if found else 'nothing'}"
     )
+    if not any(entry.name == MODEL_FILENAME for entry in entries):
+        return text
+    if _VERSION.fullmatch(name):
+        return f"{text}; if this is a version of a model, serve the folder above the model's"
+    return f"{text}; move '{MODEL_FILENAME}' to '{name}/1/{MODEL_FILENAME}'"

@@ -4,7 +4,9 @@
 Only the reading is here. What the fields mean for us is judged by fields.py and options.py.
 """
 
+import difflib
 import json
+import re
 
 from google.protobuf import json_format, text_format
 
@@ -15,6 +17,7 @@ from thirdrail_server.repository.paths import read_bounded
 
 CONFIG_BYTES_MAX = 1 << 20
 _CAUSE_CHARS_MAX = 300  # parsers first quote the line, which may be a megabyte
+_UNKNOWN_FIELD = re.compile(r'Message type "([\w.]+)" has no field named "(\w+)"')
 
 
 def read_config(folder: ModelFolder) -> ModelConfig | None:
@@ -83,9 +86,23 @@ def _cause(error: Exception) -> str:
     cause = " ".join(str(error).split())
     if isinstance(error, text_format.ParseError):
         cause = cause.partition(" : ")[2] or cause  # its own "line:column : " prefix
-    if len(cause) <= _CAUSE_CHARS_MAX:
-        return cause
-    return f"{cause[: _CAUSE_CHARS_MAX // 3]} ... {cause[-_CAUSE_CHARS_MAX * 2 // 3 :]}"
+    advice = _advice(cause)
+    if len(cause) > _CAUSE_CHARS_MAX:
+        cause = f"{cause[: _CAUSE_CHARS_MAX // 3]} ... {cause[-_CAUSE_CHARS_MAX * 2 // 3 :]}"
+    return cause + advice
+
+
+def _advice(cause: str) -> str:
+    """The field that was perhaps meant by an unknown one."""
+    unknown = _UNKNOWN_FIELD.search(cause)
+    if unknown is None:
+        return ""
+    try:
+        message = ModelConfig.DESCRIPTOR.file.pool.FindMessageTypeByName(unknown[1])
+    except KeyError:  # the parser did not say that, it quoted it
+        return ""
+    close = difflib.get_close_matches(unknown[2], message.fields_by_name, n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def _named(config: ModelConfig, name: str, where: str) -> ModelConfig:
