@@ -18,7 +18,7 @@ from onnx import helper
 
 from conftest import StartServer
 from support.models import add, constant, identity, model, slow, tensor, write
-from support.server import RunningServer
+from support.server import RunningServer, running_server
 from thirdrail import Client
 from thirdrail.errors import (
     FailedPrecondition,
@@ -40,6 +40,29 @@ def repository(tmp_path: Path) -> Path:
     write(folder, "plus", add(1))
     write(folder, "other", identity())
     return folder
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """In explicit mode, for tests that spare its processes; its models are theirs to change."""
+    folder = tmp_path_factory.mktemp("models")
+    write(folder, "plus", add(1))
+    with running_server(folder, tmp_path_factory.mktemp("server"), EXPLICIT) as running:
+        yield running
+
+
+@pytest.fixture
+def controlled(shared: RunningServer) -> RunningServer:
+    """The same as it was: its socket its owner's, the model `plus`, and nothing else."""
+    shared.socket.parent.chmod(0o700)
+    shared.socket.chmod(0o600)
+    with client_of(shared) as client:
+        for name in {each.name for each in client.models()} - {"plus"}:
+            client.unload(name)
+            shutil.rmtree(shared.repository / name, ignore_errors=True)
+        write(shared.repository, "plus", add(1))
+        client.load("plus")
+    return shared
 
 
 @contextlib.contextmanager
@@ -86,10 +109,9 @@ def write_slow_to_load(repository: Path, name: str, turns: int) -> None:
 # On demand
 
 
-def test_a_load_tells_its_progress(repository: Path, start_server: StartServer) -> None:
-    server = start_server(repository, "--model-control=explicit")
-    with client_of(server) as client:
-        client.wait_ready()
+def test_a_load_tells_its_progress(controlled: RunningServer) -> None:
+    with client_of(controlled) as client:
+        client.unload("plus")
         assert state_of(client, "plus") == "unavailable"
         with pytest.raises(NotFound, match="'plus' has no available versions"):
             value_of(client)
@@ -107,24 +129,22 @@ def test_a_load_tells_its_progress(repository: Path, start_server: StartServer) 
         client.unload("plus")  # it is not loaded: that is how it stays
 
 
-def test_a_given_configuration_is_used_for_that_load(
-    repository: Path, start_server: StartServer
-) -> None:
-    with client_of(start_server(repository, *EXPLICIT)) as client:
+def test_a_given_configuration_is_used_for_that_load(controlled: RunningServer) -> None:
+    with client_of(controlled) as client:
         client.load("plus", config_pbtxt="max_batch_size: 2")
         assert client.describe("plus").batch_rows_max == 2
         client.load("plus")
         assert client.describe("plus").batch_rows_max == 0
 
 
-def test_what_cannot_be_loaded_says_why(repository: Path, start_server: StartServer) -> None:
-    with client_of(start_server(repository, *EXPLICIT)) as client:
+def test_what_cannot_be_loaded_says_why(controlled: RunningServer) -> None:
+    with client_of(controlled) as client:
         with pytest.raises(NotFound, match="the repository has no folder 'none'"):
             client.load("none")
         with pytest.raises(NotFound, match=r"has no folder '\.\./models'"):
             client.load("../models")
-        write(repository, "text", identity())
-        (repository / "text" / "1" / "model.onnx").write_text("no model")
+        write(controlled.repository, "text", identity())
+        (controlled.repository / "text" / "1" / "model.onnx").write_text("no model")
         with pytest.raises(Internal, match="failed to load 'text', no version is available"):
             client.load("text")
         assert state_of(client, "text") == "unavailable"
@@ -164,13 +184,10 @@ class Callers:
             thread.join()
 
 
-def test_a_reload_swaps_under_load_and_no_request_fails(
-    repository: Path, start_server: StartServer
-) -> None:
-    server = start_server(repository, *EXPLICIT)
-    with client_of(server) as client, Callers(server, 4) as callers:
+def test_a_reload_swaps_under_load_and_no_request_fails(controlled: RunningServer) -> None:
+    with client_of(controlled) as client, Callers(controlled, 4) as callers:
         for value in range(2, 8):
-            write(repository, "plus", add(value))
+            write(controlled.repository, "plus", add(value))
             client.load("plus")
             assert value_of(client) == value, "whoever comes after the load meets the new one"
     assert callers.errors == []
@@ -179,16 +196,15 @@ def test_a_reload_swaps_under_load_and_no_request_fails(
         assert {1, 7} <= set(values)
 
 
-def test_requests_in_flight_finish_on_the_version_they_began_with(
-    repository: Path, start_server: StartServer
-) -> None:
-    write(repository, "slow", slow(), version=1)
-    with client_of(start_server(repository, *EXPLICIT)) as client:
+def test_requests_in_flight_finish_on_their_version(controlled: RunningServer) -> None:
+    write(controlled.repository, "slow", slow(), version=1)
+    with client_of(controlled) as client:
+        client.load("slow")
         inputs = {"x": np.zeros(1, np.float32), "turns": np.array(200_000)}
         old = client.submit("slow", inputs)
         waiting = client.submit("slow", {**inputs, "turns": np.array(1)})
         until(lambda: _running(client, "slow") == 1)
-        write(repository, "slow", slow(), version=2)
+        write(controlled.repository, "slow", slow(), version=2)
         client.load("slow")
         new = client.infer("slow", {**inputs, "turns": np.array(1)})
         assert not old.done(), "the load waits for nobody"
@@ -200,30 +216,30 @@ def _running(client: Client, name: str) -> int:
     return sum(each.running for each in client.snapshot().models if each.name == name)
 
 
-def test_unload_lets_requests_in_flight_finish(repository: Path, start_server: StartServer) -> None:
-    write(repository, "slow", slow())
-    with client_of(start_server(repository, *EXPLICIT)) as client:
+def test_unload_lets_requests_in_flight_finish(controlled: RunningServer) -> None:
+    write(controlled.repository, "slow", slow())
+    with client_of(controlled) as client:
+        client.load("slow")
         inputs = {"x": np.zeros(1, np.float32), "turns": np.array(200_000)}
         running = client.submit("slow", inputs)
         until(lambda: _running(client, "slow") == 1)
         client.unload("slow")
-        assert running.done(), "unload ends when the last request has"
+        assert _running(client, "slow") == 0, "unload ends when the last request has"
         assert running.result().model_version == 1
         assert not client.health("slow")
 
 
-def test_a_failed_reload_leaves_the_old_one_serving(
-    repository: Path, start_server: StartServer
-) -> None:
-    server = start_server(repository, *EXPLICIT)
-    with client_of(server) as client, Callers(server, 2) as callers:
-        (repository / "plus" / "1" / "model.onnx").write_bytes(b"\x08\x09" + os.urandom(500))
+def test_a_failed_reload_leaves_the_old_one_serving(controlled: RunningServer) -> None:
+    with client_of(controlled) as client, Callers(controlled, 2) as callers:
+        (controlled.repository / "plus" / "1" / "model.onnx").write_bytes(
+            b"\x08\x09" + os.urandom(500)
+        )
         with pytest.raises(Internal, match="failed to load 'plus'"):
             client.load("plus")
         assert state_of(client, "plus") == "ready"
         assert client.health()
         assert any("failed" in warning for warning in client.describe("plus").warnings)
-        shutil.rmtree(repository / "plus")
+        shutil.rmtree(controlled.repository / "plus")
         with pytest.raises(NotFound, match="the repository has no folder 'plus'"):
             client.load("plus")
         assert value_of(client) == 1
@@ -244,22 +260,18 @@ def test_other_modes_load_nothing_on_demand(
         assert value_of(client) == 1
 
 
-def test_plain_tcp_controls_nothing(repository: Path, start_server: StartServer) -> None:
-    server = start_server(repository, *EXPLICIT)
-    with client_of(server, tcp=True) as client:
+def test_plain_tcp_controls_nothing(controlled: RunningServer) -> None:
+    with client_of(controlled, tcp=True) as client:
         for control in (client.load, client.unload):
             with pytest.raises(PermissionDenied, match="client certificate"):
                 control("plus")
         assert value_of(client) == 1
 
 
-def test_a_socket_that_others_may_use_controls_nothing(
-    repository: Path, start_server: StartServer
-) -> None:
-    server = start_server(repository, *EXPLICIT)
-    server.socket.parent.chmod(0o755)
-    server.socket.chmod(0o666)
-    with client_of(server) as client:
+def test_a_socket_that_others_may_use_controls_nothing(controlled: RunningServer) -> None:
+    controlled.socket.parent.chmod(0o755)
+    controlled.socket.chmod(0o666)
+    with client_of(controlled) as client:
         with pytest.raises(PermissionDenied, match="chmod 700"):
             client.load("plus")
         assert value_of(client) == 1
@@ -372,6 +384,7 @@ def test_a_model_whose_load_costs_the_worker_its_life_is_not_loaded_again(
         assert client.snapshot().workers[0].restarts == 1
 
 
+@pytest.mark.slow
 def test_a_startup_model_that_kills_the_worker_is_given_up(
     repository: Path, start_server: StartServer
 ) -> None:
