@@ -7,6 +7,7 @@ message size under the same load.
 """
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import grpc
 import numpy as np
-import onnxruntime as ort
 
 from bench import models, servers
 from bench.identity import contender
@@ -24,6 +24,8 @@ from bench.options import Options
 from bench.report import Table
 from thirdrail.tensors import Array
 from thirdrail.v1 import metrics_pb2, metrics_pb2_grpc
+from thirdrail_engines.onnxruntime_session import open_session
+from thirdrail_engines.options import EngineOptions
 
 QUESTION = "dynamic batching: an MLP for 64 callers beside the bare engine; Magika's CPU per item"
 
@@ -136,10 +138,7 @@ def _batch_table(formed: _Batches) -> Table:
 
 def _bare(model: Path, name: str, batch: Array) -> Callable[[float], Slice]:
     """ONNX Runtime alone, as the worker sets it up. A call is a row."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 0
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    session = open_session(model, EngineOptions(threads_max=os.cpu_count() or 1))
 
     def run_slice(seconds: float) -> Slice:
         latencies: list[int] = []

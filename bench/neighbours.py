@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a client that sends 16 MiB messages does to the small calls of others on the same worker."""
+"""What a client that sends 16 MiB messages does to the small calls of others on the same worker.
 
+Large messages keep cores busy wherever they go. So the small calls are also measured beside the
+same messages to an echo server that has nothing to do with their worker: what they suffer there is
+the machine's doing, and only what they suffer beyond it is the server's.
+"""
+
+import statistics
 import time
 from collections.abc import Callable, Iterator
 
@@ -25,19 +31,21 @@ def run(options: Options) -> Iterator[Table]:
     small = models.request("identity", "x", models.floats(SMALL_BYTES))
     large = models.request("identity", "x", models.floats(LARGE_MIB << 20))
     with (
+        servers.echo("aio", options.folder) as echo,
         worker_with_two_lanes(repository, options.folder, small) as lanes,
         LoadGenerator() as load,
     ):
-        noise = _Noise(load, Job(lanes.address, large, 1))
         yield _measure(
             "a direct lane caller beside a front that receives 16 MiB messages",
             f"64 B calls, 1 in flight, on a lane of its own (thirdrail.lane, asyncio). The "
             f"{LARGE_MIB} MiB messages go through a front in another process to the same worker.",
             lanes.caller.run,
-            noise,
+            _Noise(load, Job(lanes.address, large, 1)),
+            _Noise(load, Job(echo.unix, large, 1)),
             options,
         )
     with (
+        servers.echo("aio", options.folder) as echo,
         servers.thirdrail(repository, options.folder) as server,
         LoadGenerator() as load,
         LoadGenerator() as other_load,
@@ -49,6 +57,7 @@ def run(options: Options) -> Iterator[Table]:
             "own. gRPC shares the front's one event loop: reported without a target.",
             lambda seconds: load.run(job, seconds),
             _Noise(other_load, Job(server.unix, large, 1)),
+            _Noise(other_load, Job(echo.unix, large, 1)),
             options,
         )
 
@@ -59,41 +68,50 @@ class _Noise:
     def __init__(self, load: LoadGenerator, job: Job) -> None:
         self._load = load
         self._job = job
-        self.per_s: list[float] = []
+        self._per_s: list[float] = []
 
     def beside(self, run: Callable[[float], Slice], seconds: float) -> Slice:
         self._load.start(self._job, seconds + 2 * LEAD_S)
         time.sleep(LEAD_S)
         done = run(seconds)
-        self.per_s.append(self._load.result().calls_per_s)
+        self._per_s.append(self._load.result().calls_per_s)
         return done
+
+    def rate_text(self) -> str:
+        return f"{statistics.mean(self._per_s):.1f}"
 
 
 def _measure(
     title: str,
     includes: str,
     run_small: Callable[[float], Slice],
-    noise: _Noise,
+    same: _Noise,
+    elsewhere: _Noise,
     options: Options,
 ) -> Table:
     contenders = [
         Contender("alone", run_small),
-        Contender("beside large messages", lambda seconds: noise.beside(run_small, seconds)),
+        Contender("beside large messages", lambda seconds: same.beside(run_small, seconds)),
+        Contender("beside an echo server's", lambda seconds: elsewhere.beside(run_small, seconds)),
     ]
-    alone, beside = interleave(contenders, options.seconds)
-    large_per_s = sum(noise.per_s) / len(noise.per_s)
-    spread = ratio(beside, alone, lambda each: each.p99_us)
-    total = beside.percentile_us(99) / alone.percentile_us(99)
-    median = ratio(beside, alone, lambda each: each.p50_us)
+    series = interleave(contenders, options.seconds)
+    alone, beside, control = series
+    rates = ("", same.rate_text(), elsewhere.rate_text())
     return Table(
         title,
         includes,
         COLUMNS,
-        [_row(alone, ""), _row(beside, f"{large_per_s:.1f}")],
-        [
-            f"p99 beside to alone: {spread.text(1)} by round, {total:.1f} over all calls; "
-            f"p50: {median.text(1)}"
-        ],
+        [_row(each, rate) for each, rate in zip(series, rates, strict=True)],
+        [_ratios(beside, alone, "alone"), _ratios(beside, control, "beside an echo server's")],
+    )
+
+
+def _ratios(of: Series, to: Series, what: str) -> str:
+    p99 = ratio(of, to, lambda each: each.p99_us)
+    p50 = ratio(of, to, lambda each: each.p50_us)
+    together = of.percentile_us(99) / to.percentile_us(99)
+    return (
+        f"to {what}: p99 {p99.text(1)} by round, {together:.1f} over all calls; p50 {p50.text(1)}"
     )
 
 

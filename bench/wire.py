@@ -57,8 +57,8 @@ def _table(title: str, series: list[Series], copies: int) -> Table:
     return Table(
         title,
         "Unary, 1 in flight, the bytes go both ways. Client: generated synchronous stub in a "
-        "process of its own. CPU: front + worker. Copies: what the reply's timing counts, by "
-        "Thirdrail itself; gRPC's and protobuf's own are the same in both rows.",
+        "process of its own. CPU: front + worker. Copies: of tensor bytes, each way together, what "
+        "the reply's timing counts; those inside gRPC and, for the echo, protobuf come on top.",
         COLUMNS,
         rows,
     )
