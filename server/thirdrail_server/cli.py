@@ -4,6 +4,7 @@
 import asyncio
 import importlib.util
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,22 @@ NEEDED_MODULES = (
     "prometheus_client",
 )
 
+# Which flag sets what a ConfigError speaks of.
+_FLAGS = {
+    "concurrent_calls_max": "--max-calls",
+    "connections_max": "--max-connections",
+    "derive_batch_rows": "--derive-batching",
+    "load_models": "--load-model",
+    "message_bytes_max": "--max-message-mib",
+    "metrics_port": "--metrics-port",
+    "model_control": "--model-control",
+    "poll_interval_s": "--poll-interval",
+    "queue_requests_max": "--max-queue",
+    "shutdown_s_max": "--shutdown-seconds",
+    "stream_requests_in_flight_max": "--max-stream-requests",
+    "threads_max": "--threads",
+}
+
 Listening = "Listening"
 Models = "Models"
 Limits = "Limits"
@@ -50,7 +67,8 @@ def serve(
     repository: Annotated[
         Path,
         typer.Argument(
-            help="The folder of models: NAME/VERSION/model.onnx, config.pbtxt optional."
+            metavar="REPOSITORY",
+            help="The folder of models: NAME/VERSION/model.onnx, config.pbtxt optional.",
         ),
     ],
     address: Annotated[
@@ -235,7 +253,8 @@ def serve(
         )
         _run(config, suggest=suggest_config)
     except ConfigError as error:
-        raise typer.BadParameter(str(error)) from None
+        text = re.sub(r"\w+", lambda word: _FLAGS.get(word[0], word[0]), str(error))
+        raise typer.BadParameter(text) from None
 
 
 def _require_packages() -> None:

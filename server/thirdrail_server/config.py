@@ -15,10 +15,29 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
+PORT_MAX = 65535
 
 
 class ConfigError(Exception):
     """A setting is wrong. The text names it, what was expected and what came."""
+
+
+def _require(settings: object, name: str, least: int) -> None:
+    value = getattr(settings, name)
+    if not value >= least:  # so that nan is refused as well
+        raise ConfigError(f"{name} must be {least} or more, got {value}")
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """The parts of HOST:PORT; an IPv6 host keeps its brackets. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    is_number = port.isascii() and port.isdecimal()
+    if not host or not is_number or int(port) > PORT_MAX or (":" in host and host[0] != "["):
+        raise ConfigError(
+            f"an address must be HOST:PORT with a port from 0 (any free one) to {PORT_MAX}, for "
+            f"example 127.0.0.1:8001 or [::1]:8001, got '{address}'"
+        )
+    return host, int(port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +70,9 @@ class WorkerConfig:
     inline_overrun_us_max: int = 1000
 
     def __post_init__(self) -> None:
+        _require(self, "threads_max", 0)
+        _require(self, "queue_requests_max", 1)
+        _require(self, "loads_at_once_max", 1)
         if self.derive_batch_rows < 0 or self.derive_batch_rows == 1:
             raise ConfigError(
                 f"derive_batch_rows must be 0 (off) or 2 or more, got {self.derive_batch_rows}"
@@ -82,8 +104,7 @@ class ControlLimits:
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
-            if getattr(self, each.name) < 1:
-                raise ConfigError(f"{each.name} must be 1 or more, got {getattr(self, each.name)}")
+            _require(self, each.name, 1)
         if self.restart_delay_ms_min > self.restart_delay_ms_max:
             raise ConfigError(
                 f"restart_delay_ms_min must be at most restart_delay_ms_max, "
@@ -132,9 +153,21 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if self.address is None and self.socket is None:
             raise ConfigError("the server needs an address or a socket to listen on, got neither")
-        for name in ("message_bytes_max", "concurrent_calls_max", "stream_requests_in_flight_max"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.address is not None:
+            host_and_port(self.address)
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= PORT_MAX:
+            raise ConfigError(f"metrics_port must be 0 to {PORT_MAX}, got {self.metrics_port}")
+        for name in (
+            "message_bytes_max",
+            "concurrent_calls_max",
+            "connections_max",
+            "stream_requests_in_flight_max",
+            "upload_bytes_max",
+        ):
+            _require(self, name, 1)
+        _require(self, "shutdown_s_max", 0)
+        if not self.poll_interval_s > 0:
+            raise ConfigError(f"poll_interval_s must be above 0, got {self.poll_interval_s}")
         if self.message_bytes_max > 2**31 - 1:
             raise ConfigError("message_bytes_max must be below 2 GiB, the most that gRPC can carry")
         if self.load_models and self.model_control is not ModelControlMode.EXPLICIT:

@@ -2,16 +2,18 @@
 """Where the front listens: TCP, with or without TLS, and a Unix socket in a folder of its own."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from thirdrail_server.config import ConfigError, ServerConfig, TlsFiles
+from thirdrail_server.config import ConfigError, ServerConfig, TlsFiles, host_and_port
 
 KEEPALIVE_MIN_PING_MS = 10_000
 # A connection may have so many more streams than calls are allowed: at its own bound a client waits
@@ -50,25 +52,67 @@ def listen(server: grpc.aio.Server, config: ServerConfig) -> str | None:
 
 
 def _listen_tcp(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> str:
+    # gRPC says on standard error, in lines of its own, why it cannot listen, and not to us.
+    host, port = host_and_port(address)
+    reason = why_not_bindable(host.strip("[]"), port)
+    if reason is not None:
+        raise ConfigError(f"cannot listen on {address}: {reason}; choose another --address")
     try:
         if tls is None:
             port = server.add_insecure_port(address)
         else:
             port = server.add_secure_port(address, _credentials(tls))
-    except RuntimeError:
-        raise ConfigError(
-            f"cannot listen on {address}: the port is taken, or the address is not this host's"
-        ) from None
-    host, _, _ = address.rpartition(":")
+    except RuntimeError as error:
+        raise ConfigError(f"cannot listen on {address}: {error}") from None
     return f"{host}:{port}"
+
+
+def why_not_bindable(host: str, port: int) -> str | None:
+    """Why a server cannot listen on TCP there, in the system's words; None if it can."""
+    reasons: list[str] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        return f"'{host}': {error.strerror}"
+    for family, kind, protocol, _, where in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(where)
+        except OSError as error:
+            reasons.append((error.strerror or str(error)).lower())
+            if error.errno == errno.EADDRINUSE:
+                return reasons[-1]
+    # A name may stand for addresses of a family that this host does not have.
+    return reasons[0] if len(reasons) == len(found) else None
 
 
 def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:
     pair = (_read(tls.key, "TLS key"), _read(tls.certificate, "TLS certificate"))
-    if tls.client_ca is None:
-        return grpc.ssl_server_credentials([pair])
-    ca = _read(tls.client_ca, "client CA")
-    return grpc.ssl_server_credentials([pair], ca, require_client_auth=True)
+    ca = None if tls.client_ca is None else _read(tls.client_ca, "client CA")
+    _check_pems(tls)
+    return grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
+
+
+def _check_pems(tls: TlsFiles) -> None:
+    """gRPC takes files that are no certificates, and then fails every handshake."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    what = f"the TLS certificate '{tls.certificate}' with the key '{tls.key}'"
+    try:
+        context.load_cert_chain(tls.certificate, tls.key, password=lambda: "")  # never ask for one
+        if tls.client_ca is not None:
+            what = f"the client CA '{tls.client_ca}'"
+            context.load_verify_locations(tls.client_ca)
+    except OSError as error:
+        raise ConfigError(f"{what} cannot be used: {_ssl_reason(error)}") from None
+
+
+def _ssl_reason(error: OSError) -> str:
+    """ "key values mismatch", where OpenSSL says so."""
+    reason = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+    return reason.replace("_", " ").lower() if reason else "not in PEM format"
 
 
 def _read(path: Path, what: str) -> bytes:
@@ -86,7 +130,9 @@ def _listen_unix(server: grpc.aio.Server, path: Path) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(path.parent):
             if _is_answered(path):
-                raise ConfigError(f"another server listens on '{path}'")
+                raise ConfigError(
+                    f"another server listens on '{path}'; choose another --socket, or --no-socket"
+                )
             path.unlink(missing_ok=True)
             before = os.umask(0o177)
             try:
