@@ -176,6 +176,45 @@ def test_sigterm_finishes_what_was_taken_and_exits_with_zero(
     assert "Traceback" not in server.log_text()
 
 
+def test_sigterm_to_every_process_finishes_what_was_taken_as_well(
+    small_repository: Path, start_server: StartServer
+) -> None:
+    """As service managers send it, and coreutils' timeout, which sends it twice."""
+    server = start_server(small_repository)
+    worker = server.worker_pid()
+    with server.channel() as channel, ThreadPoolExecutor() as pool:
+        infer(channel, [1])
+        running = pool.submit(infer_slowly, channel, 200_000)
+        time.sleep(0.3)
+        for pid in (worker, server.pid):
+            os.kill(pid, signal.SIGTERM)
+        until(lambda: "stopping" in server.log_text())
+        os.kill(server.pid, signal.SIGTERM)
+        assert list(running.result().outputs[0].shape) == [1]
+        assert server.process.wait(30) == 0
+    assert is_gone(worker)
+
+
+def test_the_second_ctrl_c_ends_at_once(small_repository: Path, start_server: StartServer) -> None:
+    server = start_server(small_repository)
+    worker = server.worker_pid()
+    with server.channel() as channel, ThreadPoolExecutor() as pool:
+        running = pool.submit(infer_slowly, channel, 2_000_000_000)
+        until(lambda: channel_has_work(channel))
+        server.process.send_signal(signal.SIGINT)
+        until(lambda: "a second signal ends at once" in server.log_text())
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 1
+        with pytest.raises(grpc.RpcError):
+            running.result()
+    until(lambda: is_gone(worker))
+
+
+def channel_has_work(channel: grpc.Channel) -> bool:
+    snapshot = metrics_pb2_grpc.MetricsStub(channel).Snapshot(metrics_pb2.SnapshotRequest())
+    return any(model.running for model in snapshot.models)
+
+
 def test_a_server_is_not_ready_while_it_stops(
     small_repository: Path, start_server: StartServer
 ) -> None:

@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -20,8 +19,9 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from thirdrail.lane.aio import AsyncLane
 from thirdrail.v1 import inference_pb2, metrics_pb2, models_pb2
-from thirdrail_server.config import ServerConfig
+from thirdrail_server.config import ConfigError, ServerConfig
 from thirdrail_server.control_channel import ChannelLimits
+from thirdrail_server.front import announcements
 from thirdrail_server.front.control.access import ControlAccess
 from thirdrail_server.front.control.catalog import Catalog
 from thirdrail_server.front.control.health import HealthServicer
@@ -33,14 +33,16 @@ from thirdrail_server.front.control.worker_process import WorkerProcess, start_w
 from thirdrail_server.front.dispatch import Dispatcher
 from thirdrail_server.front.handlers import service_handler
 from thirdrail_server.front.kserve.servicer import KServeServicer
-from thirdrail_server.front.listeners import channel_options, listen
+from thirdrail_server.front.listeners import channel_options, listen, why_not_bindable
 from thirdrail_server.front.native_inference import NativeInference
 from thirdrail_server.inference import grpc_service_pb2
 from thirdrail_server.worker.process import GIL_SWITCH_S
 
 log = logging.getLogger(__name__)
 
-OnReady = Callable[[str | None], None]
+LOADING_REPORT_S = 10.0  # a start that takes longer says what it waits for
+STOPPING_REPORT_S = 2.0
+SECOND_SIGNAL_S_MIN = 0.5  # coreutils' timeout signals the child and then its group: one wish
 
 
 class Front:
@@ -99,8 +101,8 @@ class Front:
             handlers.append(service_handler(_service(channelz_pb2), answering))
         self._server.add_generic_rpc_handlers(handlers)
 
-    async def start(self) -> str | None:
-        """Listen, start the worker, begin to load. Returns the TCP address in use.
+    async def start(self) -> None:
+        """Listen, start the worker, begin to load.
 
         Raises ConfigError or RepositoryError when the server cannot start; call `stop` then, too.
         """
@@ -108,13 +110,20 @@ class Front:
         self._is_listening = True
         await self._server.start()
         await self._control.start()
-        self._worker.start(self._control.news)
         if self._config.metrics_port is not None:
-            port = await self._metrics_endpoint.start(
-                self._config.metrics_host, self._config.metrics_port
-            )
-            log.info("metrics on http://%s:%d/metrics", self._config.metrics_host, port)
-        return address
+            await self._start_metrics(self._config.metrics_host, self._config.metrics_port)
+        log.info("%s", announcements.listening(self._config, address))
+        self._worker.start(self._control.news)
+
+    async def _start_metrics(self, host: str, port: int) -> None:
+        try:
+            bound = await self._metrics_endpoint.start(host, port)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot serve metrics on {host}:{port}: {why_not_bindable(host, port) or error}; "
+                f"choose another --metrics-port"
+            ) from None
+        log.info("metrics on http://%s:%d/metrics", host, bound)
 
     async def stop(self) -> None:
         """Not ready first; streams are told; requests in flight finish within the bound."""
@@ -140,47 +149,61 @@ class Front:
         return lane
 
 
-async def run_front(config: ServerConfig, on_ready: OnReady = lambda _address: None) -> None:
+async def run_front(config: ServerConfig) -> None:
     """Serve until SIGTERM or SIGINT; a second one ends at once.
 
-    on_ready: called once, with the TCP address, when every startup model is ready or has failed.
+    Raises ConfigError or RepositoryError when the server cannot start.
     """
-    started = time.monotonic()
     sys.setswitchinterval(GIL_SWITCH_S)
-    loop = asyncio.get_running_loop()
-    ending = asyncio.Event()
-
-    def end() -> None:
-        if ending.is_set():
-            log.warning("told to end twice: ending at once")
-            os._exit(1)
-        ending.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end)
+    ending = _until_signalled()
     front = Front(config)
+    announcing = asyncio.create_task(_announce(front.catalog, config))
     try:
-        address = await front.start()
-        settled = asyncio.create_task(_settled(front.catalog))
-        stopping = asyncio.create_task(ending.wait())
-        await asyncio.wait({settled, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if settled.done():
-            log.info("ready after %.2f s", time.monotonic() - started)
-            on_ready(address)
-        else:
-            settled.cancel()
-        await stopping
+        await front.start()
+        await ending.wait()
         log.info("stopping")
+        asyncio.get_running_loop().call_later(
+            STOPPING_REPORT_S,
+            log.info,
+            "calls in flight may take up to %g s; a second signal ends at once",
+            config.shutdown_s_max,
+        )
     finally:
+        announcing.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await front.stop()
 
 
-async def _settled(catalog: Catalog) -> None:
-    """Wait until every startup model is ready, or has failed to load."""
+def _until_signalled() -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT. The second one ends this process."""
+    ending = asyncio.Event()
+    first_s = 0.0
+
+    def end() -> None:
+        nonlocal first_s
+        if not ending.is_set():
+            first_s = time.monotonic()
+            ending.set()
+        elif time.monotonic() - first_s >= SECOND_SIGNAL_S_MIN:
+            log.warning("told to end twice: ending at once")
+            os._exit(1)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, end)
+    return ending
+
+
+async def _announce(catalog: Catalog, config: ServerConfig) -> None:
+    """Say how the start went, when every startup model is ready or has failed to load."""
+    began_s = time.monotonic()
     with catalog.subscribe() as changes:
-        while catalog.is_any_loading():
-            await anext(changes)
+        while not catalog.is_settled():
+            try:
+                async with asyncio.timeout(LOADING_REPORT_S):
+                    await anext(changes)
+            except TimeoutError:
+                log.info("%s", announcements.still_loading(catalog))
+    log.log(*announcements.started(catalog, config, time.monotonic() - began_s))
 
 
 def _service(module: Any) -> ServiceDescriptor:

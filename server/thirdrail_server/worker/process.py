@@ -2,9 +2,8 @@
 """The worker process: lanes and control on one loop, until the front asks it to end or is gone.
 
 The front starts it with `python -m thirdrail_server.worker` and inherited sockets. It never
-outlives
-the front: the kernel kills it when the front dies (prctl PR_SET_PDEATHSIG), and the end of file on
-the control channel ends it as well. It owns no name in the file system.
+outlives the front: a thread watches for the front's death, and the end of file on the control
+channel ends it as well. It owns no name in the file system.
 """
 
 import asyncio
@@ -51,8 +50,10 @@ def run_worker(config: WorkerConfig, inherited: InheritedSockets) -> int:
     watch = _die_with(inherited.front_pid, inherited.leftovers)
     configure_logging(process=f"worker {config.name}")
     sys.setswitchinterval(GIL_SWITCH_S)
-    # A terminal's Ctrl-C reaches the whole group: the front decides how its workers end.
+    # A terminal's Ctrl-C reaches the whole group, and a service manager's SIGTERM every process of
+    # the service: the front decides how its workers end, which may still have requests to answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     asyncio.run(_serve(config, inherited))
     # A dying front's sockets close a moment before its death is known: then this is its death, and
     # the watch has something to remove.
@@ -108,8 +109,7 @@ async def _serve(config: WorkerConfig, inherited: InheritedSockets) -> None:
 
     control = socket.socket(fileno=inherited.control_fd)
     await serve_control(control, models, status, ended.set, ChannelLimits())
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
-    log.info("worker %s is ready for models", config.name)
+    log.debug("ready for models")
     await ended.wait()
     for session in list(sessions):
         session.close()

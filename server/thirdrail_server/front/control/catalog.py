@@ -152,9 +152,15 @@ class Catalog:
             return False
         return all(self.is_ready(name) for name in self._startup)
 
-    def is_any_loading(self) -> bool:
-        """Whether a load is under way or waits for its turn."""
-        return self._startup is None or any(
+    def startup_names(self) -> list[str]:
+        """Of the models that the server started with, less those unloaded on purpose. Sorted."""
+        return sorted(self._startup or ())
+
+    def is_settled(self) -> bool:
+        """Whether every worker is up, and no load is under way or waits for its turn."""
+        if self._startup is None or self._workers_down:
+            return False
+        return not any(
             each.state == LOADING for model in self._models.values() for each in model.versions
         )
 

@@ -17,6 +17,7 @@ from thirdrail.errors import Internal, InvalidArgument, NotFound, ThirdrailError
 from thirdrail.v1 import metrics_pb2
 from thirdrail_server.config import ModelControlMode, ServerConfig
 from thirdrail_server.control_messages import LoadedModel, LoadProgress, message_of_text
+from thirdrail_server.front.announcements import shortened
 from thirdrail_server.front.control.access import refuse_unless_explicit
 from thirdrail_server.front.control.catalog import Catalog
 from thirdrail_server.front.control.counters import CounterBook
@@ -155,7 +156,8 @@ class ModelControl:
         self._counters.restart()
         names = [name for name, _source in aftermath.lost]
         self._catalog.worker_died(self._worker.name, (*names, *aftermath.retried))
-        _log.warning("%d models lost their worker (%s)", len(names), how)
+        if names:
+            _log.warning("not served until there is a worker again: %s", shortened(names))
         for name, source in aftermath.lost:
             self._load_later(name, source)
 
@@ -176,7 +178,7 @@ class ModelControl:
             if before is not None:
                 self._uploads.discard(before.repository)
         versions = [version for version, failure in loaded.versions.items() if failure is None]
-        _log.info("model '%s' serves, versions %s", name, versions)
+        _log.info("model '%s' serves, version %s", name, ", ".join(map(str, versions)))
         return versions
 
     async def _load_in_turn(
