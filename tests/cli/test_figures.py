@@ -5,7 +5,7 @@ import io
 
 from rich.console import Console
 
-from thirdrail.cli.figures import figures_between
+from thirdrail.cli.figures import Figures, figures_between
 from thirdrail.cli.top import view
 from thirdrail.v1.metrics_pb2 import ModelCounters, SnapshotResponse, WorkerStatus
 
@@ -63,12 +63,24 @@ def test_a_new_model_counts_from_zero() -> None:
     assert figures_between(before, LATE).models[0].requests_per_s == 70.0
 
 
+def screen(figures: Figures, width: int) -> list[str]:
+    file = io.StringIO()
+    Console(file=file, width=width, force_terminal=True, color_system=None).print(view(figures))
+    return file.getvalue().splitlines()
+
+
+def test_a_narrow_terminal_breaks_no_number_and_no_heading() -> None:
+    busy = snapshot(14, requests_ok=99_999_999, rows=99_999_999, batches=9_999)
+    busy.models[0].name = "a_model_with_a_long_name"
+    lines = screen(figures_between(EARLY, busy), 70)
+    [heading] = [line for line in lines if line.startswith("MODEL")]
+    shown = " ".join(heading.split())
+    assert shown == "MODEL VER REQ/S ROWS/S BAD/S BATCH LATENCY QUEUE COMPUTE WAIT RUN"
+    assert any({"25000000", "10001.0"} <= set(line.split()) for line in lines)
+
+
 def test_the_screen() -> None:
-    out = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
-    out.print(view(figures_between(EARLY, LATE)))
-    assert isinstance(out.file, io.StringIO)
-    text = out.file.getvalue()
-    lines = [line.split() for line in text.splitlines()]
+    lines = [line.split() for line in screen(figures_between(EARLY, LATE), 120)]
     assert lines[0] == ["thirdrail", "1.2,", "up", "0:00:12"]
     assert ["m", "1", "20.0", "40.0", "5.0", "4.0", "2.00", "0.50", "0.50", "5", "2"] in lines
     assert ["cpu", "serving", "7", "0", "3", "MiB", "0", "0", "MiB"] in lines

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import typer
 from rich.console import Console
@@ -54,9 +54,14 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
-def new_table(*columns: str, right: tuple[str, ...] = ()) -> Table:
-    """A table without lines, so that its rows can be cut and searched as text. `right`: numbers."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def new_table(*columns: str, right: tuple[str, ...] = (), gap: int = 2) -> Table:
+    """A table without lines, so that its rows can be cut and searched as text.
+
+    right: the columns of numbers, which are never broken. gap: spaces between two columns.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        is_number = column in right
+        justify: Literal["left", "right"] = "right" if is_number else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=is_number)
     return table
