@@ -30,7 +30,7 @@ class NotNow(ThirdrailError):
 
 
 class ServerFault(ThirdrailError):
-    """The server is at fault. Its log has the details under the request's id."""
+    """The server is at fault. Its log has the details, with the id of a request that had one."""
 
 
 class InvalidArgument(CallerError):

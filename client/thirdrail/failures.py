@@ -17,6 +17,11 @@ from thirdrail.statuses import REASON_KEY
 from thirdrail.v1 import inference_pb2 as pb
 
 START_A_SERVER = "start a server with: thirdrail serve REPOSITORY"
+CHECK_TLS = (
+    "something listens there and hung up: it is stopping, or TLS is on at one end only, or the "
+    "certificates do not fit (thirdrail --tls-ca FILE, TlsOptions)"
+)
+_HUNG_UP = ("socket closed", "handshake")  # gRPC's words, where it says no more
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
@@ -45,7 +50,7 @@ _NOTES: dict[type[ThirdrailError], str] = {
     errors.ResourceExhausted: "send a smaller message, or raise the server's limit that is named",
     errors.Unavailable: "try again later; `thirdrail models` shows the state of every model",
     errors.TimedOut: "give it a longer timeout, or send fewer requests at a time",
-    errors.Internal: "the server's log has the details under the request's id",
+    errors.Internal: "the server's log has the details",
     Unreachable: START_A_SERVER,
 }
 
@@ -80,10 +85,18 @@ def error_of_call(
     if isinstance(reason, str) and reason in pb.Reason.keys():  # noqa: SIM118 an enum wrapper, not a dict
         return with_note(errors.error_of_reason(pb.Reason.Value(reason), details))
     if status is grpc.StatusCode.UNAVAILABLE:
-        return with_note(Unreachable(f"no server answers at {address}: {details}"))
+        return _unreachable(address, details)
     if status is grpc.StatusCode.DEADLINE_EXCEEDED and timeout is not None:
         return with_note(errors.TimedOut(f"no answer within {timeout:g} s"))
     return with_note(statuses.error_of_status(status, details))
+
+
+def _unreachable(address: str, details: str) -> ThirdrailError:
+    error = Unreachable(f"no server answers at {address}: {details}")
+    if not any(words in details.lower() for words in _HUNG_UP):
+        return with_note(error)
+    error.add_note(CHECK_TLS)
+    return error
 
 
 @contextmanager

@@ -120,12 +120,21 @@ def test_metrics(thirdrail: Thirdrail) -> None:
 def test_top(thirdrail: Thirdrail) -> None:
     lines = thirdrail("top", "--once", "--interval", "0.1").out.splitlines()
     assert lines[0].startswith("thirdrail 0.")
-    assert lines[2].split()[:3] == ["MODEL", "VERSION", "REQ/S"]
+    assert lines[2].split()[:3] == ["MODEL", "VER", "REQ/S"]
     assert any(line.split()[:2] == ["add", "1"] for line in lines)
     assert any(line.split()[:2] == ["cpu", "serving"] for line in lines)
     found = thirdrail("top", "--interval", "0.1", "--json").json
     assert 0.05 < found["interval_s"] < 60
     assert found["workers"][0]["resident_bytes"] > 1 << 20
+
+
+def test_top_once_counts_since_the_start(thirdrail: Thirdrail) -> None:
+    thirdrail("infer", "identity_int32", "-i", "x=1")
+    found = thirdrail("top", "--once", "--json").json
+    assert found["interval_s"] == found["uptime_s"]
+    [model] = [each for each in found["models"] if each["name"] == "identity_int32"]
+    assert model["requests_per_s"] > 0
+    assert model["latency_ms_mean"] > 0
 
 
 # -- the server says no ------------------------------------------------------------------------
@@ -199,6 +208,8 @@ def test_load_and_unload(
         (("infer", "identity_int8", "-i", "x=128"), "does not fit INT8"),
         (("infer", "identity_int8", "-i", "x=1.5"), "expected INT8"),
         (("infer", "identity_bytes", "-i", "x=a", "--save", "y.npy"), "BYTES"),
+        (("infer", "identity_bytes", "-i", "x=a", "--save", "/none/y"), "cannot write /none/y"),
+        (("infer", "identity_int8", "-i", "x=1", "--save", "/none/y.npy"), "No such file"),
         (("health", "--url", "http://here"), "expected host:port"),
         (("load", "add", "--config", "/nowhere"), "does not exist"),
         (("health", "--tls-ca", "/nowhere"), "does not exist"),

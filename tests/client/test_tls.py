@@ -17,6 +17,7 @@ from support.echo import EchoServer
 from thirdrail import Client, TlsOptions, Unreachable
 from thirdrail.aio import AsyncClient
 from thirdrail.errors import InvalidArgument
+from thirdrail.failures import CHECK_TLS
 from thirdrail.v1 import inference_pb2_grpc
 
 pytestmark = pytest.mark.skipif(not shutil.which("openssl"), reason="needs the program openssl")
@@ -71,12 +72,22 @@ def test_both_sides_know_each_other(address: str, folder: Path) -> None:
     assert asyncio.run(call())["x"].tolist() == [1, 1]
 
 
+def test_whoever_speaks_plainly_is_told_about_tls(address: str) -> None:
+    with Client(address) as client, pytest.raises(Unreachable) as raised:
+        client.infer("echo", X)
+    assert raised.value.__notes__ == [CHECK_TLS]
+
+
 @pytest.mark.parametrize("wrong", [{"ca": "stranger"}, {"own": "stranger"}, {"own": None}], ids=str)
 def test_whoever_is_not_known_is_not_answered(
     address: str, folder: Path, wrong: dict[str, Any]
 ) -> None:
-    with Client(address, tls=options(folder, **wrong)) as client, pytest.raises(Unreachable):
+    with (
+        Client(address, tls=options(folder, **wrong)) as client,
+        pytest.raises(Unreachable) as raised,
+    ):
         client.infer("echo", X)
+    assert raised.value.__notes__ == [CHECK_TLS]
 
 
 def test_the_name_is_checked(address: str, folder: Path) -> None:

@@ -136,7 +136,7 @@ def _print_result(result: Result, saved: Path | None) -> None:
     out, timing = console(), result.timing
     times = ", ".join(f"{n.removesuffix('_ns')} {getattr(timing, n) / 1e3:.0f} us" for n in _TIMES)
     out.print(
-        f"[bold]{escape(result.model_name)}[/] version {result.model_version} "
+        f"[bold]{escape(result.model_name)}[/] version {result.model_version}: "
         f"[dim]{times.replace('_', ' ')}[/]"
     )
     table = new_table("OUTPUT", "TYPE", "SHAPE", "VALUES")

@@ -58,7 +58,9 @@ def _array_of_file(name: str, spec: TensorSpec) -> Array:
             return np.asarray(np.load(name, allow_pickle=False))
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except (OSError, ValueError) as error:
-        raise InvalidArgument(f"input '{spec.name}': cannot read {name}: {error}") from None
+        raise InvalidArgument(
+            f"input '{spec.name}': cannot read {name}: {_reason(error)}"
+        ) from None
     if name.endswith(".json"):
         return array_of_value(spec.name, _json(data.decode(), spec), spec)
     if spec.dtype is BYTES:
@@ -69,6 +71,10 @@ def _array_of_file(name: str, spec: TensorSpec) -> Array:
             f"{spec.dtype.name} elements"
         )
     return _shaped(np.frombuffer(data, dtype=spec.dtype.numpy), spec)
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def _shaped(array: Array, spec: TensorSpec) -> Array:
@@ -126,8 +132,15 @@ def text_of_array(array: Array) -> str:
 def save(path: Path, outputs: dict[str, Array]) -> None:
     """Writes .npy for one output, .npz for any number, or one BYTES element as the file itself.
 
-    Raises InvalidArgument when the outputs do not fit the kind of file.
+    Raises InvalidArgument when the outputs do not fit the kind of file, or it cannot be written.
     """
+    try:
+        _save(path, outputs)
+    except OSError as error:
+        raise InvalidArgument(f"cannot write {path}: {error.strerror}") from None
+
+
+def _save(path: Path, outputs: dict[str, Array]) -> None:
     if path.suffix == ".npz":
         named: dict[str, Any] = {name: _savable(name, array) for name, array in outputs.items()}
         np.savez(path, **named)
