@@ -72,7 +72,7 @@ def screen(figures: Figures, width: int) -> list[str]:
 def test_a_narrow_terminal_breaks_no_number_and_no_heading() -> None:
     busy = snapshot(14, requests_ok=99_999_999, rows=99_999_999, batches=9_999)
     busy.models[0].name = "a_model_with_a_long_name"
-    lines = screen(figures_between(EARLY, busy), 70)
+    lines = screen(figures_between(EARLY, busy), 72)
     [heading] = [line for line in lines if line.startswith("MODEL")]
     shown = " ".join(heading.split())
     assert shown == "MODEL VER REQ/S ROWS/S BAD/S BATCH LATENCY QUEUE COMPUTE WAIT RUN"
