@@ -111,4 +111,12 @@ def _environment(folder: Path) -> dict[str, str]:
     runtime = folder / "run"
     runtime.mkdir(mode=0o700)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {"PATH": path, "HOME": str(folder), "XDG_RUNTIME_DIR": str(runtime), "TERM": "dumb"}
+    # Said, not found: before ours is up, a client would find another server of this machine.
+    url = f"unix:{runtime}/thirdrail/grpc.sock"
+    return {
+        "PATH": path,
+        "HOME": str(folder),
+        "XDG_RUNTIME_DIR": str(runtime),
+        "THIRDRAIL_URL": url,
+        "TERM": "dumb",
+    }
