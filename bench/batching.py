@@ -34,6 +34,7 @@ BARE_ROWS = (1, 2, 4, 8, 16)
 MAGIKA_FOLDER = Path(".demo/models")
 MAGIKA_FETCH = "python -m thirdrail_server.demo --fetch-only"
 MAGIKA_TOKENS = 2048
+MAGIKA_CALLERS = (1, 16)  # at 100 items a second, more would not come round within a slice
 LOAD = f"{CALLERS} callers, each with a stream of its own and one request of one row in flight"
 
 
@@ -164,7 +165,7 @@ def _magika(options: Options) -> Table:
         shutil.copytree(MAGIKA_FOLDER / "magika", repository / "magika")
         server = stack.enter_context(servers.thirdrail(repository, options.folder))
         load = stack.enter_context(LoadGenerator())
-        for callers in (1, CALLERS):
+        for callers in MAGIKA_CALLERS:
             job = Job(server.unix, models.request("magika", "bytes", item), callers, callers)
             before = _batches(server, "magika")
             load.run(job, 1.0)
