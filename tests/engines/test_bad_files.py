@@ -62,6 +62,19 @@ def test_files_that_are_none(tmp_path: Path, reason: Callable[[Path], str]) -> N
     assert reason(tmp_path / "model.onnx") == "model.onnx: no such file"
 
 
+def test_files_of_somebody_else(tmp_path: Path, reason: Callable[[Path], str]) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"x")
+    path.chmod(0)
+    owner = os.geteuid()
+    if owner == 0:  # whom modes do not stop
+        os.seteuid(65534)
+    try:
+        assert reason(path) == "model.onnx cannot be read: Permission denied"
+    finally:
+        os.seteuid(owner)
+
+
 def test_every_truncation_is_refused(
     tmp_path: Path, write_model: WriteModel, reason: Callable[[Path], str]
 ) -> None:

@@ -82,6 +82,17 @@ def test_a_taken_port_is_told_without_noise(repository: Path, start_server: Star
         assert expected in refusal(server, 1)
 
 
+def test_a_socket_that_cannot_be_made_is_told(
+    repository: Path, start_server: StartServer, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    flag = f"--socket={tmp_path}/file/grpc.sock"
+    text = refusal(start_server(repository, flag, wait=False), 1)
+    assert text.startswith(f"thirdrail serve: cannot listen on the socket '{tmp_path}/file/grpc.so")
+    assert text.endswith("choose another --socket, or --no-socket")
+    assert "Errno" not in text
+
+
 def test_tls_files_that_cannot_be_used_are_named(
     repository: Path, start_server: StartServer, tmp_path: Path
 ) -> None:

@@ -80,10 +80,14 @@ def spec_of(path: Path, session: Any, findings: Findings) -> EngineSpec:
 
 
 def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise ModelFileError(f"{path.name}: no such file")
-    if path.stat().st_size == 0:
-        raise ModelFileError(f"{path.name}: the file is empty")
+    try:
+        if not path.is_file():
+            raise ModelFileError(f"{path.name}: no such file")
+        if path.stat().st_size == 0:
+            raise ModelFileError(f"{path.name}: the file is empty")
+        path.open("rb").close()
+    except OSError as error:  # ONNX Runtime says "system error number 13"
+        raise ModelFileError(f"{path.name} cannot be read: {error.strerror}") from None
 
 
 def _session_options(options: EngineOptions) -> Any:

@@ -140,7 +140,11 @@ def _listen_unix(server: grpc.aio.Server, path: Path) -> None:
             finally:
                 os.umask(before)
     except (OSError, RuntimeError) as error:
-        raise ConfigError(f"cannot listen on the socket '{path}': {error}") from None
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise ConfigError(
+            f"cannot listen on the socket '{path}': {reason}; choose another --socket, or "
+            f"--no-socket"
+        ) from None
 
 
 @contextlib.contextmanager
