@@ -5,6 +5,7 @@ Nothing about a request is validated here that the worker relies on. A request t
 worker fails at once, in the same form as one that the worker refused.
 """
 
+import logging
 from collections.abc import Sequence
 
 from thirdrail.dtypes import Buffer
@@ -14,6 +15,8 @@ from thirdrail.v1 import inference_pb2 as pb
 from thirdrail_server.front.control.catalog import Catalog
 
 Result = Reply
+
+log = logging.getLogger(__name__)
 
 
 class Dispatcher:
@@ -46,8 +49,8 @@ class Dispatcher:
         try:
             result = await self._lane_now().call(request, data, flow=flow)
         except ThirdrailError as error:
-            return self._failed(error, request)
-        return self._with_exact_reason(result, request)
+            return _logged(self._failed(error, request), request)
+        return self._checked(result, request)
 
     async def infer_bytes(self, body: bytes, request: pb.InferRequest, *, flow: int) -> Result:
         """The same for a small message that is sent on as it came.
@@ -57,19 +60,22 @@ class Dispatcher:
         try:
             result = await self._lane_now().call_bytes(body, flow=flow)
         except ThirdrailError as error:
-            return self._failed(error, request)
-        return self._with_exact_reason(result, request)
+            return _logged(self._failed(error, request), request)
+        return self._checked(result, request)
 
     def _lane_now(self) -> AsyncLane:
         if self._lane is None:
             raise Unavailable("the worker is starting")
         return self._lane
 
-    def _with_exact_reason(self, result: Result, request: pb.InferRequest) -> Result:
+    def _checked(self, result: Result, request: pb.InferRequest) -> Result:
         """The worker knows what is loaded; why something is not, the catalog knows better."""
-        if result.response.status.reason != pb.REASON_NOT_FOUND:
+        status = result.response.status
+        if not status.reason:
             return result
-        return self._failed(NotFound(result.response.status.message), request)
+        if status.reason == pb.REASON_NOT_FOUND:
+            result = self._failed(NotFound(status.message), request)
+        return _logged(result, request)
 
     def _failed(self, error: ThirdrailError, request: pb.InferRequest) -> Result:
         if isinstance(error, NotFound | Unavailable):
@@ -80,3 +86,17 @@ class Dispatcher:
         status = pb.Status(reason=error.reason, message=error.message)
         response = pb.InferResponse(request_id=request.request_id, final=True, status=status)
         return Reply(response, [])
+
+
+def _logged(result: Result, request: pb.InferRequest) -> Result:
+    """A failed request leaves a line. At the usual level only those that we are at fault for do:
+    callers who err are told, and could otherwise fill the log."""
+    status = result.response.status
+    fields = {
+        "request_id": request.request_id,
+        "model": request.model_name,
+        "reason": pb.Reason.Name(status.reason).removeprefix("REASON_"),
+    }
+    level = logging.WARNING if status.reason == pb.REASON_INTERNAL else logging.DEBUG
+    log.log(level, "a request failed: %s", status.message, extra=fields)
+    return result

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The log of a running server: one event a line, failed requests by their ids, JSON where asked."""
+
+import json
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from conftest import StartServer
+from support.models import gather, write
+from support.server import RunningServer
+from thirdrail import Client, ThirdrailError
+from thirdrail.errors import Internal, InvalidArgument
+from thirdrail.tensors import Array
+from thirdrail_server.inference import grpc_service_pb2 as kserve
+from thirdrail_server.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
+
+BEYOND = np.array([9])
+SHAPELESS = np.zeros((2, 2), np.int64)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    folder = tmp_path / "models"
+    write(folder, "gather", gather())
+    return folder
+
+
+def fail(server: RunningServer, index: Array, request_id: str) -> ThirdrailError:
+    with Client(server.url) as client, pytest.raises(ThirdrailError) as raised:
+        client.infer("gather", {"index": index}, request_id=request_id)
+    return raised.value
+
+
+def fail_by_kserve(server: RunningServer, request_id: str) -> None:
+    request = kserve.ModelInferRequest(model_name="gather", id=request_id)
+    request.inputs.add(name="index", datatype="INT64", shape=[1]).contents.int64_contents.append(9)
+    with server.channel() as channel, pytest.raises(grpc.RpcError):
+        GRPCInferenceServiceStub(channel).ModelInfer(request)
+
+
+def test_requests_that_we_failed_are_logged_with_their_id(
+    repository: Path, start_server: StartServer
+) -> None:
+    server = start_server(repository)
+    assert isinstance(fail(server, BEYOND, "order-1"), Internal)
+    assert isinstance(fail(server, SHAPELESS, "order-2"), InvalidArgument)
+    fail_by_kserve(server, "order-3")
+    failed = [line for line in server.log_text().splitlines() if "a request failed" in line]
+    assert ["order-1" in line or "order-3" in line for line in failed] == [True, True]
+    assert "warning front: a request failed: " in failed[0]
+    assert failed[0].endswith("request_id='order-1' model='gather' reason='INTERNAL'")
+
+
+def test_every_line_is_json_and_at_debug_refusals_are_there(
+    repository: Path, start_server: StartServer
+) -> None:
+    server = start_server(repository, "--log-format=json", "--log-level=debug")
+    error = fail(server, SHAPELESS, "order-2")
+    server.stop()
+    events = [json.loads(line) for line in server.log_text().splitlines()]
+    [event] = [each for each in events if each.get("request_id") == "order-2"]
+    assert (event["level"], event["model"], event["reason"]) == (
+        "debug",
+        "gather",
+        "INVALID_ARGUMENT",
+    )
+    assert event["message"] == f"a request failed: {error}"
+    assert {each["process"] for each in events} == {"front", "worker cpu"}
