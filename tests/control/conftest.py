@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For these tests: coroutine tests, model repositories, a control plane with a real process."""
+"""For these tests: model repositories, and a control plane with a real process."""
 
 import asyncio
 import contextlib
-import inspect
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -23,16 +22,6 @@ from thirdrail_server.front.control.worker_process import start_worker
 
 WORKER = (sys.executable, str(Path(__file__).with_name("worker_child.py")))
 LIMITS = ControlLimits(restart_delay_ms_min=1, restart_delay_ms_max=50, worker_stop_s_max=5)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Runs a coroutine test on a loop of its own."""
-    if not inspect.iscoroutinefunction(pyfuncitem.obj):
-        return None
-    names = inspect.signature(pyfuncitem.obj).parameters
-    asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names}))
-    return True
 
 
 class Lane:

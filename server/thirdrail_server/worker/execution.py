@@ -79,6 +79,11 @@ class Execution:
     is_one_run: bool = True  # else the members were run one by one
     has_failed: bool = False  # the run did, whoever's elements were to blame
 
+    @property
+    def total_ns(self) -> int:
+        """What it took from its thread, failed runs included."""
+        return self.input_copy_ns + self.compute_ns + self.output_copy_ns
+
 
 def execute(engine: Engine, spec: VersionSpec, members: Sequence[Member]) -> Execution:
     """Run one batch. Never raises: every failure is in the outcomes."""

@@ -7,6 +7,7 @@ too long.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -133,26 +134,42 @@ class ServedVersion:
         )
 
     async def retire(self, reason: str, drain_s_max: float) -> None:
-        """Take nothing new, finish what is here within the bound, then give everything back."""
-        self._perform(self._scheduler.stop(time.monotonic_ns(), reason))
-        if not self._scheduler.is_idle:
-            self._idle = self._loop.create_future()
-            try:
-                await asyncio.wait_for(self._idle, drain_s_max)
-            except TimeoutError:
-                log.warning(
-                    "%s version %s was still busy after %s s; its requests end as unavailable",
-                    self.spec.model,
-                    self.spec.version,
-                    drain_s_max,
-                )
-                self._perform(self._scheduler.die(reason))
-        self._alarm.close()
-        await self._loop.run_in_executor(None, self._close)
+        """Take nothing new, finish what is here within the bound, then give everything back.
 
-    def _close(self) -> None:
-        self._threads.close()
-        self._engine.close()
+        After the bound nobody waits for a run that is still under way: what it uses is given back
+        when it ends.
+        """
+        self._perform(self._scheduler.stop(time.monotonic_ns(), reason))
+        closed = self._loop.create_future()
+        is_drained = await self._drain(reason, drain_s_max)
+        self._alarm.close()
+        self._threads.close(on_ended=lambda: self._close(closed))
+        if is_drained:
+            await closed
+
+    async def _drain(self, reason: str, drain_s_max: float) -> bool:
+        if self._scheduler.is_idle:
+            return True
+        self._idle = self._loop.create_future()
+        try:
+            await asyncio.wait_for(self._idle, drain_s_max)
+        except TimeoutError:
+            log.warning(
+                "%s version %s was still busy after %s s; its requests end as unavailable",
+                self.spec.model,
+                self.spec.version,
+                drain_s_max,
+            )
+            self._perform(self._scheduler.die(reason))
+            return False
+        return True
+
+    def _close(self, closed: asyncio.Future[None]) -> None:
+        try:
+            self._engine.close()
+        finally:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(_finish, closed)
 
     # Performing what the scheduler decided
 
@@ -192,7 +209,7 @@ class ServedVersion:
 
     def _run_on_loop(self, batch: Batch, members: list[Member]) -> None:
         execution = execute(self._engine, self.spec, members)
-        self._is_suspect = execution.compute_ns > self._place.overrun_ns_max
+        self._is_suspect = execution.total_ns > self._place.overrun_ns_max
         self._finished(batch, execution)
 
     def _run_on_trial(self, batch: Batch, members: list[Member]) -> None:
@@ -259,3 +276,8 @@ class ServedVersion:
 
     def _on_alarm(self) -> None:
         self._perform(self._scheduler.tick(time.monotonic_ns()))
+
+
+def _finish(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
