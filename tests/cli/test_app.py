@@ -102,6 +102,23 @@ main()
     assert "Traceback" not in done.stderr
 
 
+def test_ctrl_c_during_imports_is_no_traceback() -> None:
+    done = python("""
+import sys
+
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted())
+sys.argv = ["thirdrail", "serve", "models"]
+from thirdrail.cli import main
+main()
+""")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_every_package_of_the_extra_is_looked_for() -> None:
     modules_of: dict[str, set[str]] = {}
     for module, distributions in metadata.packages_distributions().items():

@@ -6,10 +6,18 @@ import sys
 EXIT_REFUSED = 1  # the server said no
 EXIT_USAGE = 2  # the command line is wrong, or a package for it is missing
 EXIT_UNREACHABLE = 3  # no server answered
+EXIT_INTERRUPTED = 130  # as shells say it of Ctrl-C
 
 
 def main() -> None:
     """The console script `thirdrail`."""
+    try:
+        _main()
+    except KeyboardInterrupt:  # while packages were imported; later, typer takes care of it
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _main() -> None:
     try:
         from thirdrail.cli.app import app
     except ModuleNotFoundError as error:
