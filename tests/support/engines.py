@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from thirdrail.tensors import Array
-from thirdrail_engines import Engine, EngineError
+from thirdrail_engines import Engine, EngineError, EngineOptions
 from thirdrail_engines.engine import EngineSpec
 
 GATE_S_MAX = 20
@@ -19,8 +19,9 @@ class WatchedEngine:
     gate: while it is not set, runs wait; `entered` counts those that have come so far.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, options: EngineOptions | None = None) -> None:
         self._engine = engine
+        self.options = options  # that it was loaded with
         self.cpu_ns = 0
         self.sleep_s = 0.0
         self.fault: EngineError | None = None
@@ -49,4 +50,5 @@ class WatchedEngine:
         return self._engine.run(inputs, wanted, into)
 
     def close(self) -> None:
+        self._engine.close()
         self.closed.set()

@@ -8,16 +8,33 @@ from typing import Any
 import onnx
 import pytest
 
+import thirdrail_engines
+from support.engines import WatchedEngine
 from support.models import write
 from support.sessions import Session
-from thirdrail_engines import Inspector
+from thirdrail_engines import EngineOptions, Inspector
 from thirdrail_server.config import WorkerConfig
 from thirdrail_server.control_messages import LoadCommand
 from thirdrail_server.front.control.load_source import LoadSource, prepare
-from thirdrail_server.worker.loading import PreparedVersion, prepare_version
+from thirdrail_server.worker.loading import PreparedVersion, TellPhase, prepare_version
 
 Prepare = Callable[..., PreparedVersion]
 OpenSession = Callable[..., Session]
+
+
+@pytest.fixture
+def watched_engines(monkeypatch: pytest.MonkeyPatch) -> list[WatchedEngine]:
+    """All engines that are loaded from now on, in that order."""
+    engines: list[WatchedEngine] = []
+    load = thirdrail_engines.load
+
+    def load_watched(path: Path, *, options: EngineOptions, inspector: Inspector) -> WatchedEngine:
+        engine = load(path, options=options, inspector=inspector)
+        engines.append(WatchedEngine(engine, options))
+        return engines[-1]
+
+    monkeypatch.setattr(thirdrail_engines, "load", load_watched)
+    return engines
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +55,7 @@ def prepare_model(tmp_path: Path, inspector: Inspector) -> Iterator[Prepare]:
         *,
         cores: int = 1,
         files: Mapping[str, str] | None = None,
+        tell: TellPhase = lambda phase: None,
         **settings: Any,
     ) -> PreparedVersion:
         name = f"m{len(prepared)}"
@@ -55,7 +73,7 @@ def prepare_model(tmp_path: Path, inspector: Inspector) -> Iterator[Prepare]:
                 WorkerConfig(**settings),
                 cores,
                 inspector,
-                lambda phase: None,
+                tell,
             )
         )
         return prepared[-1]

@@ -81,17 +81,20 @@ class ModelTable:
         prepared: list[PreparedVersion] = []
         failures: dict[int, Exception] = {}
         steps = len(versions) * STEPS_PER_VERSION
-        for number, (version, path) in enumerate(versions):
-            tell = _Phases(progress, number * STEPS_PER_VERSION, steps)
-            try:
-                prepared.append(await self._prepare(name, version, path, config, tell))
-            except (ModelFileError, ThirdrailError) as error:
-                failures[version] = error
-        if failures and (name in self._models or not prepared):
+        try:
+            for number, (version, path) in enumerate(versions):
+                tell = _Phases(progress, number * STEPS_PER_VERSION, steps)
+                try:
+                    prepared.append(await self._prepare(name, version, path, config, tell))
+                except (ModelFileError, ThirdrailError) as error:
+                    failures[version] = error
+            if failures and (name in self._models or not prepared):
+                raise failures[max(failures)]
+            self._swap(name, prepared)
+        except BaseException:
             for each in prepared:
                 each.engine.close()
-            raise failures[max(failures)]
-        self._swap(name, prepared)
+            raise
         progress("ready", steps, steps)
         newest = max(prepared, key=lambda each: each.spec.version)
         texts = {version: str(error) for version, error in failures.items()}
