@@ -3,6 +3,7 @@
 
 import asyncio
 import inspect
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +25,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the slow tests and those that install compilers or other people's packages; "
         "a skip is then a failure, except in tests/gpu",
     )
+
+
+def pytest_configure() -> None:
+    # A shell's background job ignores SIGINT, and so would every program that its tests start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
