@@ -80,7 +80,7 @@ def dtype_of_value(value: int) -> DType:
 
 def dtype_of_array(array: npt.NDArray[Any]) -> DType:
     """The row of an array's dtype; text is BYTES. Raises InvalidArgument for other types."""
-    row = _BY_NUMPY.get(array.dtype.newbyteorder("="))
+    row = _BY_NUMPY.get(array.dtype) or _BY_NUMPY.get(array.dtype.newbyteorder("="))
     if row is not None:
         return row
     if array.dtype.kind in "SU":

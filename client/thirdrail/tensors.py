@@ -43,6 +43,11 @@ def element_count(name: str, shape: Sequence[int]) -> int:
     Raises InvalidArgument for a negative dimension, a rank above RANK_MAX or a product above
     ELEMENTS_MAX.
     """
+    # The usual case first, since every tensor of every call comes by here.
+    if shape and len(shape) <= RANK_MAX and min(shape) > 0:
+        count = math.prod(shape)
+        if count <= ELEMENTS_MAX:
+            return count
     if len(shape) > RANK_MAX:
         raise InvalidArgument(f"tensor '{name}' has {len(shape)} dimensions, expected at most 16")
     if any(dim < 0 for dim in shape):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import tensor_pb2
-from thirdrail_server.front.wire import LARGE_BYTES_MIN, bytes_field, detach, joined
+from thirdrail_server.front.wire import LARGE_BYTES_MIN, bytes_field, detach, joined, only_field
 from thirdrail_server.inference import grpc_service_pb2 as kserve
 
 INPUTS, RAW = 6, 4  # of thirdrail.v1.InferRequest and Tensor
@@ -97,6 +97,16 @@ def test_damaged_messages_never_raise_and_mean_the_same(
     assert small.SerializeToString(deterministic=True) == whole.SerializeToString(
         deterministic=True
     )
+
+
+@given(st.binary(max_size=300), st.binary(max_size=3))
+def test_the_only_field_of_a_message(payload: bytes, more: bytes) -> None:
+    body = joined(bytes_field(1, payload))
+    assert only_field(body, 1) == payload
+    assert only_field(body, 2) is None
+    if more:
+        assert only_field(body + more, 1) is None
+    assert only_field(body[:-1], 1) is None
 
 
 def test_a_message_is_put_together_from_pieces() -> None:

@@ -32,6 +32,7 @@ from thirdrail_server.front.native_messages import (
     parsed_request,
     parsed_stream_request,
     refuse_references,
+    request_alone,
     serialized,
     streamed,
     streamed_failure,
@@ -147,7 +148,7 @@ class _Stream:
     async def _read(self, bodies: AsyncIterator[bytes]) -> None:
         await self._room.acquire()  # at the bound nothing is read: HTTP/2 holds the sender
         async for body in bodies:
-            self._take(*parsed_stream_request(body))
+            self._take(body, *parsed_stream_request(body))
             await self._room.acquire()
 
     def _on_read(self, reader: "asyncio.Task[None]") -> None:
@@ -156,13 +157,15 @@ class _Stream:
         if has_failed or not self._calls:
             self._answers.put_nowait(None)
 
-    def _take(self, message: pb.InferStreamRequest, large: Large) -> None:
+    def _take(self, body: bytes, message: pb.InferStreamRequest, large: Large) -> None:
         kind = message.WhichOneof("message")
         if kind == "infer":
             request = message.infer
             if request.call in self._calls:
                 raise InvalidArgument(f"call {request.call} is in flight already on this stream")
-            task = asyncio.create_task(self._answer(request, large))
+            # Ids are this stream's own: such a request is not sent on as it came.
+            alone = None if request.model_id else request_alone(body)
+            task = asyncio.create_task(self._answer(alone, request, large))
             self._calls[request.call] = task
             task.add_done_callback(lambda done: self._on_answer(request, done))
             return
@@ -184,12 +187,12 @@ class _Stream:
         if self._is_read and not self._calls:
             self._answers.put_nowait(None)
 
-    async def _answer(self, request: pb.InferRequest, large: Large) -> bytes:
+    async def _answer(self, body: bytes | None, request: pb.InferRequest, large: Large) -> bytes:
         call, request_id = request.call, request.request_id
         try:
             self._resolve_model(request)
             result = await self._inference._dispatch(
-                None, request, large, self._context, self._flow
+                body, request, large, self._context, self._flow
             )
             result.response.call = call
             return streamed(result)

@@ -43,6 +43,12 @@ def parsed_stream_request(body: bytes) -> tuple[pb.InferStreamRequest, Large]:
     return message, large
 
 
+def request_alone(body: bytes) -> bytes | None:
+    """The serialized InferRequest in a small message of a stream that holds nothing else, which is
+    the usual case; None where the message has to be taken apart."""
+    return wire.only_field(body, _STREAM_INFER) if len(body) < LARGE_BYTES_MIN else None
+
+
 def refuse_references(request: pb.InferRequest) -> None:
     """Raises InvalidArgument for a tensor that lies in an arena: it would be the front's own."""
     for tensor in request.inputs:

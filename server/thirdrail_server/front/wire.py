@@ -144,6 +144,20 @@ def _varint_at(view: memoryview, position: int, end: int) -> tuple[int, int]:
     raise _NotUnderstood
 
 
+def only_field(body: bytes, number: int) -> bytes | None:
+    """The payload of a message's length-delimited field, if that is all the message holds.
+
+    number: 1 to 15, whose keys take one byte.
+    """
+    if not body or body[0] != number << 3 | _BYTES:
+        return None
+    try:
+        size, start = _varint_at(memoryview(body), 1, len(body))
+    except _NotUnderstood:
+        return None
+    return body[start:] if start + size == len(body) else None
+
+
 def bytes_field(number: int, *payload: Buffer) -> list[Buffer]:
     """A length-delimited field in pieces, to be joined with the rest of its message."""
     size = sum(memoryview(piece).nbytes for piece in payload)

@@ -42,6 +42,7 @@ VERSION_MAX = 1
 FEATURES: frozenset[str] = frozenset()
 
 PACKETS_PER_WAKEUP_MAX = 64
+_INFER_KEY = bytes((2 << 3 | 2,))  # of LaneResponse's field `infer` in the wire format
 # A response that carries nothing but these two fits a packet, whatever characters they consist of.
 ERROR_TEXT_CHARS_MAX = 4096
 REQUEST_ID_CHARS_MAX = 1024
@@ -267,7 +268,9 @@ class LaneSession:
             ),
         )
         self._send_new_chunks()
-        packet = lane_pb2.LaneResponse(infer=response).SerializeToString()
+        # As a field of LaneResponse, without a copy of the response made for it.
+        body = response.SerializeToString()
+        packet = _INFER_KEY + packets.varint(len(body)) + body
         if len(packet) > self._limits.packet_bytes_max:
             ending.outcome.discard()
             error = ResourceExhausted(

@@ -6,6 +6,7 @@ still write, the request holds a view of it; `copy_first` names those that must 
 they are used, because the model reads them as indices or sizes.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -66,16 +67,17 @@ def read_request(
     _check_names(message, spec)
     inputs: dict[str, Array] = {}
     copy_first: list[str] = []
-    rows = 0
+    rows = input_bytes = 0
+    all_values = True
     for tensor in message.inputs:
-        expected = spec.inputs[tensor.name]
+        name, form = tensor.name, tensor.WhichOneof("data")
+        expected = spec.inputs[name]
         rows = _check_shape(tensor, expected, spec, rows)
-        inputs[tensor.name] = _read_data(tensor, expected, spec, view_of)
-        if tensor.WhichOneof("data") == "ref" and (
-            tensor.name not in spec.positional_inputs and expected.dtype is not BYTES
-        ):
-            copy_first.append(tensor.name)
-    all_values = all(t.WhichOneof("data") == "values" for t in message.inputs)
+        inputs[name] = array = _read_data(tensor, form, expected, spec, view_of)
+        input_bytes += array.nbytes
+        all_values = all_values and form == "values"
+        if form == "ref" and name not in spec.positional_inputs and expected.dtype is not BYTES:
+            copy_first.append(name)
     return Request(
         call=message.call,
         request_id=message.request_id,
@@ -84,7 +86,7 @@ def read_request(
         outputs=_wanted_outputs(message, spec, as_values=all_values),
         rows=rows or 1,
         signature=_signature(inputs, spec),
-        input_bytes=sum(array.nbytes for array in inputs.values()),
+        input_bytes=input_bytes,
     )
 
 
@@ -92,6 +94,8 @@ def _check_names(message: inference_pb2.InferRequest, spec: VersionSpec) -> None
     names = [tensor.name for tensor in message.inputs]
     if len(names) > INPUTS_MAX:
         raise InvalidArgument(f"a request takes at most {INPUTS_MAX} inputs, got {len(names)}")
+    if len(names) == len(spec.inputs) and spec.inputs.keys() == set(names):
+        return  # all of them, each once
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -163,12 +167,16 @@ def _check_shape(
 
 
 def _read_data(
-    tensor: tensor_pb2.Tensor, expected: TensorSpec, spec: VersionSpec, view_of: ViewOf
+    tensor: tensor_pb2.Tensor,
+    form: str | None,
+    expected: TensorSpec,
+    spec: VersionSpec,
+    view_of: ViewOf,
 ) -> Array:
-    form = tensor.WhichOneof("data")
     if form == "values":
         return tensors.array_of_values(tensor.name, expected.dtype, tensor.shape, tensor.values)
-    count = tensors.element_count(tensor.name, tensor.shape)
+    shape = tuple(tensor.shape)
+    count = tensors.element_count(tensor.name, shape)
     if form is None and count:
         raise InvalidArgument(
             f"unable to find data for input tensor '{tensor.name}' for model '{spec.model}' in "
@@ -178,16 +186,14 @@ def _read_data(
     if expected.dtype is BYTES:
         # Copied before it is looked at: its lengths are read more than once.
         whose = f" for inference input '{tensor.name}' for model '{spec.model}'"
-        return dtypes.object_array(
-            dtypes.decode_bytes(bytes(data), count, whose), tuple(tensor.shape)
-        )
+        return dtypes.object_array(dtypes.decode_bytes(bytes(data), count, whose), shape)
     needed = count * expected.dtype.itemsize
     if len(data) != needed:
         raise InvalidArgument(
             f"input byte size mismatch for input '{tensor.name}' for model '{spec.model}'. "
             f"Expected {needed}, got {len(data)}"
         )
-    return np.frombuffer(data, expected.dtype.numpy).reshape(tuple(tensor.shape))
+    return np.frombuffer(data, expected.dtype.numpy).reshape(shape)
 
 
 def _wanted_outputs(
@@ -195,7 +201,7 @@ def _wanted_outputs(
 ) -> tuple[WantedOutput, ...]:
     """In the model's order, whatever the order of asking."""
     if not message.outputs:
-        return tuple(WantedOutput(name, as_values, 0) for name in spec.outputs)
+        return _all_outputs(tuple(spec.outputs), as_values)
     asked: dict[str, inference_pb2.RequestedOutput] = {}
     for output in message.outputs:
         if output.name not in spec.outputs:
@@ -219,6 +225,11 @@ def _wanted_outputs(
         for name in spec.outputs
         if name in asked
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _all_outputs(names: tuple[str, ...], as_values: bool) -> tuple[WantedOutput, ...]:
+    return tuple(WantedOutput(name, as_values, 0) for name in names)
 
 
 def _signature(inputs: Mapping[str, Array], spec: VersionSpec) -> tuple[object, ...]:
