@@ -16,6 +16,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from thirdrail.dtypes import Buffer
 from thirdrail.errors import InvalidArgument
+from thirdrail_server.front.varints import NotUnderstood, varint_at
 
 FIELDS_MAX = 4096
 _FIELD_BYTES_MIN = 2
@@ -30,10 +31,6 @@ _NOT_PACKED = {
 }
 
 
-class _NoMessage(Exception):
-    """Left to protobuf to refuse."""
-
-
 def check_field_count(kind: Any, body: Buffer) -> None:
     """kind: a message's Descriptor.
 
@@ -45,7 +42,7 @@ def check_field_count(kind: Any, body: Buffer) -> None:
         return
     try:
         count = _count(kind, memoryview(body), 0, len(body), 0)
-    except _NoMessage:
+    except NotUnderstood:
         return
     if count > FIELDS_MAX:
         raise InvalidArgument(
@@ -58,14 +55,14 @@ def _count(kind: Descriptor, view: memoryview, position: int, end: int, count: i
     parts, packed = _parts(kind), _packed(kind)
     while position < end and count <= FIELDS_MAX:
         count += 1
-        key, position = _varint(view, position, end)
+        key, position = varint_at(view, position, end)
         wire_type = key & 7
         if wire_type == _VARINT:
-            _, position = _varint(view, position, end)
+            _, position = varint_at(view, position, end)
         elif wire_type == _BYTES:
-            size, position = _varint(view, position, end)
+            size, position = varint_at(view, position, end)
             if position + size > end:
-                raise _NoMessage
+                raise NotUnderstood
             number = key >> 3
             if number in parts:
                 count = _count(parts[number], view, position, position + size, count)
@@ -75,7 +72,7 @@ def _count(kind: Descriptor, view: memoryview, position: int, end: int, count: i
         elif wire_type in _PLAIN_BYTES:
             position += _PLAIN_BYTES[wire_type]
         else:
-            raise _NoMessage
+            raise NotUnderstood
     return count
 
 
@@ -105,15 +102,3 @@ def _is_list(field: Any) -> bool:
     if hasattr(field, "is_repeated"):
         return bool(field.is_repeated)
     return bool(field.label == FieldDescriptor.LABEL_REPEATED)  # protobuf before 6.31
-
-
-def _varint(view: memoryview, position: int, end: int) -> tuple[int, int]:
-    value = shift = 0
-    while position < end and shift < 64:
-        byte = view[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-    raise _NoMessage

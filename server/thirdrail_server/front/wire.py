@@ -17,6 +17,7 @@ from thirdrail.dtypes import Buffer
 from thirdrail.errors import InvalidArgument
 from thirdrail.lane.packets import varint
 from thirdrail_server.front.field_count import check_field_count
+from thirdrail_server.front.varints import NotUnderstood, varint_at
 
 M = TypeVar("M", bound=Message)
 Large = Sequence[memoryview | None]  # per entry, its bytes where they were taken out
@@ -28,10 +29,6 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
 
 Field = tuple[int, int, int, int]  # number, where it begins, where its payload begins, its end
-
-
-class _NotUnderstood(Exception):
-    """Left to protobuf, which knows what to say about it."""
 
 
 def parsed(kind: type[M], body: bytes, came_bytes: int | None = None) -> M:
@@ -75,7 +72,7 @@ def detach(body: bytes, outer: int, inner: int | None) -> tuple[bytes, list[memo
             kept.append(view[copied_to:begin])
             kept.append(_emptied(view, outer, payload, end, place, inner))
             copied_to = end
-    except _NotUnderstood:
+    except NotUnderstood:
         return body, []
     if not kept:
         return body, taken
@@ -114,34 +111,22 @@ def _fields(view: memoryview, begin: int, end: int) -> Iterator[Field]:
     position = begin
     while position < end:
         start = position
-        key, position = _varint_at(view, position, end)
+        key, position = varint_at(view, position, end)
         kind = key & 7
         payload = position
         if kind == _BYTES:
-            size, payload = _varint_at(view, position, end)
+            size, payload = varint_at(view, position, end)
             position = payload + size
         elif kind == _VARINT:
-            _, position = _varint_at(view, position, end)
+            _, position = varint_at(view, position, end)
         elif kind in _FIXED_BYTES:
             position += _FIXED_BYTES[kind]
         else:
-            raise _NotUnderstood
+            raise NotUnderstood
         if position > end:
-            raise _NotUnderstood
+            raise NotUnderstood
         # Only length-delimited fields have a payload; others never match what is looked for.
         yield (key >> 3 if kind == _BYTES else 0), start, payload, position
-
-
-def _varint_at(view: memoryview, position: int, end: int) -> tuple[int, int]:
-    value = shift = 0
-    while position < end and shift < 64:
-        byte = view[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-    raise _NotUnderstood
 
 
 def only_field(body: bytes, number: int) -> bytes | None:
@@ -152,8 +137,8 @@ def only_field(body: bytes, number: int) -> bytes | None:
     if not body or body[0] != number << 3 | _BYTES:
         return None
     try:
-        size, start = _varint_at(memoryview(body), 1, len(body))
-    except _NotUnderstood:
+        size, start = varint_at(memoryview(body), 1, len(body))
+    except NotUnderstood:
         return None
     return body[start:] if start + size == len(body) else None
 
