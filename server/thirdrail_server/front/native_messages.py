@@ -6,10 +6,12 @@ Pure code. Large tensors never pass through protobuf, see wire.py.
 
 import itertools
 
+from thirdrail import dtypes, tensors
 from thirdrail.dtypes import Buffer
 from thirdrail.errors import InvalidArgument, ThirdrailError
 from thirdrail.lane.packets import varint
 from thirdrail.v1 import inference_pb2 as pb
+from thirdrail.v1 import tensor_pb2
 from thirdrail_server.front import wire
 from thirdrail_server.front.dispatch import Result
 from thirdrail_server.front.field_count import check_field_count
@@ -17,6 +19,7 @@ from thirdrail_server.front.wire import LARGE_BYTES_MIN, Large, parsed
 
 # Numbers of fields: InferRequest.inputs, InferResponse.outputs, Tensor.raw, InferStream*.infer.
 _INPUTS, _OUTPUTS, _RAW, _STREAM_INFER = 6, 8, 4, 1
+VALUES_BYTES_MAX = 32 << 10  # that stay as they are, in one request; half a packet of the lane
 _TIMEOUT_KEY = bytes((10 << 3 | 0,))  # of InferRequest.timeout_us: number << 3 | wire type
 
 
@@ -74,15 +77,31 @@ def limit_time(request: pb.InferRequest, seconds_left: float | None) -> bytes:
 
 
 def take_raw(request: pb.InferRequest, large: Large) -> list[Buffer | None]:
-    """Per input its raw bytes, taken out of the request so that they are not sent twice."""
+    """Per input its raw bytes, taken out of the request so that they are not sent twice.
+
+    Raises InvalidArgument for many values that do not fit their type or shape.
+    """
     data: list[Buffer | None] = []
+    room = VALUES_BYTES_MAX
     for tensor, taken in itertools.zip_longest(request.inputs, large):
-        if tensor.HasField("raw"):
+        form = tensor.WhichOneof("data")
+        if form == "raw":
             data.append(tensor.raw if taken is None else taken)
             tensor.ClearField("raw")
+        elif form == "values" and tensor.values.ByteSize() > room:
+            data.append(_bytes_of_values(tensor))
+            tensor.ClearField("values")
         else:
+            room -= tensor.values.ByteSize()
             data.append(None)
     return data
+
+
+def _bytes_of_values(tensor: tensor_pb2.Tensor) -> Buffer:
+    """Values too many for a packet of the lane go on as raw bytes."""
+    dtype = dtypes.dtype_of_value(tensor.data_type)
+    array = tensors.array_of_values(tensor.name, dtype, tensor.shape, tensor.values)
+    return tensors.bytes_of_array(array)
 
 
 def serialized(result: Result) -> bytes:
