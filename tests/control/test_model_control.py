@@ -2,6 +2,8 @@
 """Loading and unloading with real files and a real worker process, which the tests also kill."""
 
 import asyncio
+import os
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -233,6 +235,20 @@ async def test_a_worker_that_says_nothing_is_killed_and_tried_again(
         while plane.worker.restarts < 1:
             await asyncio.sleep(0.01)
         assert not plane.catalog.all_ready()
+
+
+async def test_a_worker_that_falls_silent_is_replaced(repository: Any, open_plane: Any) -> None:
+    limits = ControlLimits(worker_silence_s_max=1, restart_delay_ms_min=1)
+    repository.write("m")
+    async with open_plane(control=limits) as plane:
+        await plane.until(plane.catalog.all_ready)
+        silent = (await plane.worker.status()).pid
+        os.kill(silent, signal.SIGSTOP)
+        await plane.until(lambda: plane.worker.restarts == 1)
+        await plane.until(plane.catalog.all_ready)
+        assert not psutil.pid_exists(silent)
+        await asyncio.sleep(2)  # one that answers is left alone
+        assert plane.worker.restarts == 1
 
 
 async def test_stopping_in_the_middle_of_a_load_leaves_no_process(

@@ -213,12 +213,14 @@ class Supervisor:
     async def _until_death(self, life: _Life, news: WorkerNews) -> str:
         """A worker whose lane has closed cannot be called any more: it ends as well."""
         ended = asyncio.create_task(life.process.wait())
+        listening = asyncio.create_task(self._kill_when_silent(life))
         stopping = asyncio.create_task(self._stopping.wait())
         events: set[asyncio.Future[Any]] = {ended, stopping, life.lane.closed}
         await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
         if life.lane.closed.done():
             _log.info("the lane to worker '%s' closed: %s", self.name, life.lane.closed.result())
         stopping.cancel()
+        listening.cancel()
         await life.channel.close()
         how = await self._ending(life.process)
         self._life = None
@@ -229,6 +231,19 @@ class Supervisor:
         life.lane.close(f"worker '{self.name}' died: {how}")
         await ended
         return how
+
+    async def _kill_when_silent(self, life: _Life) -> None:
+        """A process can be there and yet do nothing: stopped, deadlocked, held by one call."""
+        silence_s = self._limits.worker_silence_s_max
+        with contextlib.suppress(ChannelClosed):
+            while True:
+                await asyncio.sleep(silence_s / 3)
+                try:
+                    async with asyncio.timeout(silence_s):
+                        await life.channel.call("status")
+                except TimeoutError:
+                    _log.error("worker '%s' said nothing for %d s: killed", self.name, silence_s)
+                    return life.process.kill()
 
     async def _ending(self, process: WorkerProcess) -> str:
         return await process.stop(self._limits.worker_stop_s_max)
