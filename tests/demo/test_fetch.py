@@ -2,12 +2,14 @@
 """Tests of fetch.py with a wheel made here; pip runs for real, without a network."""
 
 import hashlib
+import shutil
+import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from thirdrail_server.demo.fetch import FetchError, fetch
+from thirdrail_server.demo.fetch import FetchError, _bytes_there, fetch
 from thirdrail_server.demo.pinned import PACKAGES, Package, PinnedFile
 
 MODEL = b"a model" * 1000
@@ -149,3 +151,21 @@ def test_progress_ends_with_the_whole_wheel(repository: Path, wheels: Path) -> N
 def test_no_two_pinned_files_share_a_path() -> None:
     paths = [file.path for package in PACKAGES for file in package.files]
     assert len(paths) == len(set(paths))
+
+
+def test_progress_is_told_while_pip_makes_and_removes_folders(tmp_path: Path) -> None:
+    is_over = threading.Event()
+
+    def make_and_remove() -> None:
+        while not is_over.is_set():
+            (tmp_path / "tracker" / "deep").mkdir(parents=True)
+            (tmp_path / "tracker" / "deep" / "file").write_bytes(b"12345")
+            shutil.rmtree(tmp_path / "tracker")
+
+    changing = threading.Thread(target=make_and_remove)
+    changing.start()
+    try:
+        assert all(0 <= _bytes_there(PACKAGE, tmp_path) <= 5 for _ in range(2000))
+    finally:
+        is_over.set()
+        changing.join()

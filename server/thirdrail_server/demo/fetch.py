@@ -5,6 +5,7 @@ A file counts as there when its SHA-256 is the pinned one, so a second run downl
 damaged file is fetched again. Files appear by rename, complete or not at all.
 """
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -111,11 +112,10 @@ def _watch(process: subprocess.Popen[str], tick: Callable[[], None]) -> str:
 def _bytes_there(package: Package, folder: Path) -> int:
     """How much of the wheel has come; at the end pip holds it twice for a moment."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:  # pip moves its files while we look
-            continue
+    for root, _, names in os.walk(folder):  # which passes over folders that are gone by now
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # pip moves its files while we look
+                total += os.stat(os.path.join(root, name)).st_size
     return min(total, package.wheel_bytes)
 
 
