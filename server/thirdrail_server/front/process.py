@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 LOADING_REPORT_S = 10.0  # a start that takes longer says what it waits for
 STOPPING_REPORT_S = 2.0
+LAST_WORDS_S = 0.1  # for callers to read how their calls ended, before connections close
 SECOND_SIGNAL_S_MIN = 0.5  # coreutils' timeout signals the child and then its group: one wish
 
 
@@ -130,12 +131,23 @@ class Front:
         self.catalog.begin_stop()
         self._native.begin_stop()
         self._kserve.begin_stop()
-        await self._server.stop(self._config.shutdown_s_max)
+        ends_at = time.monotonic() + self._config.shutdown_s_max
+        await self._until_answered()
+        await self._server.stop(max(0.0, ends_at - time.monotonic()))
         await self._metrics_endpoint.stop()
         await self._control.stop()
         await self._worker.stop()
         if self._is_listening and self._config.socket is not None:  # else it is somebody else's
             self._config.socket.unlink(missing_ok=True)
+
+    async def _until_answered(self) -> None:
+        """Wait for what is in flight, and then a moment: gRPC closes a connection right behind its
+        last call, and a caller who is writing then learns of the closing and not of the answer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.shutdown_s_max):
+                while self.dispatcher.calls_in_flight:
+                    await asyncio.sleep(LAST_WORDS_S / 5)
+        await asyncio.sleep(LAST_WORDS_S)
 
     def _start_worker(self) -> WorkerProcess:
         arguments = ["--front-pid", str(os.getpid()), "--config", self._config.worker.to_json()]
