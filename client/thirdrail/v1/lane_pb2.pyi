@@ -5,7 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 The lane: one SOCK_SEQPACKET Unix socket between a client and a worker. One packet holds one message, at
 most `Limits.packet_bytes`. Memory travels as file descriptors beside a packet (SCM_RIGHTS), tensor bytes
-never do, except small ones inline. The front is such a client itself.
+never do, except small ones inline. The front is such a client itself. docs/lane.md is the specification.
 """
 
 import builtins
@@ -16,6 +16,7 @@ import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import sys
 import thirdrail.v1.inference_pb2
+import thirdrail.v1.tensor_pb2
 import typing
 
 if sys.version_info >= (3, 10):
@@ -54,6 +55,12 @@ class LaneRequest(google.protobuf.message.Message):
     INFER_FIELD_NUMBER: builtins.int
     CANCEL_FIELD_NUMBER: builtins.int
     GROW_FIELD_NUMBER: builtins.int
+    PING_FIELD_NUMBER: builtins.int
+    EXPORT_TENSOR_FIELD_NUMBER: builtins.int
+    IMPORT_TENSOR_FIELD_NUMBER: builtins.int
+    REVOKE_FIELD_NUMBER: builtins.int
+    DROP_FIELD_NUMBER: builtins.int
+    CLOSE_FIELD_NUMBER: builtins.int
     RELEASES_FIELD_NUMBER: builtins.int
     FLOW_FIELD_NUMBER: builtins.int
     flow: builtins.int
@@ -69,6 +76,18 @@ class LaneRequest(google.protobuf.message.Message):
     @property
     def grow(self) -> global___GrowRequest: ...
     @property
+    def ping(self) -> global___Ping: ...
+    @property
+    def export_tensor(self) -> global___ExportRequest: ...
+    @property
+    def import_tensor(self) -> global___ImportRequest: ...
+    @property
+    def revoke(self) -> global___RevokeRequest: ...
+    @property
+    def drop(self) -> global___DropRequest: ...
+    @property
+    def close(self) -> global___Close: ...
+    @property
     def releases(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Lease]:
         """beside any message, or alone"""
 
@@ -79,12 +98,18 @@ class LaneRequest(google.protobuf.message.Message):
         infer: thirdrail.v1.inference_pb2.InferRequest | None = ...,
         cancel: thirdrail.v1.inference_pb2.Cancel | None = ...,
         grow: global___GrowRequest | None = ...,
+        ping: global___Ping | None = ...,
+        export_tensor: global___ExportRequest | None = ...,
+        import_tensor: global___ImportRequest | None = ...,
+        revoke: global___RevokeRequest | None = ...,
+        drop: global___DropRequest | None = ...,
+        close: global___Close | None = ...,
         releases: collections.abc.Iterable[global___Lease] | None = ...,
         flow: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["cancel", b"cancel", "grow", b"grow", "hello", b"hello", "infer", b"infer", "message", b"message"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "flow", b"flow", "grow", b"grow", "hello", b"hello", "infer", b"infer", "message", b"message", "releases", b"releases"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["hello", "infer", "cancel", "grow"] | None: ...
+    def HasField(self, field_name: typing.Literal["cancel", b"cancel", "close", b"close", "drop", b"drop", "export_tensor", b"export_tensor", "grow", b"grow", "hello", b"hello", "import_tensor", b"import_tensor", "infer", b"infer", "message", b"message", "ping", b"ping", "revoke", b"revoke"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "close", b"close", "drop", b"drop", "export_tensor", b"export_tensor", "flow", b"flow", "grow", b"grow", "hello", b"hello", "import_tensor", b"import_tensor", "infer", b"infer", "message", b"message", "ping", b"ping", "releases", b"releases", "revoke", b"revoke"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["hello", "infer", "cancel", "grow", "ping", "export_tensor", "import_tensor", "revoke", "drop", "close"] | None: ...
 
 global___LaneRequest = LaneRequest
 
@@ -97,6 +122,10 @@ class LaneResponse(google.protobuf.message.Message):
     CHUNK_FIELD_NUMBER: builtins.int
     GROW_REFUSED_FIELD_NUMBER: builtins.int
     GOODBYE_FIELD_NUMBER: builtins.int
+    PONG_FIELD_NUMBER: builtins.int
+    EXPORTED_FIELD_NUMBER: builtins.int
+    IMPORTED_FIELD_NUMBER: builtins.int
+    REVOKED_FIELD_NUMBER: builtins.int
     @property
     def attached(self) -> global___Attached: ...
     @property
@@ -111,6 +140,16 @@ class LaneResponse(google.protobuf.message.Message):
     def goodbye(self) -> global___Goodbye:
         """the last packet"""
 
+    @property
+    def pong(self) -> global___Pong: ...
+    @property
+    def exported(self) -> global___Exported: ...
+    @property
+    def imported(self) -> global___Imported:
+        """on success its memory comes beside the packet"""
+
+    @property
+    def revoked(self) -> global___Revoked: ...
     def __init__(
         self,
         *,
@@ -119,10 +158,14 @@ class LaneResponse(google.protobuf.message.Message):
         chunk: global___Chunk | None = ...,
         grow_refused: global___GrowRefused | None = ...,
         goodbye: global___Goodbye | None = ...,
+        pong: global___Pong | None = ...,
+        exported: global___Exported | None = ...,
+        imported: global___Imported | None = ...,
+        revoked: global___Revoked | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["attached", b"attached", "chunk", b"chunk", "goodbye", b"goodbye", "grow_refused", b"grow_refused", "infer", b"infer", "message", b"message"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attached", b"attached", "chunk", b"chunk", "goodbye", b"goodbye", "grow_refused", b"grow_refused", "infer", b"infer", "message", b"message"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["attached", "infer", "chunk", "grow_refused", "goodbye"] | None: ...
+    def HasField(self, field_name: typing.Literal["attached", b"attached", "chunk", b"chunk", "exported", b"exported", "goodbye", b"goodbye", "grow_refused", b"grow_refused", "imported", b"imported", "infer", b"infer", "message", b"message", "pong", b"pong", "revoked", b"revoked"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attached", b"attached", "chunk", b"chunk", "exported", b"exported", "goodbye", b"goodbye", "grow_refused", b"grow_refused", "imported", b"imported", "infer", b"infer", "message", b"message", "pong", b"pong", "revoked", b"revoked"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["attached", "infer", "chunk", "grow_refused", "goodbye", "pong", "exported", "imported", "revoked"] | None: ...
 
 global___LaneResponse = LaneResponse
 
@@ -133,8 +176,16 @@ class Hello(google.protobuf.message.Message):
     VERSION_MIN_FIELD_NUMBER: builtins.int
     VERSION_MAX_FIELD_NUMBER: builtins.int
     FEATURES_FIELD_NUMBER: builtins.int
+    TOKEN_FIELD_NUMBER: builtins.int
+    CLIENT_NAME_FIELD_NUMBER: builtins.int
     version_min: builtins.int
     version_max: builtins.int
+    token: builtins.bytes
+    """From OpenSessionResponse: good for one hello within a few seconds. Empty only on a socket that was
+    inherited from the process that started the worker.
+    """
+    client_name: builtins.str
+    """what the client calls itself, for people who look at the sessions"""
     @property
     def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """what the client knows; an unknown name is not used"""
@@ -145,8 +196,10 @@ class Hello(google.protobuf.message.Message):
         version_min: builtins.int = ...,
         version_max: builtins.int = ...,
         features: collections.abc.Iterable[builtins.str] | None = ...,
+        token: builtins.bytes = ...,
+        client_name: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["features", b"features", "version_max", b"version_max", "version_min", b"version_min"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client_name", b"client_name", "features", b"features", "token", b"token", "version_max", b"version_max", "version_min", b"version_min"]) -> None: ...
 
 global___Hello = Hello
 
@@ -159,12 +212,15 @@ class Attached(google.protobuf.message.Message):
     LIMITS_FIELD_NUMBER: builtins.int
     INPUT_EPOCH_FIELD_NUMBER: builtins.int
     OUTPUT_EPOCH_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
     version: builtins.int
     """the highest that both know"""
     input_epoch: builtins.int
     """of the arena that the client writes"""
     output_epoch: builtins.int
     """of the arena that the worker writes"""
+    session: builtins.int
+    """its number, as `thirdrail sessions` shows it"""
     @property
     def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """those of the client's that the worker will use"""
@@ -179,9 +235,10 @@ class Attached(google.protobuf.message.Message):
         limits: global___Limits | None = ...,
         input_epoch: builtins.int = ...,
         output_epoch: builtins.int = ...,
+        session: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["features", b"features", "input_epoch", b"input_epoch", "limits", b"limits", "output_epoch", b"output_epoch", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["features", b"features", "input_epoch", b"input_epoch", "limits", b"limits", "output_epoch", b"output_epoch", "session", b"session", "version", b"version"]) -> None: ...
 
 global___Attached = Attached
 
@@ -227,11 +284,14 @@ class Chunk(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
     SIZE_FIELD_NUMBER: builtins.int
+    ALONE_FIELD_NUMBER: builtins.int
     role: global___ArenaRole.ValueType
     epoch: builtins.int
     chunk: builtins.int
     size: builtins.int
     """bytes"""
+    alone: builtins.bool
+    """an input chunk as GrowRequest.alone asked for it"""
     def __init__(
         self,
         *,
@@ -239,26 +299,33 @@ class Chunk(google.protobuf.message.Message):
         epoch: builtins.int = ...,
         chunk: builtins.int = ...,
         size: builtins.int = ...,
+        alone: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "epoch", b"epoch", "role", b"role", "size", b"size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["alone", b"alone", "chunk", b"chunk", "epoch", b"epoch", "role", b"role", "size", b"size"]) -> None: ...
 
 global___Chunk = Chunk
 
 @typing.final
 class GrowRequest(google.protobuf.message.Message):
-    """Asks for more input memory; answered by a Chunk or a GrowRefused."""
+    """Asks for more input memory; answered by a Chunk or a GrowRefused. One at a time."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     SIZE_FIELD_NUMBER: builtins.int
+    ALONE_FIELD_NUMBER: builtins.int
     size: builtins.int
     """bytes that one free piece must have"""
+    alone: builtins.bool
+    """A chunk for one tensor at its offset 0, of exactly `size` bytes rounded up to whole pages, so that it can
+    be handed to another process without showing it anything else.
+    """
     def __init__(
         self,
         *,
         size: builtins.int = ...,
+        alone: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["size", b"size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["alone", b"alone", "size", b"size"]) -> None: ...
 
 global___GrowRequest = GrowRequest
 
@@ -318,3 +385,266 @@ class Goodbye(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["status", b"status"]) -> None: ...
 
 global___Goodbye = Goodbye
+
+@typing.final
+class Close(google.protobuf.message.Message):
+    """Ends the session in good order: the client has ended its calls and unmapped its memory."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___Close = Close
+
+@typing.final
+class Ping(google.protobuf.message.Message):
+    """Is the worker there, and how fast? With a reference the worker copies those bytes into an output slot."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    REF_FIELD_NUMBER: builtins.int
+    request: builtins.int
+    """chosen by the sender, given back"""
+    @property
+    def ref(self) -> thirdrail.v1.tensor_pb2.ArenaRef: ...
+    def __init__(
+        self,
+        *,
+        request: builtins.int = ...,
+        ref: thirdrail.v1.tensor_pb2.ArenaRef | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["ref", b"ref"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["ref", b"ref", "request", b"request"]) -> None: ...
+
+global___Ping = Ping
+
+@typing.final
+class Pong(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    STATUS_FIELD_NUMBER: builtins.int
+    REF_FIELD_NUMBER: builtins.int
+    request: builtins.int
+    @property
+    def status(self) -> thirdrail.v1.inference_pb2.Status:
+        """absent: success"""
+
+    @property
+    def ref(self) -> thirdrail.v1.tensor_pb2.ArenaRef:
+        """a leased slot, where the ping had a reference"""
+
+    def __init__(
+        self,
+        *,
+        request: builtins.int = ...,
+        status: thirdrail.v1.inference_pb2.Status | None = ...,
+        ref: thirdrail.v1.tensor_pb2.ArenaRef | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["ref", b"ref", "status", b"status"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["ref", b"ref", "request", b"request", "status", b"status"]) -> None: ...
+
+global___Pong = Pong
+
+@typing.final
+class DropRequest(google.protobuf.message.Message):
+    """Gives a chunk that was asked for alone, or an imported tensor, back. Unknown numbers are ignored."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: builtins.int
+    CHUNK_FIELD_NUMBER: builtins.int
+    epoch: builtins.int
+    chunk: builtins.int
+    def __init__(
+        self,
+        *,
+        epoch: builtins.int = ...,
+        chunk: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "epoch", b"epoch"]) -> None: ...
+
+global___DropRequest = DropRequest
+
+@typing.final
+class ExportRequest(google.protobuf.message.Message):
+    """Lets another process have a tensor. It can lie alone in an input chunk (no copy), in a leased output slot
+    (one copy, into memory of its own), or be an imported one (no copy). The tensor must not be written any
+    more: nobody can map its memory writable from now on.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    REF_FIELD_NUMBER: builtins.int
+    DATA_TYPE_FIELD_NUMBER: builtins.int
+    SHAPE_FIELD_NUMBER: builtins.int
+    UID_FIELD_NUMBER: builtins.int
+    LIFETIME_MS_FIELD_NUMBER: builtins.int
+    request: builtins.int
+    """chosen by the sender, given back"""
+    data_type: thirdrail.v1.tensor_pb2.DataType.ValueType
+    uid: builtins.int
+    """who may import it; absent: the exporter's own"""
+    lifetime_ms: builtins.int
+    """until it must have been imported; 0: the worker's default"""
+    @property
+    def ref(self) -> thirdrail.v1.tensor_pb2.ArenaRef: ...
+    @property
+    def shape(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        request: builtins.int = ...,
+        ref: thirdrail.v1.tensor_pb2.ArenaRef | None = ...,
+        data_type: thirdrail.v1.tensor_pb2.DataType.ValueType = ...,
+        shape: collections.abc.Iterable[builtins.int] | None = ...,
+        uid: builtins.int | None = ...,
+        lifetime_ms: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_uid", b"_uid", "ref", b"ref", "uid", b"uid"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_uid", b"_uid", "data_type", b"data_type", "lifetime_ms", b"lifetime_ms", "ref", b"ref", "request", b"request", "shape", b"shape", "uid", b"uid"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_uid", b"_uid"]) -> typing.Literal["uid"] | None: ...
+
+global___ExportRequest = ExportRequest
+
+@typing.final
+class Exported(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    STATUS_FIELD_NUMBER: builtins.int
+    TOKEN_FIELD_NUMBER: builtins.int
+    EXPORT_ID_FIELD_NUMBER: builtins.int
+    COPIES_FIELD_NUMBER: builtins.int
+    request: builtins.int
+    token: builtins.bytes
+    """good for one import"""
+    export_id: builtins.int
+    """its number, for a revoke"""
+    copies: builtins.int
+    """of the tensor's bytes that the export took"""
+    @property
+    def status(self) -> thirdrail.v1.inference_pb2.Status:
+        """absent: success"""
+
+    def __init__(
+        self,
+        *,
+        request: builtins.int = ...,
+        status: thirdrail.v1.inference_pb2.Status | None = ...,
+        token: builtins.bytes = ...,
+        export_id: builtins.int = ...,
+        copies: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["status", b"status"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["copies", b"copies", "export_id", b"export_id", "request", b"request", "status", b"status", "token", b"token"]) -> None: ...
+
+global___Exported = Exported
+
+@typing.final
+class ImportRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    TOKEN_FIELD_NUMBER: builtins.int
+    request: builtins.int
+    """chosen by the sender, given back"""
+    token: builtins.bytes
+    def __init__(
+        self,
+        *,
+        request: builtins.int = ...,
+        token: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["request", b"request", "token", b"token"]) -> None: ...
+
+global___ImportRequest = ImportRequest
+
+@typing.final
+class Imported(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    STATUS_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    SIZE_FIELD_NUMBER: builtins.int
+    CHUNK_SIZE_FIELD_NUMBER: builtins.int
+    DATA_TYPE_FIELD_NUMBER: builtins.int
+    SHAPE_FIELD_NUMBER: builtins.int
+    request: builtins.int
+    epoch: builtins.int
+    """The tensor is chunk 0 of this epoch, from offset 0, and can be an input of this session's requests."""
+    size: builtins.int
+    """bytes of the tensor"""
+    chunk_size: builtins.int
+    """bytes of the memory"""
+    data_type: thirdrail.v1.tensor_pb2.DataType.ValueType
+    @property
+    def status(self) -> thirdrail.v1.inference_pb2.Status:
+        """absent: success, and one file descriptor lies beside the packet"""
+
+    @property
+    def shape(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        request: builtins.int = ...,
+        status: thirdrail.v1.inference_pb2.Status | None = ...,
+        epoch: builtins.int = ...,
+        size: builtins.int = ...,
+        chunk_size: builtins.int = ...,
+        data_type: thirdrail.v1.tensor_pb2.DataType.ValueType = ...,
+        shape: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["status", b"status"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["chunk_size", b"chunk_size", "data_type", b"data_type", "epoch", b"epoch", "request", b"request", "shape", b"shape", "size", b"size", "status", b"status"]) -> None: ...
+
+global___Imported = Imported
+
+@typing.final
+class RevokeRequest(google.protobuf.message.Message):
+    """Takes an export back, whether it was imported already or not. Answered by Revoked with `request`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    EXPORT_ID_FIELD_NUMBER: builtins.int
+    request: builtins.int
+    """chosen by the sender, given back"""
+    export_id: builtins.int
+    """unknown or ended: nothing happens"""
+    def __init__(
+        self,
+        *,
+        request: builtins.int = ...,
+        export_id: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["export_id", b"export_id", "request", b"request"]) -> None: ...
+
+global___RevokeRequest = RevokeRequest
+
+@typing.final
+class Revoked(google.protobuf.message.Message):
+    """To the exporter: done. To the importer: requests that refer to this epoch fail from now on. What it has
+    mapped stays readable and is never used for anything else.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    request: builtins.int
+    epoch: builtins.int
+    def __init__(
+        self,
+        *,
+        request: builtins.int = ...,
+        epoch: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "request", b"request"]) -> None: ...
+
+global___Revoked = Revoked
