@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from thirdrail.dtypes import Buffer
 from thirdrail.errors import Internal, ResourceExhausted, Unavailable
 from thirdrail.lane import packets
-from thirdrail.lane.input_arena import InputArena
+from thirdrail.lane.input_arena import InputArena, Piece, bytes_of, size_of
 from thirdrail.lane.memory import map_chunk
 from thirdrail.lane.outbox import Outbox
 from thirdrail.v1 import inference_pb2, lane_pb2, tensor_pb2
@@ -114,7 +114,7 @@ class AsyncLane:
     async def call(
         self,
         request: inference_pb2.InferRequest,
-        data: Sequence[Buffer | None] = (),
+        data: Sequence[Piece | None] = (),
         *,
         flow: int = 0,
     ) -> Reply:
@@ -124,7 +124,7 @@ class AsyncLane:
             place.
         flow: which of our own callers this is.
         Raises ResourceExhausted when a limit of this lane is reached, Unavailable when the lane
-        ends.
+        ends, and what an input's source raises.
         """
         refs: list[tensor_pb2.ArenaRef] = []
         try:
@@ -137,23 +137,26 @@ class AsyncLane:
     async def _place(
         self,
         request: inference_pb2.InferRequest,
-        data: Sequence[Buffer | None],
+        data: Sequence[Piece | None],
         refs: list[tensor_pb2.ArenaRef],
     ) -> None:
         if not data:
             return
         inline_left = self._limits.inline_bytes
-        assert self._input is not None
-        for tensor, buffer in zip(request.inputs, data, strict=True):
-            if buffer is None:
+        large: list[tuple[tensor_pb2.Tensor, Piece]] = []
+        for tensor, piece in zip(request.inputs, data, strict=True):
+            if piece is None:
                 continue
-            size = memoryview(buffer).nbytes
+            size = size_of(piece)
             if size <= inline_left:
                 inline_left -= size
-                tensor.raw = bytes(buffer)
+                tensor.raw = bytes_of(piece)
             else:
-                ref = await self._input.place(buffer)
-                refs.append(ref)
+                large.append((tensor, piece))
+        if large:
+            assert self._input is not None
+            refs += await self._input.place([piece for _, piece in large])
+            for (tensor, _), ref in zip(large, refs, strict=True):
                 tensor.ref.CopyFrom(ref)
 
     async def call_bytes(

@@ -7,10 +7,9 @@ worker for another chunk, and when it may not grow any further it waits until a 
 
 import asyncio
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from thirdrail.dtypes import Buffer
 from thirdrail.errors import ResourceExhausted, Unavailable
@@ -21,7 +20,45 @@ from thirdrail.v1.tensor_pb2 import ArenaRef
 # ms.
 COPY_ON_LOOP_BYTES_MAX = 1 << 20
 
-_Bytes = npt.NDArray[np.uint8]
+Place = tuple[int, int]  # chunk, offset
+
+
+class Source:
+    """Tensor bytes that are not in our memory yet, for example in a file. To be derived from."""
+
+    size: int  # bytes
+
+    def read_into(self, target: memoryview) -> None:
+        """Fill all of `target`, which has `size` bytes. May be called in another thread.
+
+        Raises what is to be told to the caller.
+        """
+        raise NotImplementedError
+
+
+Piece = Buffer | Source
+
+
+def size_of(piece: Piece) -> int:
+    """In bytes."""
+    return piece.size if isinstance(piece, Source) else memoryview(piece).nbytes
+
+
+def bytes_of(piece: Piece) -> bytes:
+    """Its bytes now. Raises what a source raises."""
+    if not isinstance(piece, Source):
+        return bytes(piece)
+    target = bytearray(piece.size)
+    piece.read_into(memoryview(target))
+    return bytes(target)
+
+
+def _fill(targets: Sequence[memoryview], pieces: Sequence[Piece]) -> None:
+    for target, piece in zip(targets, pieces, strict=True):
+        if isinstance(piece, Source):
+            piece.read_into(target)
+        else:  # by numpy, which lets other threads run meanwhile
+            np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(piece, np.uint8))
 
 
 class InputArena:
@@ -45,47 +82,80 @@ class InputArena:
     def used_bytes(self) -> int:
         return self._allocator.used_bytes
 
-    async def place(self, data: Buffer) -> ArenaRef:
-        """Copy `data` into the arena.
+    async def place(self, pieces: Sequence[Piece]) -> list[ArenaRef]:
+        """Copy the inputs of one call into the arena.
 
-        Raises ResourceExhausted when it can never fit, Unavailable when the lane has ended.
+        Calls that wait for space hold none, so that no two of them wait for each other.
+        Raises ResourceExhausted when they can never fit, Unavailable when the lane has ended, and
+        whatever a piece raises that cannot be read.
         """
-        size = memoryview(data).nbytes
-        while (place := self._find(size)) is None:
-            await self._make_space(size)
-        chunk, offset = place
-        target = np.frombuffer(self._chunks[chunk], np.uint8, size, offset)
-        source = np.frombuffer(data, np.uint8)
-        if size <= COPY_ON_LOOP_BYTES_MAX:
-            target[:] = source
-        else:
-            await self._copy_beside_loop(target, source, (chunk, offset))
-        return ArenaRef(epoch=self._epoch, chunk=chunk, offset=offset, size=size)
+        sizes = [size_of(piece) for piece in pieces]
+        places = await self._reserve(sizes)
+        targets = [
+            memoryview(self._chunks[chunk])[offset : offset + size]
+            for (chunk, offset), size in zip(places, sizes, strict=True)
+        ]
+        try:
+            if sum(sizes) <= COPY_ON_LOOP_BYTES_MAX:
+                _fill(targets, pieces)
+            else:
+                await self._fill_beside_loop(targets, pieces, places)
+        except BaseException:
+            self._free_places(places)
+            raise
+        return [
+            ArenaRef(epoch=self._epoch, chunk=chunk, offset=offset, size=size)
+            for (chunk, offset), size in zip(places, sizes, strict=True)
+        ]
 
-    def _find(self, size: int) -> tuple[int, int] | None:
+    async def _reserve(self, sizes: list[int]) -> list[Place]:
+        total = sum(sizes)
+        if total > self._bytes_max:
+            raise ResourceExhausted(
+                f"a call with tensors of {total} bytes does not fit the input arena of "
+                f"{self._bytes_max} bytes"
+            )
+        while True:
+            places: list[Place] = []
+            for size in sizes:
+                place = self._find(size)
+                if place is None:
+                    break
+                places.append(place)
+            else:
+                return places
+            for taken in places:  # back as if never taken: there is nothing new to wake others for
+                self._allocator.free(*taken)
+            await self._make_space(size)
+
+    def _find(self, size: int) -> Place | None:
         if self._ended is not None:
             raise self._ended
         return self._allocator.allocate(size)
 
-    async def _copy_beside_loop(
-        self,
-        target: _Bytes,
-        source: _Bytes,
-        place: tuple[int, int],
+    async def _fill_beside_loop(
+        self, targets: list[memoryview], pieces: Sequence[Piece], places: list[Place]
     ) -> None:
-        copying = asyncio.get_running_loop().run_in_executor(None, np.copyto, target, source)
+        filling = asyncio.get_running_loop().run_in_executor(None, _fill, targets, pieces)
         try:
-            await asyncio.shield(copying)
+            await asyncio.wait((filling,))
         except asyncio.CancelledError:
-            # The copy cannot be stopped: the place stays taken until it has ended.
-            copying.add_done_callback(lambda _: self._free_place(*place))
+            # The copy cannot be stopped: its places stay taken until it has ended.
+            taken = list(places)
+            places.clear()
+            filling.add_done_callback(lambda _: self._free_places(taken))
+            filling.add_done_callback(asyncio.Future.exception)  # nobody else will look
             raise
+        filling.result()
 
     def free(self, ref: ArenaRef) -> None:
-        self._free_place(ref.chunk, ref.offset)
+        self._free_places([(ref.chunk, ref.offset)])
 
-    def _free_place(self, chunk: int, offset: int) -> None:
-        self._allocator.free(chunk, offset)
+    def _free_places(self, places: list[Place]) -> None:
+        if not places:
+            return
+        for place in places:
+            self._allocator.free(*place)
         waiting, self._waiting_for_space = self._waiting_for_space, []
         for future in waiting:
             if not future.done():
@@ -93,13 +163,14 @@ class InputArena:
 
     async def _make_space(self, size: int) -> None:
         """Wait until the arena has changed in a way that may help."""
-        if size > self._bytes_max:
-            raise ResourceExhausted(
-                f"a tensor of {size} bytes does not fit the input arena of {self._bytes_max} bytes"
-            )
         loop = asyncio.get_running_loop()
         if self._growing is None:
             if self._allocator.total_bytes + size + ALIGNMENT_BYTES > self._bytes_max:
+                if not self._allocator.used_bytes:  # all is free, and in too small pieces
+                    raise ResourceExhausted(
+                        f"a tensor of {size} bytes does not fit the input arena's chunks, which "
+                        f"have {self._allocator.total_bytes} of {self._bytes_max} bytes together"
+                    )
                 freed = loop.create_future()
                 self._waiting_for_space.append(freed)
                 await freed
