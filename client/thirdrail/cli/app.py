@@ -18,6 +18,8 @@ from thirdrail.cli import (
     extensions,
     infer,
     install_hint,
+    probe,
+    sessions,
     top,
 )
 from thirdrail.cli.session import Session, typed_by_hand
@@ -39,6 +41,8 @@ _EPILOG = """
   thirdrail describe digits                     its inputs and outputs
   thirdrail infer digits --input x=@image.npy   call it
   thirdrail top                                 watch the server work
+  thirdrail probe                               try every transport
+  thirdrail sessions                            who is on the lane
   thirdrail models --json | jq '.[].name'       for programs
 
 [bold]Exit codes[/bold]
@@ -187,5 +191,7 @@ for command in (
     commands.health,
     commands.metrics,
     top.top,
+    probe.probe,
 ):
     app.command()(command)
+app.add_typer(sessions.app, name="sessions")

@@ -7,13 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import grpc
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from thirdrail.channels import TlsOptions
+from thirdrail.channels import TlsOptions, open_channel
 from thirdrail.client import Client
+from thirdrail.discovery import find_address
 from thirdrail.errors import InvalidArgument
+from thirdrail.failures import rpc_errors
 
 _PIPE_COLUMNS = 240  # tables are not cut to a terminal's width where there is none
 
@@ -28,6 +31,13 @@ class Session:
 
     def client(self) -> Client:
         return Client(self.url, tls=self.tls)
+
+    @contextmanager
+    def channel(self) -> Iterator[tuple[str, grpc.Channel]]:
+        """The server's address and a channel to it, for services that Client has no methods of."""
+        address = find_address(self.url, sockets=self.tls is None)
+        with open_channel(address, self.tls, None) as channel, rpc_errors(address):
+            yield address, channel
 
 
 @contextmanager
