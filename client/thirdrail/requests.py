@@ -2,11 +2,18 @@
 """Building requests and reading answers: what both clients and streams share, without any I/O."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from types import TracebackType
+from typing import Any, Protocol, Self, TypedDict, Unpack
 
 from thirdrail import dtypes, failures, tensors
 from thirdrail.arrays import array_of_value, has_dtype
-from thirdrail.errors import Internal, InvalidArgument, ThirdrailError, Unimplemented
+from thirdrail.errors import (
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    ThirdrailError,
+    Unimplemented,
+)
 from thirdrail.models import ModelDescription
 from thirdrail.tensors import Array, TensorSpec
 from thirdrail.v1 import inference_pb2 as pb
@@ -27,39 +34,108 @@ class InferOptions(TypedDict, total=False):
     priority: int  # 1 is the highest; 0: the model's default
     parameters: Mapping[str, ParameterValue] | None
     classes: int | None  # the best N classes as b"value:index[:label]" instead of each output
+    borrow: bool  # over the lane, the arrays are views of the server's memory until released
+
+
+class Lease(Protocol):
+    """Memory that a result's arrays show and that somebody waits for."""
+
+    def release(self) -> None: ...
 
 
 class Result(Mapping[str, Array]):
     """The outputs of one request by name, in the model's order. The arrays are read-only.
 
-    BYTES outputs are object arrays of bytes.
+    BYTES outputs are object arrays of bytes. Arrays of a borrowed result (`infer(borrow=True)` over
+    the lane) lie in memory that the server needs again: leave a `with` block around the result, or
+    call `release`, and do not look at them afterwards; or let go of all of them.
     """
 
-    __slots__ = ("_arrays", "model_name", "model_version", "parameters", "request_id", "timing")
+    __slots__ = ("_arrays", "_lease", "_response")
 
-    def __init__(self, response: pb.InferResponse) -> None:
-        self._arrays = {tensor.name: _read_only(tensor) for tensor in response.outputs}
-        self.model_name: str = response.model_name
-        self.model_version: int = response.model_version  # the one that ran
-        self.request_id: str = response.request_id
-        self.timing: pb.Timing = response.timing  # where the time went, in nanoseconds
-        self.parameters: dict[str, ParameterValue] = {
+    def __init__(
+        self,
+        response: pb.InferResponse,
+        arrays: dict[str, Array] | None = None,
+        lease: Lease | None = None,
+    ) -> None:
+        if arrays is None:
+            arrays = {tensor.name: _read_only(tensor) for tensor in response.outputs}
+            response = _without_outputs(response)
+        self._arrays: dict[str, Array] | None = arrays
+        self._response = response
+        self._lease = lease
+
+    @property
+    def model_name(self) -> str:
+        return self._response.model_name
+
+    @property
+    def model_version(self) -> int:
+        """The one that ran."""
+        return self._response.model_version
+
+    @property
+    def request_id(self) -> str:
+        return self._response.request_id
+
+    @property
+    def timing(self) -> pb.Timing:
+        """Where the time went, in nanoseconds."""
+        return self._response.timing
+
+    @property
+    def parameters(self) -> dict[str, ParameterValue]:
+        return {
             name: getattr(value, value.WhichOneof("value") or "bool_value")
-            for name, value in response.parameters.items()
+            for name, value in self._response.parameters.items()
         }
 
+    @property
+    def is_borrowed(self) -> bool:
+        """Whether memory of the server waits for `release`."""
+        return self._lease is not None
+
+    def release(self) -> None:
+        """Let go of the arrays. Those of a borrowed result must not be used any more, wherever they
+        are: their memory will hold another result. May be called twice.
+        """
+        self._arrays = None
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
     def __getitem__(self, name: str) -> Array:
-        return self._arrays[name]
+        return self._held()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
+        return iter(self._held())
 
     def __len__(self) -> int:
-        return len(self._arrays)
+        return len(self._held())
 
     def __repr__(self) -> str:
+        whose = f"Result of {self.model_name} version {self.model_version}"
+        if self._arrays is None:
+            return f"<{whose}: released>"
         arrays = ", ".join(f"{n}: {a.dtype}{list(a.shape)}" for n, a in self._arrays.items())
-        return f"<Result of {self.model_name} version {self.model_version}: {arrays}>"
+        return f"<{whose}: {arrays}>"
+
+    def _held(self) -> dict[str, Array]:
+        if self._arrays is None:
+            raise FailedPrecondition("this result was released: its arrays are gone")
+        return self._arrays
 
 
 def needs_description(inputs: Inputs, options: InferOptions) -> bool:
@@ -76,6 +152,20 @@ def write_request(
     model: str,
     inputs: Inputs,
     description: ModelDescription | None,
+    **options: Unpack[InferOptions],
+) -> None:
+    """Fills in an empty request, which may be part of a stream's message. See `write_options`."""
+    write_options(request, model, description, **options)
+    for name, array in named_arrays(inputs, description).items():
+        dtype, data = dtypes.dtype_of_array(array), tensors.bytes_of_array(array)
+        # Filled in place: appending a finished tensor would copy its bytes once more.
+        request.inputs.add(name=name, data_type=dtype.value, shape=array.shape, raw=bytes(data))
+
+
+def write_options(
+    request: pb.InferRequest,
+    model: str,
+    description: ModelDescription | None,
     *,
     outputs: Sequence[str] | None = None,
     version: int = 0,
@@ -84,11 +174,12 @@ def write_request(
     priority: int = 0,
     parameters: Mapping[str, ParameterValue] | None = None,
     classes: int | None = None,
+    borrow: bool = False,
 ) -> None:
-    """Fills in an empty request, which may be part of a stream's message.
+    """Fills in everything but the inputs.
 
-    `description` is needed where `needs_description` says so.
-
+    description: needed where `needs_description` says so.
+    borrow: says nothing to the server.
     Raises InvalidArgument for values that cannot be sent, TypeError for an option of another name.
     """
     if isinstance(outputs, str):
@@ -105,10 +196,6 @@ def write_request(
         request.outputs.add(name=name, class_count=classes or 0)
     for name, value in (parameters or {}).items():
         request.parameters[name].CopyFrom(_parameter(name, value))
-    for name, array in _named_arrays(inputs, description).items():
-        dtype, data = dtypes.dtype_of_array(array), tensors.bytes_of_array(array)
-        # Filled in place: appending a finished tensor would copy its bytes once more.
-        request.inputs.add(name=name, data_type=dtype.value, shape=array.shape, raw=bytes(data))
 
 
 def outcome_of_answer(answer: pb.InferResponse) -> Result | ThirdrailError:
@@ -128,7 +215,8 @@ def outcome_of_response(response: pb.InferResponse) -> Result | ThirdrailError:
         return Internal(f"the server's answer cannot be read: {error}")
 
 
-def _named_arrays(inputs: Inputs, description: ModelDescription | None) -> dict[str, Array]:
+def named_arrays(inputs: Inputs, description: ModelDescription | None) -> dict[str, Array]:
+    """The arrays to send, by input. Raises InvalidArgument for what cannot be one."""
     if not isinstance(inputs, Mapping):
         assert description is not None
         inputs = {_only_input(description).name: inputs}
@@ -192,3 +280,16 @@ def _read_only(tensor: Any) -> Array:
     if array.flags.writeable:
         array.flags.writeable = False
     return array
+
+
+def _without_outputs(response: pb.InferResponse) -> pb.InferResponse:
+    """The rest of it, so that a result does not keep its tensors' bytes twice."""
+    rest = pb.InferResponse(
+        model_name=response.model_name,
+        model_version=response.model_version,
+        request_id=response.request_id,
+        timing=response.timing,
+    )
+    for name, value in response.parameters.items():
+        rest.parameters[name].CopyFrom(value)
+    return rest

@@ -26,6 +26,11 @@ class ArenaAllocator:
     def used_bytes(self) -> int:
         return sum(self._used.values())
 
+    @property
+    def used_count(self) -> int:
+        """How many pieces are allocated."""
+        return len(self._used)
+
     def add_chunk(self, size: int) -> int:
         """A new chunk of `size` bytes, all free. Returns its number."""
         self._chunk_bytes.append(size)
