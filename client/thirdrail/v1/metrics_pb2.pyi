@@ -58,8 +58,13 @@ class SnapshotResponse(google.protobuf.message.Message):
     SERVER_VERSION_FIELD_NUMBER: builtins.int
     MODELS_FIELD_NUMBER: builtins.int
     WORKERS_FIELD_NUMBER: builtins.int
+    REGIONS_FIELD_NUMBER: builtins.int
+    REGION_BYTES_FIELD_NUMBER: builtins.int
     uptime_ns: builtins.int
     server_version: builtins.str
+    regions: builtins.int
+    """shared memory that KServe clients have registered, now"""
+    region_bytes: builtins.int
     @property
     def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ModelCounters]: ...
     @property
@@ -71,8 +76,10 @@ class SnapshotResponse(google.protobuf.message.Message):
         server_version: builtins.str = ...,
         models: collections.abc.Iterable[global___ModelCounters] | None = ...,
         workers: collections.abc.Iterable[global___WorkerStatus] | None = ...,
+        regions: builtins.int = ...,
+        region_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["models", b"models", "server_version", b"server_version", "uptime_ns", b"uptime_ns", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["models", b"models", "region_bytes", b"region_bytes", "regions", b"regions", "server_version", b"server_version", "uptime_ns", b"uptime_ns", "workers", b"workers"]) -> None: ...
 
 global___SnapshotResponse = SnapshotResponse
 
