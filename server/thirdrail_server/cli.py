@@ -15,6 +15,7 @@ from thirdrail_server.config import (
     ConfigError,
     ModelControlMode,
     ServerConfig,
+    SessionLimits,
     TlsFiles,
     WorkerConfig,
 )
@@ -35,6 +36,8 @@ NEEDED_MODULES = (
 
 # Which flag sets what a ConfigError speaks of.
 _FLAGS = {
+    "arena_bytes_per_uid_max": "--lane-memory-mib",
+    "arena_bytes_total_max": "--lane-memory-mib",
     "concurrent_calls_max": "--max-calls",
     "connections_max": "--max-connections",
     "derive_batch_rows": "--derive-batching",
@@ -44,12 +47,16 @@ _FLAGS = {
     "model_control": "--model-control",
     "poll_interval_s": "--poll-interval",
     "queue_requests_max": "--max-queue",
+    "sessions_max": "--max-sessions",
+    "sessions_per_uid_max": "--max-sessions-per-uid",
     "shutdown_s_max": "--shutdown-seconds",
     "stream_requests_in_flight_max": "--max-stream-requests",
     "threads_max": "--threads",
+    "uids": "--lane-uid",
 }
 
 Listening = "Listening"
+Lane = "Lane"
 Models = "Models"
 Limits = "Limits"
 Operation = "Operation"
@@ -103,6 +110,42 @@ def serve(
             panel=Listening,
         ),
     ] = None,
+    no_lane: Annotated[
+        bool,
+        _option("Let no client attach: no calls through shared memory.", "--no-lane", panel=Lane),
+    ] = False,
+    lane_uid: Annotated[
+        list[str] | None,
+        _option(
+            "A user who may attach. Repeatable; 'any' for all. [default: the server's own]",
+            "--lane-uid",
+            panel=Lane,
+            metavar="UID",
+        ),
+    ] = None,
+    max_sessions: Annotated[
+        int, _option("Clients attached at once.", "--max-sessions", panel=Lane)
+    ] = SessionLimits.sessions_max,
+    max_sessions_per_uid: Annotated[
+        int,
+        _option("The same, of one user.", "--max-sessions-per-uid", panel=Lane),
+    ] = SessionLimits.sessions_per_uid_max,
+    lane_memory_mib: Annotated[
+        int,
+        _option(
+            "Shared memory of all clients together; one user gets half of it.",
+            "--lane-memory-mib",
+            panel=Lane,
+        ),
+    ] = SessionLimits.arena_bytes_total_max // MIB,
+    huge_pages: Annotated[
+        bool,
+        _option(
+            "Make shared memory of 2 MiB pages, as far as the host has set some aside.",
+            "--huge-pages",
+            panel=Lane,
+        ),
+    ] = False,
     model_control: Annotated[
         ModelControlMode,
         _option(
@@ -205,6 +248,15 @@ def serve(
     compress: Annotated[
         bool, _option("Compress responses with gzip.", "--compress", panel=Operation)
     ] = False,
+    allow_client_shm: Annotated[
+        bool,
+        _option(
+            "Let KServe clients register shared memory of this host. Whoever may call the server "
+            "may then have it read and written.",
+            "--allow-client-shm",
+            panel=Operation,
+        ),
+    ] = False,
     channelz: Annotated[
         bool, _option("Offer gRPC's channelz debugging service.", "--channelz", panel=Operation)
     ] = False,
@@ -232,6 +284,7 @@ def serve(
             repository=repository,
             address=None if no_tcp else address,
             socket=None if no_socket else socket or _default_socket(),
+            lane=not no_lane,
             tls=tls,
             model_control=model_control,
             load_models=tuple(load_model or ()),
@@ -241,6 +294,7 @@ def serve(
             metrics_host=metrics_host,
             channelz=channelz,
             compress=compress,
+            allow_client_shm=allow_client_shm,
             strict_readiness=_is_strict(ready_when),
             message_bytes_max=max_message_mib * MIB,
             concurrent_calls_max=max_calls,
@@ -248,7 +302,17 @@ def serve(
             stream_requests_in_flight_max=max_stream_requests,
             shutdown_s_max=shutdown_seconds,
             worker=WorkerConfig(
-                threads_max=threads, queue_requests_max=max_queue, derive_batch_rows=derive_batching
+                threads_max=threads,
+                queue_requests_max=max_queue,
+                derive_batch_rows=derive_batching,
+                sessions=SessionLimits(
+                    uids=_uids(lane_uid),
+                    sessions_max=max_sessions,
+                    sessions_per_uid_max=max_sessions_per_uid,
+                    arena_bytes_total_max=lane_memory_mib * MIB,
+                    arena_bytes_per_uid_max=lane_memory_mib * MIB // 2,
+                    huge_pages=huge_pages,
+                ),
             ),
         )
         _run(config, suggest=suggest_config)
@@ -294,6 +358,17 @@ def _default_socket() -> Path:
     from thirdrail.discovery import default_socket_path
 
     return default_socket_path()
+
+
+def _uids(texts: list[str] | None) -> tuple[int, ...] | None:
+    if not texts:
+        return SessionLimits.uids
+    if "any" in texts:
+        return None
+    for text in texts:
+        if not (text.isascii() and text.isdecimal()):
+            raise ConfigError(f"--lane-uid takes a user's number, or any, got '{text}'")
+    return tuple(map(int, texts))
 
 
 def _is_strict(ready_when: str) -> bool:

@@ -113,6 +113,18 @@ class ControlLimits:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class RegionLimits:
+    """Of KServe's shared memory: the regions that clients register, all of them together."""
+
+    regions_max: int = 256  # each keeps a file open
+    name_chars_max: int = 256
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            _require(self, each.name, 1)
+
+
 class ModelControlMode(StrEnum):
     NONE = "none"  # all models of the repository are loaded at the start, and that is all
     EXPLICIT = "explicit"  # models are loaded and unloaded by calls
@@ -142,6 +154,9 @@ class ServerConfig:
     compress: bool = False  # gzip for responses; compressed requests are always understood
     strict_readiness: bool = True  # ready only when every startup model is
 
+    # Whoever may call the server may then have it read and write shared memory of this host.
+    allow_client_shm: bool = False
+
     message_bytes_max: int = 64 * MIB
     concurrent_calls_max: int = 1024  # calls and streams at once, all connections together
     connections_max: int = 1024
@@ -150,6 +165,7 @@ class ServerConfig:
     shutdown_s_max: float = 30.0
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     control: ControlLimits = field(default_factory=ControlLimits)
+    regions: RegionLimits = field(default_factory=RegionLimits)
 
     def __post_init__(self) -> None:
         if self.address is None and self.socket is None:

@@ -37,6 +37,13 @@ class Stubs:
         return int(answer.status)
 
 
+class Registered:
+    """What the metrics ask of the shared memory that clients have registered."""
+
+    count = 2
+    total_bytes = 4096
+
+
 @contextlib.asynccontextmanager
 async def serving(plane: Any, folder: Path) -> AsyncIterator[Stubs]:
     folder.chmod(0o700)
@@ -45,7 +52,7 @@ async def serving(plane: Any, folder: Path) -> AsyncIterator[Stubs]:
     server = grpc.aio.server()
     models = ModelsServicer(plane.catalog, plane.control, access.authorize)
     models_pb2_grpc.add_ModelsServicer_to_server(models, server)
-    figures = MetricsServicer(plane.control, plane.worker)
+    figures = MetricsServicer(plane.control, plane.worker, Registered())
     metrics_pb2_grpc.add_MetricsServicer_to_server(figures, server)
     health = HealthServicer(plane.catalog, strict_readiness=True)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -223,6 +230,8 @@ async def test_metrics_in_three_forms(repository: Any, open_plane: Any, tmp_path
         text = (await stubs.metrics.Scrape(metrics_pb2.ScrapeRequest())).text
         assert 'thirdrail_requests_total{model="m",outcome="ok",version="1"} 1.0' in text
         assert 'thirdrail_worker_up{worker="cpu"} 1.0' in text
+        assert "\nthirdrail_regions 2.0\n" in text
+        assert "\nthirdrail_region_bytes 4096.0\n" in text
         await plane.kill_worker()
         snapshot = await stubs.metrics.Snapshot(metrics_pb2.SnapshotRequest())
         assert [(each.name, each.requests_ok) for each in snapshot.models] == [("m", 1)]

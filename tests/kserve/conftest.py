@@ -10,14 +10,15 @@ from pathlib import Path
 import grpc
 import pytest
 
-from thirdrail.dtypes import Buffer
 from thirdrail.errors import ThirdrailError
+from thirdrail.lane.input_arena import Piece, bytes_of
 from thirdrail.v1 import inference_pb2, metrics_pb2, tensor_pb2
 from thirdrail_server.config import ServerConfig
 from thirdrail_server.control_messages import LoadedModel
 from thirdrail_server.front.control.catalog import Catalog
 from thirdrail_server.front.control.model_control import ModelControl, TellProgress
 from thirdrail_server.front.dispatch import Dispatcher, Result
+from thirdrail_server.front.kserve.regions import RegionRegistry
 from thirdrail_server.front.kserve.servicer import KServeServicer
 from thirdrail_server.front.kserve.status import Context
 from thirdrail_server.inference import grpc_service_pb2 as kserve
@@ -54,7 +55,7 @@ class EchoDispatcher(Dispatcher):
         self.results: list[EchoResult] = []
 
     async def infer(
-        self, request: inference_pb2.InferRequest, data: Sequence[Buffer | None], *, flow: int
+        self, request: inference_pb2.InferRequest, data: Sequence[Piece | None], *, flow: int
     ) -> EchoResult:
         self.started.append(request.request_id)
         self.requests.append(request)
@@ -72,7 +73,7 @@ class EchoDispatcher(Dispatcher):
         return result
 
     def _result(
-        self, request: inference_pb2.InferRequest, data: Sequence[Buffer | None]
+        self, request: inference_pb2.InferRequest, data: Sequence[Piece | None]
     ) -> EchoResult:
         kind, _, reason = request.request_id.partition(":")
         if kind == "fail":
@@ -89,7 +90,7 @@ class EchoDispatcher(Dispatcher):
             outputs=outputs,
             final=True,
         )
-        return EchoResult(response, [memoryview(bytearray(each or b"")) for each in data])
+        return EchoResult(response, [memoryview(bytearray(bytes_of(each or b""))) for each in data])
 
 
 class RecordingControl(ModelControl):
@@ -172,15 +173,19 @@ def serve(tmp_path: Path) -> Serve:
             for error in refusal:
                 raise error
 
+        settings = ServerConfig(repository=tmp_path, **config)  # type: ignore[arg-type]
         catalog, control = example_catalog(), RecordingControl()
         dispatcher = EchoDispatcher(catalog)
         servicer = KServeServicer(
             dispatcher=dispatcher,
             catalog=catalog,
             control=control,
+            regions=RegionRegistry(
+                settings.regions, is_enabled=settings.allow_client_shm, owners=None
+            ),
             authorize_control=authorize,
             authorize_settings=authorize,
-            config=ServerConfig(repository=tmp_path, **config),  # type: ignore[arg-type]
+            config=settings,
         )
         server = grpc.aio.server()
         server.add_generic_rpc_handlers((servicer.handler(),))

@@ -27,10 +27,12 @@ def config_of(**fields: Any) -> kserve.ModelConfig:
 
 
 def test_server_metadata_lists_what_is_served() -> None:
-    message = metadata.server_metadata("triton", "1.2")
+    message = metadata.server_metadata("triton", "1.2", has_regions=False)
     assert (message.name, message.version) == ("triton", "1.2")
     assert "statistics" in message.extensions  # perf_analyzer asks for none without it
     assert "system_shared_memory" not in message.extensions
+    with_regions = metadata.server_metadata("triton", "1.2", has_regions=True)
+    assert set(with_regions.extensions) - set(message.extensions) == {"system_shared_memory"}
 
 
 def test_model_metadata_without_batching_shows_the_shapes_as_declared() -> None:

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.regions import no_regions
 from thirdrail.errors import InvalidArgument
+from thirdrail.lane.input_arena import bytes_of
 from thirdrail_server.front.kserve.requests import native_request, parsed_request
 from thirdrail_server.front.wire import LARGE_BYTES_MIN
 from thirdrail_server.inference import grpc_service_pb2 as kserve
@@ -42,17 +44,19 @@ def test_the_dispatcher_gets_what_protobuf_would_have_read(
     body = request.SerializeToString()
     if inputs > len(raw_sizes):
         with pytest.raises(InvalidArgument, match="unable to find data"):
-            native_request(*parsed_request(body), time_left_us=None)
+            native_request(*parsed_request(body), regions=no_regions(), time_left_us=None)
         return
-    native, data = native_request(*parsed_request(body), time_left_us=None)
-    expected, plain = native_request(request, time_left_us=None)
+    native, data = native_request(*parsed_request(body), regions=no_regions(), time_left_us=None)
+    expected, plain = native_request(request, regions=no_regions(), time_left_us=None)
     assert native == expected
-    assert [bytes(each or b"") for each in data] == plain
+    assert [bytes_of(each or b"") for each in data] == plain
 
 
 def test_large_tensors_are_views_of_the_message_that_came() -> None:
     body = request_of([LARGE_BYTES_MIN, 8]).SerializeToString()
-    _, (large, small) = native_request(*parsed_request(body), time_left_us=None)
+    _, (large, small) = native_request(
+        *parsed_request(body), regions=no_regions(), time_left_us=None
+    )
     assert isinstance(large, memoryview)
     assert large.obj is body
     assert isinstance(small, bytes)
@@ -62,7 +66,9 @@ def test_contents_beside_a_large_raw_entry_are_refused() -> None:
     request = request_of([LARGE_BYTES_MIN])
     request.inputs[0].contents.uint_contents.append(1)
     with pytest.raises(InvalidArgument, match="contents field must not be specified when using"):
-        native_request(*parsed_request(request.SerializeToString()), time_left_us=None)
+        native_request(
+            *parsed_request(request.SerializeToString()), regions=no_regions(), time_left_us=None
+        )
 
 
 def test_a_large_message_that_makes_no_sense_is_refused_with_its_size() -> None:

@@ -8,8 +8,10 @@ from google.protobuf.message import DecodeError
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from support.regions import no_regions
 from thirdrail.dtypes import BY_NAME, BY_VALUE, decode_bytes
 from thirdrail.errors import InvalidArgument, Unimplemented
+from thirdrail.lane.input_arena import bytes_of
 from thirdrail.v1 import inference_pb2
 from thirdrail_server.front.kserve import repository
 from thirdrail_server.front.kserve.requests import native_request
@@ -107,7 +109,7 @@ valid_requests = st.builds(
 
 def check(request: kserve.ModelInferRequest) -> None:
     try:
-        native, data = native_request(request, time_left_us=TIME_LEFT_US)
+        native, data = native_request(request, regions=no_regions(), time_left_us=TIME_LEFT_US)
     except (InvalidArgument, Unimplemented) as error:
         event(type(error).__name__)
         return
@@ -155,9 +157,9 @@ def test_bytes_elements_come_out_as_they_went_in(elements: list[bytes]) -> None:
         shape=[len(elements)],
         contents=kserve.InferTensorContents(bytes_contents=elements),
     )
-    _, (raw,) = native_request(Request(inputs=[tensor]), time_left_us=None)
+    _, (raw,) = native_request(Request(inputs=[tensor]), regions=no_regions(), time_left_us=None)
     assert raw is not None
-    assert decode_bytes(raw, len(elements)) == elements
+    assert decode_bytes(bytes_of(raw), len(elements)) == elements
 
 
 json_values = st.recursive(

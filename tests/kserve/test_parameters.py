@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from support.regions import no_regions
 from thirdrail.errors import InvalidArgument, Unimplemented
 from thirdrail.v1 import inference_pb2
 from thirdrail_server.front.kserve.requests import native_request
@@ -26,7 +27,7 @@ def request_of(**fields: Any) -> Request:
 
 
 def native(**fields: Any) -> inference_pb2.InferRequest:
-    return native_request(request_of(**fields), time_left_us=None)[0]
+    return native_request(request_of(**fields), regions=no_regions(), time_left_us=None)[0]
 
 
 def refusal(**fields: Any) -> str:
@@ -157,7 +158,10 @@ def test_the_nearer_of_timeout_and_deadline_counts(
     timeout_us: int, time_left_us: int | None, expected_us: int
 ) -> None:
     request = request_of(parameters={"timeout": Parameter(int64_param=timeout_us)})
-    assert native_request(request, time_left_us=time_left_us)[0].timeout_us == expected_us
+    assert (
+        native_request(request, regions=no_regions(), time_left_us=time_left_us)[0].timeout_us
+        == expected_us
+    )
 
 
 # Shared memory and classification
@@ -232,11 +236,13 @@ def test_a_region_beside_contents_is_refused() -> None:
         {"outputs": [output_of(parameters=region())]},
     ],
 )
-def test_a_well_formed_region_is_not_served_and_the_text_says_what_to_do(
-    fields: dict[str, Any],
-) -> None:
-    with pytest.raises(Unimplemented, match=r"does not serve those: (send its|ask for it)"):
+def test_where_regions_are_off_the_text_says_how_to_switch_them_on(fields: dict[str, Any]) -> None:
+    with pytest.raises(Unimplemented) as caught:
         native(**fields)
+    assert caught.value.message == (
+        "Client shared memory is disabled. Start the server with '--allow-client-shm=true' to "
+        "enable."
+    )
 
 
 def test_classification_becomes_a_class_count() -> None:

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from thirdrail.dtypes import DTYPES, Buffer, decode_bytes
+from support.regions import no_regions
+from thirdrail.dtypes import DTYPES, decode_bytes
 from thirdrail.errors import InvalidArgument
+from thirdrail.lane.input_arena import bytes_of
 from thirdrail.v1 import inference_pb2, tensor_pb2
 from thirdrail_server.front.kserve.requests import native_request
 from thirdrail_server.inference import grpc_service_pb2 as kserve
@@ -26,7 +28,7 @@ def request_of(**fields: Any) -> Request:
 
 
 def native(**fields: Any) -> inference_pb2.InferRequest:
-    return native_request(request_of(**fields), time_left_us=None)[0]
+    return native_request(request_of(**fields), regions=no_regions(), time_left_us=None)[0]
 
 
 def refusal(**fields: Any) -> str:
@@ -56,7 +58,7 @@ def test_every_part_of_a_request_arrives() -> None:
         raw_input_contents=[b"a" * 16, b"\x01\0\0\0b"],
     )
 
-    message, data = native_request(request, time_left_us=None)
+    message, data = native_request(request, regions=no_regions(), time_left_us=None)
 
     assert message == inference_pb2.InferRequest(
         model_name="M",
@@ -105,7 +107,7 @@ def test_raw_entries_belong_to_inputs_in_order_and_extra_ones_are_ignored() -> N
     request = request_of(
         inputs=[input_of(name="A"), input_of(name="B")], raw_input_contents=[b"1", b"2", b"3"]
     )
-    assert native_request(request, time_left_us=None)[1] == [b"1", b"2"]
+    assert native_request(request, regions=no_regions(), time_left_us=None)[1] == [b"1", b"2"]
 
 
 def test_contents_beside_raw_entries_are_refused() -> None:
@@ -122,10 +124,12 @@ def test_an_input_without_data_is_refused(inputs: int) -> None:
     assert text == "unable to find data for input tensor 'X' for model 'M' in request."
 
 
-def raw_of(datatype: str, **contents: Any) -> Buffer | None:
+def raw_of(datatype: str, **contents: Any) -> bytes:
     tensor = input_of(datatype=datatype, contents=kserve.InferTensorContents(**contents))
     request = request_of(inputs=[tensor], raw_input_contents=[])
-    return native_request(request, time_left_us=None)[1][0]
+    _, (raw,) = native_request(request, regions=no_regions(), time_left_us=None)
+    assert raw is not None
+    return bytes_of(raw)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +156,6 @@ def test_typed_contents_become_raw_bytes(field: str, datatype: str, elements: li
 def test_bytes_contents_get_length_prefixes() -> None:
     elements = [b"", b"a\0b", b"\xff" * 300]
     raw = raw_of("BYTES", bytes_contents=elements)
-    assert raw is not None
     assert raw[4:8] == b"\x03\0\0\0"
     assert decode_bytes(raw, 3) == elements
 

@@ -228,8 +228,8 @@ def test_repository_names_are_not_supported(serve: Serve) -> None:
 
 def test_shared_memory_is_off(serve: Serve) -> None:
     text = (
-        "Client shared memory is not served by this version of Thirdrail; send tensors in the "
-        "request"
+        "Client shared memory is disabled. Start the server with '--allow-client-shm=true' to "
+        "enable."
     )
 
     async def run() -> None:

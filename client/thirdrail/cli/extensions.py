@@ -34,10 +34,36 @@ def load(name: str) -> Any:
     holder = typer.Typer(
         add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
     )
-    holder.command(name, context_settings={"help_option_names": ["-h", "--help"]})(
+    holder.command(name, cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})(
         _entry_points()[name].load()
     )
     return typer.main.get_command(holder)
+
+
+class _Command(TyperCommand):
+    """A flag may also be written as --flag=true or --flag=false, as Triton's server has it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        flags = {
+            name for each in self.params if getattr(each, "is_flag", False) for name in each.opts
+        }
+        return super().parse_args(ctx, flags_without_values(args, flags))
+
+
+def flags_without_values(args: list[str], flags: set[str]) -> list[str]:
+    """The same wishes about `flags` without values; of several about one flag the last counts."""
+    kept: list[str] = []
+    for at, arg in enumerate(args):
+        if arg == "--":
+            return [*kept, *args[at:]]
+        flag, _, value = arg.partition("=")
+        if flag in flags and value in ("true", "false"):
+            kept = [each for each in kept if each != flag]
+            if value == "true":
+                kept.append(flag)
+        else:
+            kept.append(arg)
+    return kept
 
 
 def outline(name: str) -> TyperCommand | None:

@@ -8,9 +8,9 @@ worker fails at once, in the same form as one that the worker refused.
 import logging
 from collections.abc import Sequence
 
-from thirdrail.dtypes import Buffer
 from thirdrail.errors import NotFound, ThirdrailError, Unavailable
 from thirdrail.lane.aio import AsyncLane, Reply
+from thirdrail.lane.input_arena import Piece
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail_server.front.control.catalog import Catalog
 
@@ -40,11 +40,11 @@ class Dispatcher:
         return self._lane.calls_in_flight if self._lane is not None else 0
 
     async def infer(
-        self, request: pb.InferRequest, data: Sequence[Buffer | None], *, flow: int
+        self, request: pb.InferRequest, data: Sequence[Piece | None], *, flow: int
     ) -> Result:
         """Send a request; failures are results too.
 
-        data: per input its bytes, or None where they are in the request as values.
+        data: per input its bytes, or where they are, or None: they are in the request as values.
         """
         try:
             result = await self._lane_now().call(request, data, flow=flow)

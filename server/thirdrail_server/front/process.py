@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from thirdrail.lane.aio import AsyncLane
-from thirdrail.v1 import inference_pb2, metrics_pb2, models_pb2
+from thirdrail.v1 import inference_pb2, metrics_pb2, models_pb2, sessions_pb2
 from thirdrail_server.config import ConfigError, ServerConfig
 from thirdrail_server.control_channel import ChannelLimits
 from thirdrail_server.front import announcements
@@ -32,9 +32,12 @@ from thirdrail_server.front.control.supervisor import Supervisor
 from thirdrail_server.front.control.worker_process import WorkerProcess, start_worker
 from thirdrail_server.front.dispatch import Dispatcher
 from thirdrail_server.front.handlers import service_handler
+from thirdrail_server.front.kserve.regions import RegionRegistry
 from thirdrail_server.front.kserve.servicer import KServeServicer
 from thirdrail_server.front.listeners import channel_options, listen, why_not_bindable
 from thirdrail_server.front.native_inference import NativeInference
+from thirdrail_server.front.sessions.lane_socket import LaneSocket, bind_lane
+from thirdrail_server.front.sessions.service import SessionsServicer
 from thirdrail_server.inference import grpc_service_pb2
 from thirdrail_server.worker.process import GIL_SWITCH_S
 
@@ -61,7 +64,10 @@ class Front:
             ChannelLimits(),
         )
         self._control = ModelControl(config, self.catalog, self._worker)
-        self._metrics = MetricsServicer(self._control, self._worker)
+        self._regions = RegionRegistry(
+            config.regions, is_enabled=config.allow_client_shm, owners=(os.geteuid(),)
+        )
+        self._metrics = MetricsServicer(self._control, self._worker, self._regions)
         self._metrics_endpoint = MetricsEndpoint(self._metrics.text)
         self._native = NativeInference(
             self.dispatcher, stream_requests_in_flight_max=config.stream_requests_in_flight_max
@@ -71,6 +77,7 @@ class Front:
             dispatcher=self.dispatcher,
             catalog=self.catalog,
             control=self._control,
+            regions=self._regions,
             authorize_control=access.authorize,
             authorize_settings=access.authorize_settings,
             config=config,
@@ -82,6 +89,8 @@ class Front:
             maximum_concurrent_rpcs=config.concurrent_calls_max,
             compression=grpc.Compression.Gzip if config.compress else None,
         )
+        self._sessions = SessionsServicer(config, self._worker)
+        self._lane_socket: LaneSocket | None = None
         self._is_listening = False
         self._add_services()
 
@@ -92,8 +101,16 @@ class Front:
             service_handler(_service(models_pb2), self._models),
             service_handler(_service(metrics_pb2), self._metrics),
             service_handler(_service(health_pb2), self._health),
+            service_handler(_service(sessions_pb2), self._sessions),
         ]
-        modules = (inference_pb2, grpc_service_pb2, models_pb2, metrics_pb2, health_pb2)
+        modules = (
+            inference_pb2,
+            grpc_service_pb2,
+            models_pb2,
+            metrics_pb2,
+            health_pb2,
+            sessions_pb2,
+        )
         names = [_service(module).full_name for module in modules]
         reflecting = reflection.aio.ReflectionServicer([*names, reflection.SERVICE_NAME])
         handlers.append(service_handler(_service(reflection_pb2), reflecting))
@@ -109,6 +126,8 @@ class Front:
         """
         address = listen(self._server, self._config)
         self._is_listening = True
+        self._lane_socket = bind_lane(self._config)
+        self._sessions.listening(address, self._lane_socket.path if self._lane_socket else None)
         await self._server.start()
         await self._control.start()
         if self._config.metrics_port is not None:
@@ -137,6 +156,8 @@ class Front:
         await self._metrics_endpoint.stop()
         await self._control.stop()
         await self._worker.stop()
+        if self._lane_socket is not None:
+            self._lane_socket.close()
         if self._is_listening and self._config.socket is not None:  # else it is somebody else's
             self._config.socket.unlink(missing_ok=True)
 
@@ -153,7 +174,10 @@ class Front:
         arguments = ["--front-pid", str(os.getpid()), "--config", self._config.worker.to_json()]
         if self._config.socket is not None:
             arguments += ["--remove", str(self._config.socket)]
-        return start_worker(arguments)
+        if self._lane_socket is None:
+            return start_worker(arguments)
+        arguments += ["--remove", str(self._lane_socket.path)]
+        return start_worker(arguments, lane_listener=self._lane_socket.sock)
 
     async def _attach_lane(self, sock: socket.socket) -> AsyncLane:
         lane = await AsyncLane.attach(sock)

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
@@ -29,12 +29,22 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _log = logging.getLogger(__name__)
 
 
+class Regions(Protocol):
+    """The shared memory that KServe clients have registered."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def total_bytes(self) -> int: ...
+
+
 class MetricsServicer(metrics_pb2_grpc.MetricsServicer):
     """Figures of the server since this object was made."""
 
-    def __init__(self, control: ModelControl, worker: Supervisor) -> None:
+    def __init__(self, control: ModelControl, worker: Supervisor, regions: Regions) -> None:
         self._control = control
         self._worker = worker
+        self._regions = regions
         self._started_ns = time.monotonic_ns()
 
     async def snapshot(self) -> pb.SnapshotResponse:
@@ -44,6 +54,8 @@ class MetricsServicer(metrics_pb2_grpc.MetricsServicer):
             server_version=__version__,
             models=counters,
             workers=[status],
+            regions=self._regions.count,
+            region_bytes=self._regions.total_bytes,
         )
 
     async def text(self) -> str:

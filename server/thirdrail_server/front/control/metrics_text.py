@@ -58,6 +58,10 @@ class _Figures(Collector):
         yield info
         uptime = snapshot.uptime_ns / NS_PER_S
         yield GaugeMetricFamily("thirdrail_uptime_seconds", "Since the server started.", uptime)
+        yield GaugeMetricFamily(
+            "thirdrail_regions", "Shared memory regions of KServe clients.", snapshot.regions
+        )
+        yield GaugeMetricFamily("thirdrail_region_bytes", "Their sizes.", snapshot.region_bytes)
         yield from _of_models(list(snapshot.models))
         yield from _of_workers(list(snapshot.workers))
 

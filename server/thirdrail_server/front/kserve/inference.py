@@ -9,13 +9,15 @@ import itertools
 import logging
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import Any, Protocol
 
 from thirdrail.errors import Internal, ThirdrailError, Unavailable
 from thirdrail.v1 import inference_pb2
-from thirdrail_server.front.dispatch import Dispatcher, Result
+from thirdrail_server.front.dispatch import Dispatcher
 from thirdrail_server.front.kserve import responses
+from thirdrail_server.front.kserve.region_outputs import written_to_regions
+from thirdrail_server.front.kserve.regions import RegionRegistry, RequestRegions
 from thirdrail_server.front.kserve.requests import native_request, parsed_request
 from thirdrail_server.front.kserve.status import INTERNAL_TEXT, Context, error_of, named
 from thirdrail_server.front.kserve.stream import StreamCut, replies_in_order
@@ -42,8 +44,15 @@ class Serialized(Protocol):
 class InferenceCalls:
     """Runs the inference calls of one server until it is told to stop."""
 
-    def __init__(self, dispatcher: Dispatcher, *, stream_requests_in_flight_max: int) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        registry: RegionRegistry,
+        *,
+        stream_requests_in_flight_max: int,
+    ) -> None:
         self._dispatcher = dispatcher
+        self._registry = registry
         self._in_flight_max = stream_requests_in_flight_max
         self._stream_flows = itertools.count(_STREAM_FLOWS_FROM)
         self._stop = asyncio.Event()
@@ -104,25 +113,27 @@ class InferenceCalls:
         serialized: Serialized,
     ) -> bytes:
         """The reply. Raises ThirdrailError alone."""
-        try:
-            native, data = native_request(request, large, time_left_us=_time_left_us(context))
-            result = await self._dispatcher.infer(native, data, flow=flow)
-            return _reply(result, request.id, serialized)
-        except ThirdrailError as error:
-            raise named(error, request.id) from None
-        except Exception:
-            _log.exception("request '%s' to model '%s' failed", request.id, request.model_name)
-            raise Internal(INTERNAL_TEXT) from None
-
-
-def _reply(result: Result, request_id: str, serialized: Serialized) -> bytes:
-    try:
-        response = result.response
-        if response.status.reason != inference_pb2.REASON_UNSPECIFIED:
-            raise error_of(response.status)
-        return serialized(response, result.data, request_id=request_id)
-    finally:
-        result.release()
+        with ExitStack() as held:  # what is given back when nobody reads or writes it any more
+            regions = RequestRegions(self._registry)
+            held.callback(regions.end)
+            try:
+                native, data = native_request(
+                    request, large, regions=regions, time_left_us=_time_left_us(context)
+                )
+                result = await self._dispatcher.infer(native, data, flow=flow)
+                held.callback(result.release)
+                response = result.response
+                if response.status.reason != inference_pb2.REASON_UNSPECIFIED:
+                    raise error_of(response.status)
+                outputs: responses.Data = result.data
+                if regions.targets:
+                    outputs = await written_to_regions(result, regions.targets, held)
+                return serialized(response, outputs, request_id=request.id)
+            except ThirdrailError as error:
+                raise named(error, request.id) from None
+            except Exception:
+                _log.exception("request '%s' to model '%s' failed", request.id, request.model_name)
+                raise Internal(INTERNAL_TEXT) from None
 
 
 def _time_left_us(context: Context) -> int | None:

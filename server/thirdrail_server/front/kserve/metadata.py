@@ -22,8 +22,9 @@ EXTENSIONS = (
 Tensor = kserve.ModelInput | kserve.ModelOutput
 
 
-def server_metadata(name: str, version: str) -> kserve.ServerMetadataResponse:
-    return kserve.ServerMetadataResponse(name=name, version=version, extensions=EXTENSIONS)
+def server_metadata(name: str, version: str, *, has_regions: bool) -> kserve.ServerMetadataResponse:
+    extensions = [*EXTENSIONS, "system_shared_memory"] if has_regions else EXTENSIONS
+    return kserve.ServerMetadataResponse(name=name, version=version, extensions=extensions)
 
 
 def model_metadata(

@@ -2,8 +2,9 @@
 """The rules for a ModelInferRequest's parameter maps: which keys exist, of which type each is."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from thirdrail.errors import InvalidArgument, Unimplemented
+from thirdrail.errors import InvalidArgument
 from thirdrail.v1 import inference_pb2
 from thirdrail_server.inference import grpc_service_pb2 as kserve
 
@@ -36,6 +37,15 @@ _VALUE_FIELD = {
 }
 
 Parameters = Mapping[str, kserve.InferParameter]
+
+
+@dataclass(frozen=True, slots=True)
+class RegionRange:
+    """What a request says about a tensor in a region. Any numbers: nothing is checked yet."""
+
+    region: str
+    offset: int
+    byte_size: int
 
 
 def apply_request_parameters(parameters: Parameters, request: inference_pb2.InferRequest) -> None:
@@ -79,14 +89,14 @@ def _checked(key: str, value: int, value_max: int) -> int:
     return value
 
 
-def has_region(tensor: str, parameters: Parameters) -> bool:
-    """Whether a tensor is to be read from, or written to, a shared-memory region.
+def region_range(tensor: str, parameters: Parameters) -> RegionRange | None:
+    """Where in a shared-memory region a tensor is to be read or written; None: in the message.
 
     Raises InvalidArgument for a wrong type, an offset or size without a region, and a region
     without a size.
     """
     if not parameters:
-        return False
+        return None
     _require_type(tensor, parameters, _REGION, "string_param")
     for key in (_REGION_OFFSET, _REGION_SIZE):
         _require_type(tensor, parameters, key, "int64_param")
@@ -94,12 +104,16 @@ def has_region(tensor: str, parameters: Parameters) -> bool:
             raise InvalidArgument(
                 f"'{key}' can not be specified without '{_REGION}' parameter for tensor '{tensor}'"
             )
-    if _REGION in parameters and _REGION_SIZE not in parameters:
+    if _REGION not in parameters:
+        return None
+    if _REGION_SIZE not in parameters:
         raise InvalidArgument(
             f"'{_REGION_SIZE}' must be specified along with '{_REGION}' parameter for tensor "
             f"'{tensor}'"
         )
-    return _REGION in parameters
+    offset = parameters[_REGION_OFFSET].int64_param if _REGION_OFFSET in parameters else 0
+    size = parameters[_REGION_SIZE].int64_param
+    return RegionRange(parameters[_REGION].string_param, offset, size)
 
 
 def _require_type(tensor: str, parameters: Parameters, key: str, expected: str) -> None:
@@ -107,14 +121,6 @@ def _require_type(tensor: str, parameters: Parameters, key: str, expected: str) 
         raise InvalidArgument(
             f"invalid value type for '{key}' parameter for tensor '{tensor}', expected {expected}."
         )
-
-
-def refuse_region(tensor: str, instead: str) -> Unimplemented:
-    """The refusal of a well-formed region. `instead`: how the tensor can travel."""
-    return Unimplemented(
-        f"tensor '{tensor}' is in a shared-memory region, and this server does not serve those: "
-        f"{instead}"
-    )
 
 
 def class_count(tensor: str, parameters: Parameters) -> int:

@@ -73,12 +73,13 @@ def _elements(response: inference_pb2.InferResponse, data: Data) -> list[Buffer]
     """raw_output_contents in pieces."""
     pieces: list[Buffer] = []
     for tensor, raw in zip(response.outputs, data, strict=True):
-        elements = raw if raw is not None else _inline_elements(tensor)
+        elements = raw if raw is not None else inline_elements(tensor)
         pieces += bytes_field(_RAW_OUTPUT_CONTENTS, elements)
     return pieces
 
 
-def _inline_elements(tensor: tensor_pb2.Tensor) -> Buffer:
+def inline_elements(tensor: tensor_pb2.Tensor) -> Buffer:
+    """The raw bytes of a tensor that has its elements in the message."""
     if tensor.HasField("raw"):
         return tensor.raw
     return tensors.bytes_of_array(tensors.array_of_tensor(tensor))

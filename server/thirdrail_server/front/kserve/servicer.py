@@ -9,21 +9,19 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 
 from thirdrail import __version__
-from thirdrail.errors import InvalidArgument, NotFound, Unavailable, Unimplemented
+from thirdrail.errors import InvalidArgument, Unavailable
 from thirdrail_server.config import ServerConfig
 from thirdrail_server.front.control.catalog import Catalog, ServedModel, parse_version
 from thirdrail_server.front.control.model_control import ModelControl
 from thirdrail_server.front.dispatch import Dispatcher
 from thirdrail_server.front.handlers import service_handler
-from thirdrail_server.front.kserve import metadata, repository, settings, statistics
+from thirdrail_server.front.kserve import metadata, region_calls, repository, settings, statistics
 from thirdrail_server.front.kserve.inference import InferenceCalls
+from thirdrail_server.front.kserve.regions import RegionRegistry
 from thirdrail_server.front.kserve.status import Context, abort, answering
 from thirdrail_server.inference import grpc_service_pb2 as pb
 from thirdrail_server.inference.grpc_service_pb2_grpc import GRPCInferenceServiceServicer
 
-_REGIONS_TEXT = (
-    "Client shared memory is not served by this version of Thirdrail; send tensors in the request"
-)
 _SERVER_LOGGER = "thirdrail_server"
 
 
@@ -39,6 +37,7 @@ class KServeServicer(GRPCInferenceServiceServicer):
         dispatcher: Dispatcher,
         catalog: Catalog,
         control: ModelControl,
+        regions: RegionRegistry,
         authorize_control: Callable[[Context], None],
         authorize_settings: Callable[[Context], None],
         config: ServerConfig,
@@ -48,10 +47,13 @@ class KServeServicer(GRPCInferenceServiceServicer):
         authorize_settings: of one who may not change what the server logs.
         """
         self._calls = InferenceCalls(
-            dispatcher, stream_requests_in_flight_max=config.stream_requests_in_flight_max
+            dispatcher,
+            regions,
+            stream_requests_in_flight_max=config.stream_requests_in_flight_max,
         )
         self._catalog = catalog
         self._control = control
+        self._regions = regions
         self._authorize_control = authorize_control
         self._authorize_settings = authorize_settings
         self._config = config
@@ -97,7 +99,9 @@ class KServeServicer(GRPCInferenceServiceServicer):
     async def ServerMetadata(
         self, request: pb.ServerMetadataRequest, context: Context
     ) -> pb.ServerMetadataResponse:
-        return metadata.server_metadata(self._config.server_name, __version__)
+        return metadata.server_metadata(
+            self._config.server_name, __version__, has_regions=self._config.allow_client_shm
+        )
 
     @answering
     async def ModelMetadata(
@@ -195,41 +199,41 @@ class KServeServicer(GRPCInferenceServiceServicer):
     async def SystemSharedMemoryStatus(
         self, request: pb.SystemSharedMemoryStatusRequest, context: Context
     ) -> pb.SystemSharedMemoryStatusResponse:
-        if request.name:
-            raise NotFound(f"Unable to find system shared memory region: '{request.name}'")
-        return pb.SystemSharedMemoryStatusResponse()
+        return region_calls.system_status(self._regions, request.name)
 
     @answering
     async def SystemSharedMemoryRegister(
         self, request: pb.SystemSharedMemoryRegisterRequest, context: Context
     ) -> pb.SystemSharedMemoryRegisterResponse:
-        raise Unimplemented(_REGIONS_TEXT)
+        self._regions.register(request.name, request.key, request.offset, request.byte_size)
+        return pb.SystemSharedMemoryRegisterResponse()
 
     @answering
     async def SystemSharedMemoryUnregister(
         self, request: pb.SystemSharedMemoryUnregisterRequest, context: Context
     ) -> pb.SystemSharedMemoryUnregisterResponse:
-        raise Unimplemented(_REGIONS_TEXT)
+        region_calls.system_unregister(self._regions, request.name)
+        return pb.SystemSharedMemoryUnregisterResponse()
 
     @answering
     async def CudaSharedMemoryStatus(
         self, request: pb.CudaSharedMemoryStatusRequest, context: Context
     ) -> pb.CudaSharedMemoryStatusResponse:
-        if request.name:
-            raise NotFound(f"Unable to find cuda shared memory region: '{request.name}'")
-        return pb.CudaSharedMemoryStatusResponse()
+        return region_calls.cuda_status(self._regions, request.name)
 
     @answering
     async def CudaSharedMemoryRegister(
         self, request: pb.CudaSharedMemoryRegisterRequest, context: Context
     ) -> pb.CudaSharedMemoryRegisterResponse:
-        raise Unimplemented(_REGIONS_TEXT)
+        region_calls.cuda_register(self._regions, request.name)
+        return pb.CudaSharedMemoryRegisterResponse()
 
     @answering
     async def CudaSharedMemoryUnregister(
         self, request: pb.CudaSharedMemoryUnregisterRequest, context: Context
     ) -> pb.CudaSharedMemoryUnregisterResponse:
-        raise Unimplemented(_REGIONS_TEXT)
+        self._regions.require_enabled()
+        return pb.CudaSharedMemoryUnregisterResponse()
 
     # Settings
 
