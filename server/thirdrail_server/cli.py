@@ -55,6 +55,8 @@ _FLAGS = {
     "uids": "--lane-uid",
 }
 
+_SESSIONS = SessionLimits()
+
 Listening = "Listening"
 Lane = "Lane"
 Models = "Models"
@@ -125,11 +127,11 @@ def serve(
     ] = None,
     max_sessions: Annotated[
         int, _option("Clients attached at once.", "--max-sessions", panel=Lane)
-    ] = SessionLimits.sessions_max,
+    ] = _SESSIONS.sessions_max,
     max_sessions_per_uid: Annotated[
         int,
         _option("The same, of one user.", "--max-sessions-per-uid", panel=Lane),
-    ] = SessionLimits.sessions_per_uid_max,
+    ] = _SESSIONS.sessions_per_uid_max,
     lane_memory_mib: Annotated[
         int,
         _option(
@@ -137,7 +139,7 @@ def serve(
             "--lane-memory-mib",
             panel=Lane,
         ),
-    ] = SessionLimits.arena_bytes_total_max // MIB,
+    ] = _SESSIONS.arena_bytes_total_max // MIB,
     huge_pages: Annotated[
         bool,
         _option(
@@ -362,7 +364,7 @@ def _default_socket() -> Path:
 
 def _uids(texts: list[str] | None) -> tuple[int, ...] | None:
     if not texts:
-        return SessionLimits.uids
+        return _SESSIONS.uids
     if "any" in texts:
         return None
     for text in texts:

@@ -3,8 +3,8 @@
 
 The worst case in memory: the front holds at most `concurrent_calls_max` requests, and each stream
 at most `stream_requests_in_flight_max`, of `message_bytes_max` each; tensors in arenas never exceed
-`input_arena_bytes_max + output_arena_bytes_max` per lane session; engines take what their models
-take.
+`input_arena_bytes_max + output_arena_bytes_max` per lane session, nor `arena_bytes_total_max` for
+all sessions but the front's; engines take what their models take.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from typing import Any
 
 MIB = 1 << 20
 PORT_MAX = 65535
+UID_MAX = 2**32 - 1  # this one means "none" to the kernel
 
 
 class ConfigError(Exception):
@@ -53,11 +54,63 @@ class LaneLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """Who may attach to a worker, and what all its sessions together may use. The front's own lane
+    counts for none of it.
+    """
+
+    uids: tuple[int, ...] | None = ()  # who may attach; (): the worker's own uid; None: anybody
+    sessions_max: int = 256
+    sessions_per_uid_max: int = 64
+    tokens_pending_max: int = 64  # issued, and not used yet
+    token_life_ms: int = 5000
+    hello_ms_max: int = 5000  # from connecting to the hello
+    arena_bytes_total_max: int = 8 << 30
+    arena_bytes_per_uid_max: int = 4 << 30
+    # Memory of a client that broke off and cannot be watched is kept apart for so long.
+    quarantine_ms: int = 2000
+    huge_pages: bool = False  # try pages of 2 MiB, which the host must have set aside
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            if each.name not in ("uids", "huge_pages"):
+                _require(self, each.name, 1)
+        for uid in self.uids or ():
+            if not 0 <= uid < UID_MAX:
+                raise ConfigError(f"uids must be user ids from 0 to {UID_MAX - 1}, got {uid}")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportLimits:
+    """How much clients may hand to each other in one worker. Each tensor holds a file descriptor."""
+
+    exports_per_session_max: int = 256  # offered, or taken and not given back yet
+    imports_per_session_max: int = 256
+    exports_total_max: int = 1024
+    bytes_per_session_max: int = 1 << 30
+    bytes_total_max: int = 4 << 30
+    life_ms_default: int = 60_000  # of a token that nobody has used
+    life_ms_max: int = 3_600_000
+    hops_max: int = 16  # an importer may export again so many times in a row
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            _require(self, each.name, 1)
+        if self.life_ms_default > self.life_ms_max:
+            raise ConfigError(
+                f"life_ms_default must be at most life_ms_max, {self.life_ms_max}, got "
+                f"{self.life_ms_default}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerConfig:
     """What a worker process needs to know; the front passes it as JSON."""
 
     name: str = "cpu"
     lane: LaneLimits = field(default_factory=LaneLimits)
+    sessions: SessionLimits = field(default_factory=SessionLimits)
+    exports: ExportLimits = field(default_factory=ExportLimits)
     threads_max: int = 0  # CPU threads that engines may use together; 0: one per core
     queue_requests_max: int = 1024  # per model version, where its configuration says nothing
     derive_batch_rows: int = 0  # 2 or more: models without a configuration batch, where proven
@@ -84,7 +137,15 @@ class WorkerConfig:
     @classmethod
     def from_json(cls, text: str) -> "WorkerConfig":
         values: dict[str, Any] = json.loads(text)
-        return cls(**{**values, "lane": LaneLimits(**values["lane"])})
+        sessions = values["sessions"]
+        if sessions["uids"] is not None:
+            sessions["uids"] = tuple(sessions["uids"])
+        values |= {
+            "lane": LaneLimits(**values["lane"]),
+            "sessions": SessionLimits(**sessions),
+            "exports": ExportLimits(**values["exports"]),
+        }
+        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +204,7 @@ class ServerConfig:
     repository: Path
     address: str | None = "127.0.0.1:8001"  # None: no TCP
     socket: Path | None = None  # None: no Unix socket
+    lane: bool = True  # clients on this host may attach; needs the Unix socket
     tls: TlsFiles | None = None  # for TCP; the Unix socket is protected by its folder's mode
     model_control: ModelControlMode = ModelControlMode.NONE
     load_models: tuple[str, ...] = ()  # explicit mode: loaded at the start; "*" for all

@@ -98,6 +98,28 @@ class LoadProgress:
         return cls(phase if isinstance(phase, str) else "", *counts)
 
 
+@dataclass(frozen=True, slots=True)
+class OpenedSession:
+    """A worker expects a client with this token."""
+
+    session: int
+    token: bytes
+    token_life_ms: int
+
+    def to_fields(self) -> Fields:
+        token = base64.b64encode(self.token).decode()
+        return {"session": self.session, "token": token, "token_life_ms": self.token_life_ms}
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> "OpenedSession":
+        """Raises Internal when the fields are not those of `to_fields`."""
+        try:
+            token = base64.b64decode(fields["token"], validate=True)
+            return cls(int(fields["session"]), token, int(fields["token_life_ms"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise Internal(f"an opened session that cannot be read: {error!r}") from None
+
+
 def message_to_text(message: Message) -> str:
     return base64.b64encode(message.SerializeToString()).decode()
 

@@ -128,7 +128,7 @@ def _listen_unix(server: grpc.aio.Server, path: Path) -> None:
         raise ConfigError(f"the socket's path is longer than 107 bytes: '{path}'")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _locked(path.parent):
+        with locked(path.parent):
             if _is_answered(path):
                 raise ConfigError(
                     f"another server listens on '{path}'; choose another --socket, or --no-socket"
@@ -148,7 +148,7 @@ def _listen_unix(server: grpc.aio.Server, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Servers that start at the same time look and bind one after the other."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

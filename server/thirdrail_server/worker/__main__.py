@@ -10,6 +10,7 @@ from thirdrail_server.worker.process import InheritedSockets, run_worker
 parser = argparse.ArgumentParser(prog="thirdrail_server.worker")
 parser.add_argument("--control-fd", type=int, required=True)
 parser.add_argument("--lane-fd", type=int, action="append", required=True)
+parser.add_argument("--lane-listen-fd", type=int)
 parser.add_argument("--front-pid", type=int, required=True)
 parser.add_argument("--remove", type=Path, action="append", default=[])
 parser.add_argument("--config", type=WorkerConfig.from_json, default=WorkerConfig())
@@ -17,6 +18,10 @@ parser.add_argument("--config", type=WorkerConfig.from_json, default=WorkerConfi
 if __name__ == "__main__":
     args = parser.parse_args()
     inherited = InheritedSockets(
-        args.control_fd, tuple(args.lane_fd), args.front_pid, tuple(args.remove)
+        args.control_fd,
+        tuple(args.lane_fd),
+        args.front_pid,
+        args.lane_listen_fd,
+        tuple(args.remove),
     )
     raise SystemExit(run_worker(args.config, inherited))

@@ -101,9 +101,11 @@ class InputArena:
             )
         return np.frombuffer(chunk, np.uint8, ref.size, ref.offset)
 
-    def close(self) -> None:
-        """Let go of the memory; what a request still reads lives as long as its view."""
-        self._chunks.clear()
+    def close(self) -> list[mmap.mmap]:
+        """Let go of the memory; what a request still reads lives as long as its view. The mappings
+        are the caller's to unmap."""
+        chunks, self._chunks = self._chunks, []
+        return chunks
 
 
 @dataclass(slots=True)
@@ -129,6 +131,7 @@ class OutputArena:
         self._slots: list[_Slot] = [_Slot(0, 0, 0, True)]  # slot 0 means "no slot"
         self._free_slots: list[int] = []
         self._is_closed = False
+        self.leases = 0  # slots that hold a result, or a run is about to fill
         self.stale_releases = 0
 
     @property
@@ -153,6 +156,7 @@ class OutputArena:
             slot = self._slots[number]
             slot.chunk, slot.offset, slot.is_leased = chunk, offset, True
             slot.generation = slot.generation % 0xFFFFFFFF + 1
+            self.leases += 1
             ref = tensor_pb2.ArenaRef(
                 epoch=self.epoch,
                 chunk=chunk,
@@ -197,6 +201,7 @@ class OutputArena:
                 self.stale_releases += 1
                 return
             slot.is_leased = False
+            self.leases -= 1
             self._allocator.free(slot.chunk, slot.offset)
             self._free_slots.append(number)
 
@@ -208,10 +213,12 @@ class OutputArena:
             new, self._new_chunks = self._new_chunks, []
             return new
 
-    def close(self) -> None:
-        """Let go of the memory; what a run still writes to lives as long as its slot's array."""
-        for chunk in self.take_new_chunks():
-            chunk.close()
+    def close(self) -> list[mmap.mmap]:
+        """Let go of the memory; what a run still writes to lives as long as its slot's array. The
+        mappings are the caller's to unmap."""
         with self._lock:
             self._is_closed = True
-            self._chunks.clear()
+            chunks, self._chunks = self._chunks, []
+        for chunk in self.take_new_chunks():
+            chunk.close()
+        return chunks

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from thirdrail.errors import Internal
-from thirdrail.v1 import metrics_pb2
+from thirdrail.v1 import metrics_pb2, sessions_pb2
 from thirdrail_engines.engine import ModelFileError
 from thirdrail_server.control_channel import (
     ChannelLimits,
@@ -23,6 +23,7 @@ from thirdrail_server.control_messages import (
     LoadCommand,
     LoadedModel,
     LoadProgress,
+    OpenedSession,
     message_to_text,
 )
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
@@ -46,11 +47,20 @@ class Models(Protocol):
     def counters(self) -> list[metrics_pb2.ModelCounters]: ...
 
 
+class Sessions(Protocol):
+    """The worker's sessions as the front asks about them."""
+
+    def open(self) -> OpenedSession: ...
+
+    def infos(self) -> list[sessions_pb2.SessionInfo]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Desk:
     """Answers the front's calls, one method each."""
 
     models: Models
+    sessions: Sessions | None
     status: Callable[[], metrics_pb2.WorkerStatus]
 
     async def serve(self, do: str, fields: Fields, on_progress: OnProgress) -> Fields:
@@ -64,6 +74,10 @@ class _Desk:
                 return {"models": [message_to_text(each) for each in self.models.counters()]}
             case "status":
                 return {"status": message_to_text(self.status())}
+            case "open session" if self.sessions is not None:
+                return self.sessions.open().to_fields()
+            case "list sessions" if self.sessions is not None:
+                return {"sessions": [message_to_text(each) for each in self.sessions.infos()]}
         raise Internal(f"the worker does not do '{do}'")
 
     async def _load(self, command: LoadCommand, on_progress: OnProgress) -> Fields:
@@ -96,12 +110,14 @@ async def serve_control(
     status: Callable[[], metrics_pb2.WorkerStatus],
     on_front_gone: Callable[[], None],
     limits: ChannelLimits,
+    sessions: Sessions | None = None,
 ) -> ControlChannel:
     """Answer the front on `sock` from now on.
 
     status: resident memory, sessions and arena bytes of this process; the front fills in the rest.
+    sessions: None for a worker that nobody attaches to.
     on_front_gone: called once when the front is gone. The worker then exits at once: whoever it was
         working for went with the front.
     """
-    desk = _Desk(models, status)
+    desk = _Desk(models, sessions, status)
     return await open_channel(sock, limits, serve=desk.serve, on_close=on_front_gone)

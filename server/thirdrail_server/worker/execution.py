@@ -67,7 +67,9 @@ class Outcome:
         """An error in place of everything that was there."""
         self.discard()
         self.outputs.clear()
-        self.error = error
+        # Its traceback would keep the run's frames, and in them this outcome: a cycle that holds
+        # the session's memory until the garbage collector comes by.
+        self.error = error.with_traceback(None)
 
 
 @dataclass(frozen=True, slots=True)

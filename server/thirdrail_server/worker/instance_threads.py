@@ -34,6 +34,7 @@ class InstanceThreads:
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
             work()
+            del work  # it holds a session's memory, which must not wait for the next work to come
         with self._lock:
             self._alive -= 1
             is_last = not self._alive

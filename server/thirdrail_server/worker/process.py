@@ -24,8 +24,8 @@ from thirdrail_server.config import WorkerConfig
 from thirdrail_server.control_channel import ChannelLimits
 from thirdrail_server.logs import configure_logging
 from thirdrail_server.worker.control import serve_control
-from thirdrail_server.worker.lane_session import LaneSession
 from thirdrail_server.worker.models import ModelTable
+from thirdrail_server.worker.sessions import SessionTable
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class InheritedSockets:
     control_fd: int
     lane_fds: tuple[int, ...]
     front_pid: int
+    lane_listen_fd: int | None = None  # where other clients come in; the front keeps it as well
     leftovers: tuple[Path, ...] = ()  # of the front, to be removed if it is killed
 
 
@@ -89,30 +90,27 @@ def _die_with(front_pid: int, leftovers: Sequence[Path]) -> threading.Thread:
 async def _serve(config: WorkerConfig, inherited: InheritedSockets) -> None:
     ended = asyncio.Event()
     models = ModelTable(config)
-    sessions: set[LaneSession] = set()
+    sessions = SessionTable(config, models)
     for number, fd in enumerate(inherited.lane_fds):
-        sock = socket.socket(fileno=fd)
-        session = LaneSession(
-            sock, models, config.lane, is_front=number == 0, on_closed=sessions.discard
-        )
-        sessions.add(session)
+        sessions.inherit(socket.socket(fileno=fd), is_front=number == 0)
+    if inherited.lane_listen_fd is not None:
+        sessions.listen(socket.socket(fileno=inherited.lane_listen_fd))
 
     def status() -> metrics_pb2.WorkerStatus:
-        return metrics_pb2.WorkerStatus(
+        status = metrics_pb2.WorkerStatus(
             name=config.name,
             pid=os.getpid(),
             is_serving=True,
             resident_bytes=_resident_bytes(),
-            sessions=len(sessions),
-            arena_bytes=sum(session.arena_bytes for session in sessions),
         )
+        sessions.describe(status)
+        return status
 
     control = socket.socket(fileno=inherited.control_fd)
-    await serve_control(control, models, status, ended.set, ChannelLimits())
+    await serve_control(control, models, status, ended.set, ChannelLimits(), sessions)
     log.debug("ready for models")
     await ended.wait()
-    for session in list(sessions):
-        session.close()
+    sessions.close()
 
 
 def _resident_bytes() -> int:

@@ -62,17 +62,24 @@ class WorkerProcess:
 
 
 def start_worker(
-    arguments: Sequence[str], command: Sequence[str] = WORKER_COMMAND
+    arguments: Sequence[str],
+    command: Sequence[str] = WORKER_COMMAND,
+    *,
+    lane_listener: socket.socket | None = None,
 ) -> WorkerProcess:
     """Start `command --control-fd N --lane-fd M *arguments` and watch it.
 
+    lane_listener: passed on as `--lane-listen-fd`; it stays the caller's and outlives the worker.
     Must be called on the main thread's event loop: a worker ends with the thread that started it.
     Raises OSError when the process cannot be started.
     """
     control, worker_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     lane, worker_lane = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    fds = (worker_control.fileno(), worker_lane.fileno())
-    numbered = ("--control-fd", str(fds[0]), "--lane-fd", str(fds[1]))
+    fds = [worker_control.fileno(), worker_lane.fileno()]
+    numbered = ["--control-fd", str(fds[0]), "--lane-fd", str(fds[1])]
+    if lane_listener is not None:
+        fds.append(lane_listener.fileno())
+        numbered += ["--lane-listen-fd", str(fds[2])]
     try:
         process = subprocess.Popen(
             [*command, *numbered, *arguments],

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lane's listening socket: bound by the front, in the folder of its gRPC socket.
+
+The front keeps it and every worker inherits it, so clients that connect while a worker is replaced
+wait for the next one. Who may use it is decided by the worker, by uid; the file's mode only spares
+it those whom it would refuse.
+"""
+
+import contextlib
+import os
+import socket
+import time
+from pathlib import Path
+
+from thirdrail_server.config import ConfigError, ServerConfig
+from thirdrail_server.front.listeners import locked
+
+PATH_BYTES_MAX = 107  # struct sockaddr_un
+BACKLOG = 128
+# The worker of a front that was killed holds its socket a moment longer.
+TAKEOVER_S_MAX = 2.0
+_RETRY_S = 0.02
+
+
+class LaneSocket:
+    """From `bind` to `close`."""
+
+    def __init__(self, path: Path, sock: socket.socket) -> None:
+        self.path = path
+        self.sock = sock
+        self._inode = os.stat(path).st_ino
+
+    def close(self) -> None:
+        """Remove the file, unless it is another server's by now, and hang up."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(self.path).st_ino == self._inode:
+                self.path.unlink()
+        self.sock.close()
+
+
+def lane_path(grpc_socket: Path, worker: str) -> Path:
+    return grpc_socket.with_name(f"{grpc_socket.stem}.{worker}.lane")
+
+
+def bind_lane(config: ServerConfig) -> LaneSocket | None:
+    """None where the configuration wants none. Raises ConfigError where it cannot be bound."""
+    if config.socket is None or not config.lane:
+        return None
+    path = lane_path(config.socket, config.worker.name)
+    if len(os.fsencode(path)) > PATH_BYTES_MAX:
+        raise ConfigError(
+            f"the path of the lane's socket is longer than {PATH_BYTES_MAX} bytes: '{path}'; "
+            "choose another --socket, or --no-lane"
+        )
+    try:
+        with locked(path.parent):
+            if _is_answered_for_long(path):
+                raise ConfigError(
+                    f"another server listens on '{path}'; choose another --socket, or --no-lane"
+                )
+            return LaneSocket(path, _bind(path, _mode(config)))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on the lane's socket '{path}': {error.strerror}; choose another "
+            "--socket, or --no-lane"
+        ) from None
+
+
+def _bind(path: Path, mode: int) -> socket.socket:
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    before = os.umask(0o777 & ~mode)
+    try:
+        sock.bind(str(path))
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        os.umask(before)
+    return sock
+
+
+def _mode(config: ServerConfig) -> int:
+    """Only its own user, where nobody else may attach anyway."""
+    uids = config.worker.sessions.uids
+    return 0o600 if uids is not None and set(uids) <= {os.geteuid()} else 0o666
+
+
+def _is_answered_for_long(path: Path) -> bool:
+    deadline_s = time.monotonic() + TAKEOVER_S_MAX
+    while _is_answered(path):
+        if time.monotonic() >= deadline_s:
+            return True
+        time.sleep(_RETRY_S)
+    return False
+
+
+def _is_answered(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            return True  # more wait there than its queue takes
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+    return True

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""thirdrail.v1.Sessions: the way onto the lane, and who is on it.
+
+The front only introduces: it asks the worker to expect a client, and tells the client where. From
+then on the two talk to each other.
+"""
+# ruff: noqa: N802 - the methods have the names of the protocol's calls
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import grpc
+
+from thirdrail.errors import FailedPrecondition, NotFound
+from thirdrail.v1 import sessions_pb2 as pb
+from thirdrail.v1 import sessions_pb2_grpc
+from thirdrail_server.config import ServerConfig
+from thirdrail_server.control_messages import OpenedSession, message_of_text
+from thirdrail_server.front.control.supervisor import Supervisor
+from thirdrail_server.front.sessions.probe import answer_probe
+from thirdrail_server.front.statuses import answering
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+NO_LANE = "the server offers no lane (it runs with --no-lane)"
+NO_SOCKET = "the server offers no lane: it has no Unix socket (--socket PATH)"
+
+
+class SessionsServicer(sessions_pb2_grpc.SessionsServicer):
+    """Of a server with one worker."""
+
+    def __init__(self, config: ServerConfig, worker: Supervisor) -> None:
+        self._config = config
+        self._worker = worker
+        self._lane_path: Path | None = None
+        self._tcp_address: str | None = None
+
+    def listening(self, tcp_address: str | None, lane_path: Path | None) -> None:
+        """Where the server listens, which it only knows once it does."""
+        self._tcp_address = tcp_address
+        self._lane_path = lane_path
+
+    @answering
+    async def OpenSession(
+        self, request: pb.OpenSessionRequest, context: Context
+    ) -> pb.OpenSessionResponse:
+        if request.worker not in ("", self._worker.name):
+            raise NotFound(
+                f"there is no worker '{request.worker}', this server has '{self._worker.name}'"
+            )
+        why_not = self._why_no_lane(context.peer())
+        if why_not or self._lane_path is None:
+            raise FailedPrecondition(why_not)
+        opened = OpenedSession.from_fields(await self._worker.call("open session"))
+        return pb.OpenSessionResponse(
+            session=opened.session,
+            token=opened.token,
+            token_life_ms=opened.token_life_ms,
+            socket_name=self._lane_path.name,
+            socket_path=str(self._lane_path.absolute()),
+            worker=self._worker.name,
+        )
+
+    @answering
+    async def ListSessions(
+        self, request: pb.ListSessionsRequest, context: Context
+    ) -> pb.ListSessionsResponse:
+        answer = await self._worker.call("list sessions")
+        sessions = [message_of_text(pb.SessionInfo, text) for text in answer["sessions"]]
+        for each in sessions:
+            each.worker = self._worker.name
+        return pb.ListSessionsResponse(sessions=sessions)
+
+    @answering
+    async def Probe(self, request: pb.ProbeRequest, context: Context) -> pb.ProbeResponse:
+        return answer_probe(
+            request,
+            self._config,
+            tcp_address=self._tcp_address,
+            lane_address=str(self._lane_path.absolute()) if self._lane_path else "",
+            why_no_lane=self._why_no_lane(context.peer()),
+            has_client_shm=self._config.allow_client_shm,
+        )
+
+    def _why_no_lane(self, caller: str) -> str:
+        """Empty where there is one for this caller."""
+        if not self._config.lane:
+            return NO_LANE
+        if self._lane_path is None:
+            return NO_SOCKET
+        if not is_local(caller):
+            return (
+                f"the lane is for clients on the server's host, this call came from {caller}; use "
+                "the server's Unix socket or its loopback address"
+            )
+        return ""
+
+
+def is_local(caller: str) -> bool:
+    """Whether gRPC's name of a peer is one that only this host can have."""
+    kind, _, address = unquote(caller).partition(":")
+    if kind == "unix":
+        return True
+    return kind in ("ipv4", "ipv6") and address.startswith(
+        ("127.", "[::1]:", "[::ffff:127.", "::1:")
+    )

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All lane sessions of one worker: who may come in, how many, and what they all hold."""
+
+import asyncio
+import itertools
+import os
+import secrets
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+from thirdrail.errors import ResourceExhausted, ThirdrailError, TimedOut
+from thirdrail.v1 import lane_pb2, metrics_pb2, sessions_pb2
+from thirdrail_server.config import WorkerConfig
+from thirdrail_server.control_messages import OpenedSession
+from thirdrail_server.worker.janitor import Janitor
+from thirdrail_server.worker.lane_session import LaneSession
+from thirdrail_server.worker.listener import Listener
+from thirdrail_server.worker.models import ModelTable
+from thirdrail_server.worker.peers import Peer, credentials_of
+from thirdrail_server.worker.tokens import TokenTable
+
+S = 1_000_000_000  # nanoseconds
+
+
+class SessionTable:
+    """Lives on the worker's loop, from its start to its end."""
+
+    def __init__(self, config: WorkerConfig, models: ModelTable) -> None:
+        self.models = models
+        self.limits = config.lane
+        self.quarantine_s = config.sessions.quarantine_ms / 1000
+        self.janitor = Janitor()
+        self._config = config.sessions
+        self._numbers = itertools.count(1)
+        self._tokens = TokenTable(
+            config.sessions.tokens_pending_max, config.sessions.token_life_ms, secrets.token_bytes
+        )
+        self._sessions: dict[int, LaneSession] = {}  # by number, until they are freed
+        self._connecting: dict[LaneSession, asyncio.TimerHandle | None] = {}  # no hello yet
+        self._refused: Counter[int] = Counter()  # attaches, by reason
+        self._listener: Listener | None = None
+
+    # Clients that come
+
+    def inherit(self, sock: socket.socket, *, is_front: bool) -> None:
+        """A lane whose client started this process."""
+        peer = credentials_of(sock)
+        session = LaneSession(sock, self, peer, is_front=is_front, is_inherited=True)
+        self._connecting[session] = None  # it may take its time
+
+    def listen(self, sock: socket.socket) -> None:
+        """Take clients from a listening socket."""
+        uids = (os.geteuid(),) if self._config.uids == () else self._config.uids
+        self._listener = Listener(sock, uids, self._on_client, self._count_refusal)
+
+    def open(self) -> OpenedSession:
+        """Expect a client. Raises ResourceExhausted when there are too many already."""
+        self._require_room()
+        number = next(self._numbers)
+        token = self._tokens.issue(number, time.monotonic_ns())
+        return OpenedSession(number, token, self._config.token_life_ms)
+
+    def _on_client(self, sock: socket.socket, peer: Peer) -> None:
+        # Honest clients say hello at once: where too many have not, the oldest one is none of them.
+        strangers = [each for each in self._connecting if not each.is_inherited]
+        if len(strangers) >= self._config.tokens_pending_max:
+            strangers[0].goodbye(ResourceExhausted("too many clients have not said hello"))
+        session = LaneSession(sock, self, peer)
+        self._connecting[session] = asyncio.get_running_loop().call_later(
+            self._config.hello_ms_max / 1000,
+            session.goodbye,
+            TimedOut(f"no hello came within {self._config.hello_ms_max} ms"),
+        )
+
+    def _count_refusal(self, error: ThirdrailError) -> None:
+        self._refused[error.reason] += 1
+
+    # What sessions ask for: see lane_session.Host
+
+    def admit(self, session: LaneSession, hello: lane_pb2.Hello) -> int:
+        try:
+            number = self._number_for(session, hello)
+        except ThirdrailError as error:
+            self._count_refusal(error)
+            raise
+        timer = self._connecting.pop(session)
+        if timer is not None:
+            timer.cancel()
+        self._sessions[number] = session
+        return number
+
+    def _number_for(self, session: LaneSession, hello: lane_pb2.Hello) -> int:
+        if session.is_inherited:
+            return next(self._numbers)
+        issued = self._tokens.redeem(hello.token, time.monotonic_ns())
+        self._require_room()
+        same_uid = sum(each.peer.uid == session.peer.uid for each in self._counted())
+        if same_uid >= self._config.sessions_per_uid_max:
+            raise ResourceExhausted(
+                f"uid {session.peer.uid} has {same_uid} sessions, the most that one may have; the "
+                "operator sets it with --max-sessions-per-uid"
+            )
+        return issued.session
+
+    def freed(self, session: LaneSession) -> None:
+        self._sessions.pop(session.number, None)
+        timer = self._connecting.pop(session, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _require_room(self) -> None:
+        count = sum(1 for _ in self._counted())
+        if count >= self._config.sessions_max:
+            raise ResourceExhausted(
+                f"{count} sessions are attached, the most there may be; the operator sets it with "
+                "--max-sessions"
+            )
+
+    def _counted(self) -> Iterator[LaneSession]:
+        """Those that the limits are about, also in quarantine: their clients still have memory."""
+        return (each for each in self._sessions.values() if not each.is_inherited)
+
+    # Figures
+
+    def infos(self) -> list[sessions_pb2.SessionInfo]:
+        now_ns = time.monotonic_ns()
+        opening = [
+            sessions_pb2.SessionInfo(
+                session=each.session,
+                state=sessions_pb2.SESSION_STATE_OPENING,
+                age_s=(now_ns - each.issued_ns) / S,
+            )
+            for each in self._tokens.pending(now_ns)
+        ]
+        return [each.info(now_ns) for each in self._sessions.values()] + opening
+
+    def describe(self, status: metrics_pb2.WorkerStatus) -> None:
+        """Fill in what the worker's status says of sessions."""
+        infos = [each.info(0) for each in self._sessions.values()]
+        status.sessions = len(self._sessions) + len(self._connecting)
+        status.arena_bytes = sum(each.input_bytes + each.output_bytes for each in infos)
+
+    def close(self) -> None:
+        """End all of them; nobody waits for anything."""
+        if self._listener is not None:
+            self._listener.close()
+        for session in [*self._sessions.values(), *self._connecting]:
+            session.end(has_let_go=True)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From OpenSession to the first call, against a real server."""
+
+import os
+import stat
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from support.lane_peer import LanePeer, Request, X, by_ref, infer
+from support.server import RunningServer
+from thirdrail.v1 import lane_pb2
+from thirdrail.v1.sessions_pb2 import (
+    SESSION_STATE_ACTIVE,
+    SESSION_STATE_OPENING,
+    ListSessionsRequest,
+    OpenSessionRequest,
+)
+from thirdrail.v1.sessions_pb2_grpc import SessionsStub
+
+LARGE = np.arange(1 << 18, dtype=np.float32)  # 1 MiB: never inline
+
+
+def test_a_token_opens_a_session_that_infers(sessions: SessionsStub) -> None:
+    opened = sessions.OpenSession(OpenSessionRequest())
+    peer = LanePeer.of(opened, client_name="a test")
+    assert peer.attachment.session == opened.session
+    assert peer.answer(infer(1)).outputs[0].raw == X.tobytes()
+    response = peer.answer(by_ref(2, peer.place(peer.grow(LARGE.nbytes), LARGE)))
+    assert np.array_equal(peer.read(response.outputs[0].ref), LARGE)
+    (mine,) = [
+        each
+        for each in sessions.ListSessions(ListSessionsRequest()).sessions
+        if each.session == opened.session
+    ]
+    assert mine.state == SESSION_STATE_ACTIVE
+    assert (mine.client_name, mine.pid, mine.uid) == ("a test", os.getpid(), os.geteuid())
+    assert (mine.worker, mine.calls, mine.leases, mine.is_front) == ("cpu", 2, 1, False)
+    assert mine.leased_bytes == LARGE.nbytes
+    peer.send(Request(close=lane_pb2.Close()))
+    peer.close()
+
+
+def test_the_socket_lies_beside_the_servers_own(
+    server: RunningServer, sessions: SessionsStub
+) -> None:
+    opened = sessions.OpenSession(OpenSessionRequest())
+    path = Path(opened.socket_path)
+    assert path == server.socket.with_name("grpc.cpu.lane")
+    assert path.name == opened.socket_name
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert (len(opened.token), opened.token_life_ms) == (16, 5000)
+
+
+def test_an_opened_session_is_listed_before_anybody_attaches(sessions: SessionsStub) -> None:
+    opened = sessions.OpenSession(OpenSessionRequest())
+    listed = sessions.ListSessions(ListSessionsRequest()).sessions
+    (mine,) = [each for each in listed if each.session == opened.session]
+    assert mine.state == SESSION_STATE_OPENING
+    assert [each.is_front for each in listed].count(True) == 1
+
+
+def test_an_unknown_worker_is_named(sessions: SessionsStub) -> None:
+    with pytest.raises(grpc.RpcError) as failure:
+        sessions.OpenSession(OpenSessionRequest(worker="cuda:7"))
+    assert failure.value.code() is grpc.StatusCode.NOT_FOUND
+    assert failure.value.details() == "there is no worker 'cuda:7', this server has 'cpu'"
