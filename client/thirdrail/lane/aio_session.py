@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A client's session on an event loop: calls with arrays, in the session's own memory or copied.
+
+What the memory means is decided in `session_memory`, `encoding` and `results`, which the blocking
+client uses as well; here are the waits. Everything runs on
+the loop's thread, but for copies of more than COPY_ON_LOOP_BYTES_MAX.
+"""
+
+import asyncio
+import mmap
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from thirdrail.errors import Cancelled, ThirdrailError, Unavailable
+from thirdrail.failures import with_note
+from thirdrail.lane.aio_room import Room
+from thirdrail.lane.aio_wire import AsyncWire
+from thirdrail.lane.encoding import Encoder, LargeInput
+from thirdrail.lane.input_arena import COPY_ON_LOOP_BYTES_MAX
+from thirdrail.lane.memory import whole_pages
+from thirdrail.lane.places import Bytes, Place
+from thirdrail.lane.results import borrowed_result, private_result, release_outputs
+from thirdrail.lane.session_memory import SessionMemory
+from thirdrail.requests import Result
+from thirdrail.tensors import Array
+from thirdrail.v1 import inference_pb2, lane_pb2
+
+DEBUG_FEATURE = "debug"
+# Arrays that the collector takes are noted without a word to the loop, which looks this often while
+# there are any.
+COLLECT_INTERVAL_S = 0.1
+
+
+@dataclass(slots=True)
+class _Call:
+    future: asyncio.Future[inference_pb2.InferResponse]
+    places: list[Place]  # that it reads
+
+
+class AsyncSession(AsyncWire[_Call]):
+    """Use `await AsyncSession.open(...)`; it ends by `leave`, or when `closed` is done."""
+
+    def __init__(
+        self, sock: socket.socket, loop: asyncio.AbstractEventLoop, *, is_debug: bool
+    ) -> None:
+        super().__init__(sock, loop)
+        self._thread = threading.get_ident()
+        self._is_debug = is_debug
+        self._prepare(lane_pb2.Attached())
+        self._collecting: asyncio.TimerHandle | None = None
+        self._is_flushing = False
+        self._is_leaving = False
+
+    @classmethod
+    async def open(
+        cls, sock: socket.socket, token: bytes, client_name: str, *, is_debug: bool = False
+    ) -> "AsyncSession":
+        """Attach by a socket, which the session then owns. Raises CannotAttach."""
+        session = cls(sock, asyncio.get_running_loop(), is_debug=is_debug)
+        features = [DEBUG_FEATURE] if is_debug else []
+        hello = lane_pb2.Hello(token=token, client_name=client_name, features=features)
+        return await session._say_hello(hello)
+
+    async def infer(
+        self, head: bytes, arrays: Mapping[str, Array], encoder: Encoder, *, borrow: bool
+    ) -> Result:
+        """Call a model.
+
+        head: the request before its inputs, as `encoder.options` wrote it.
+        Raises the request's error, ResourceExhausted at a limit of this session, Unavailable when
+        the session ends meanwhile.
+        """
+        memory = self._memory
+        if memory.shown.has_collected:
+            self._collect()
+        parts, large = encoder.inputs(arrays, self._limits.inline_bytes)
+        places: list[Place] = []
+        try:
+            if large:
+                parts += await self._refer(large, places)
+            future = self._loop.create_future()
+            call = self._begin(b"".join((head, *parts)), _Call(future, places))
+        except BaseException:
+            self._leave(places)
+            raise
+        try:
+            response = await future
+        except asyncio.CancelledError:
+            if future.cancelled():
+                self._cancel(call)
+            elif future.exception() is None:  # it came in the very moment
+                release_outputs(future.result(), memory)
+                self._flush_soon()
+            raise
+        return await self._result(response, borrow=borrow)
+
+    async def empty(self, size: int, *, is_shared: bool = False) -> Bytes:
+        """Input memory of `size` bytes, 1 or more, which goes back with its last view.
+
+        is_shared: in memory of its own, which can be exported.
+        Raises ResourceExhausted, Unavailable.
+        """
+        if is_shared:
+            place = await self._room.grow(whole_pages(size), alone=True)
+            assert place is not None
+        else:
+            [place] = await self._room.reserve([size])
+        shown = self._memory.shown.show(place, writable=True)
+        self._watch_collected()
+        return shown[:size]
+
+    def leave(self) -> None:
+        """End the session in good order. Calls in flight fail with Cancelled."""
+        if self.is_closed:
+            return
+        self._collect()
+        if not len(self._memory.shown):  # else the worker waits until our arrays are gone with us
+            self._send(lane_pb2.LaneRequest(close=lane_pb2.Close()))
+        self._is_leaving = True
+        self.close("the client was closed")
+
+    # Inputs
+
+    async def _refer(self, large: Sequence[LargeInput], places: list[Place]) -> list[bytes]:
+        """The inputs as parts of a request. Adds the memory that the call uses to `places`."""
+        parts: list[bytes] = []
+        copied: list[LargeInput] = []
+        for each in large:
+            array = each.array
+            is_plain = array.flags.c_contiguous and array.dtype.isnative
+            found = self._memory.find(array) if is_plain else None
+            if found is None:
+                copied.append(each)
+                continue
+            place, offset = found
+            place.users += 1
+            places.append(place)
+            parts.append(each.encode(place.ref(offset, array.nbytes)))
+        if copied:
+            reserved = await self._room.reserve([each.array.nbytes for each in copied])
+            places += reserved
+            await self._copy(reserved, copied, places)
+            for each, place in zip(copied, reserved, strict=True):
+                parts.append(each.encode(place.ref(0, place.size)))
+        return parts
+
+    async def _copy(
+        self, places: Sequence[Place], inputs: Sequence[LargeInput], taken: list[Place]
+    ) -> None:
+        if sum(place.size for place in places) <= COPY_ON_LOOP_BYTES_MAX:
+            return _copy_all(places, inputs)
+        copying = self._loop.run_in_executor(None, _copy_all, places, inputs)
+        try:
+            await asyncio.shield(copying)
+        except asyncio.CancelledError:
+            # The copy cannot be stopped: what the call has taken stays so until it has ended.
+            kept = list(taken)
+            taken.clear()
+            copying.add_done_callback(lambda _: self._leave(kept))
+            raise
+
+    # Outputs
+
+    async def _result(self, response: inference_pb2.InferResponse, *, borrow: bool) -> Result:
+        try:
+            if borrow:
+                return borrowed_result(response, self._memory, self._give_back)
+            size = sum(tensor.ref.size for tensor in response.outputs)
+            if size <= COPY_ON_LOOP_BYTES_MAX:
+                return private_result(response, self._memory)
+            # A copy that is cancelled goes on, and gives its slots back at its end.
+            copying = self._loop.run_in_executor(None, private_result, response, self._memory)
+            copying.add_done_callback(lambda done: done.cancelled() or done.exception())
+            copying.add_done_callback(lambda _: self._flush_soon())
+            return await asyncio.shield(copying)
+        finally:
+            self._watch_collected()
+            self._flush_soon()
+
+    def _give_back(self, places: Sequence[Place]) -> None:
+        """Of a borrowed result that is released, in any thread."""
+        if threading.get_ident() != self._thread:
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._give_back, places)
+            return
+        shown = self._memory.shown
+        self._leave([place for place in places if shown.forget(place)])
+
+    # Giving memory back
+
+    def _leave(self, places: Sequence[Place]) -> None:
+        if places:
+            self._memory.leave_all(places)
+            self._room.wake()
+            self._flush_soon()
+
+    def _collect(self) -> bool:
+        """Give back what arrays showed that are gone."""
+        if not self._memory.collect():
+            return False
+        self._room.wake()
+        self._flush_soon()
+        return True
+
+    def _watch_collected(self) -> None:
+        if self._collecting is None and len(self._memory.shown) and not self.is_closed:
+            self._collecting = self._loop.call_later(COLLECT_INTERVAL_S, self._on_collect_time)
+
+    def _on_collect_time(self) -> None:
+        self._collecting = None
+        self._collect()
+        self._watch_collected()
+
+    def _flush_soon(self) -> None:
+        """Behind whoever is woken now: the next request takes what goes back along."""
+        if self._is_flushing or not (self._memory.releases or self._memory.drops):
+            return
+        self._is_flushing = True
+        self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._is_flushing = False
+        while self._memory.releases and not self.is_closed:
+            self._outbox.send(self._memory.releases.take(self._limits.packet_bytes))
+        drops, self._memory.drops = self._memory.drops, []
+        for epoch, chunk in drops:
+            self._send(lane_pb2.LaneRequest(drop=lane_pb2.DropRequest(epoch=epoch, chunk=chunk)))
+
+    def _take_releases(self, room: int) -> bytes:
+        return self._memory.releases.take(room)
+
+    # Receiving
+
+    def _on_attached(self, attached: lane_pb2.Attached) -> None:
+        self._prepare(attached)
+
+    def _prepare(self, attached: lane_pb2.Attached) -> None:
+        self._memory = SessionMemory(attached, is_debug=self._is_debug)
+        self._room = Room(self._memory, self._request_growth, self._collect, self._leave)
+
+    def _request_growth(self, size: int, alone: bool) -> None:
+        self._send(lane_pb2.LaneRequest(grow=lane_pb2.GrowRequest(size=size, alone=alone)))
+
+    def _on_chunk(self, chunk: lane_pb2.Chunk, mapping: mmap.mmap) -> None:
+        place = self._memory.add_chunk(chunk, np.frombuffer(mapping, np.uint8))
+        if chunk.role == lane_pb2.ARENA_ROLE_INPUT:
+            self._room.grown(place)
+
+    def _on_grow_refused(self, message: str) -> None:
+        self._room.refused(message)
+
+    def _on_response(self, response: inference_pb2.InferResponse) -> None:
+        if response.final:
+            call = self._pending.pop(response.call, None)
+            if call is not None:
+                self._leave(call.places)
+        else:
+            call = self._pending.get(response.call)
+        if call is None or call.future.done():
+            release_outputs(response, self._memory)
+            self._flush_soon()
+        else:
+            call.future.set_result(response)
+
+    def _on_closed(self, error: Unavailable, pending: list[_Call]) -> None:
+        if self._collecting is not None:
+            self._collecting.cancel()
+        self._room.close(self._ended())
+        for call in pending:
+            if not call.future.done():
+                call.future.set_exception(self._ended())
+
+    def _ended(self) -> ThirdrailError:
+        reason = self.closed.result()
+        return Cancelled(reason) if self._is_leaving else with_note(Unavailable(reason))
+
+
+def _copy_all(places: Sequence[Place], inputs: Sequence[LargeInput]) -> None:
+    for place, each in zip(places, inputs, strict=True):
+        array = each.array
+        target = place.memory.view(array.dtype.newbyteorder("=")).reshape(array.shape)
+        np.copyto(target, array)
