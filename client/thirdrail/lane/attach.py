@@ -36,6 +36,11 @@ def check_platform() -> None:
         raise CannotAttach(f"the lane needs Linux, this is {sys.platform}")
 
 
+def client_name() -> str:
+    """What we call ourselves, for people who look at the sessions: the program's name."""
+    return os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "python"
+
+
 def connect(address: str, opened: sessions_pb2.OpenSessionResponse) -> socket.socket:
     """The connected SOCK_SEQPACKET socket of a session, blocking; waits at most CONNECT_TIMEOUT_S.
 
