@@ -58,6 +58,7 @@ class OnnxRuntimeEngine:
             t.name: _PREPARE[t.dtype.name] for t in spec.inputs if t.dtype.name in _PREPARE
         }
         self._has_bf16 = any(tensor.dtype is _BF16 for tensor in (*spec.inputs, *spec.outputs))
+        self._text_outputs = frozenset(t.name for t in spec.outputs if t.dtype is BYTES)
         self._outputs = {tensor.name: tensor for tensor in spec.outputs}
         # A result that is an input itself: a binding would answer with the caller's memory, or not
         # at all.
@@ -76,20 +77,25 @@ class OnnxRuntimeEngine:
         """See Engine.run. BYTES elements must be UTF-8: ONNX Runtime knows text only."""
         if not wanted:  # to ONNX Runtime, none means all
             return {}
+        if self._prepare:
+            inputs = {name: self._prepared(name, array) for name, array in inputs.items()}
+        into_bytes = 0
         for name, array in into.items():
             self._check_target(name, array)
-        feed = dict(inputs)
-        for name in self._prepare.keys() & feed.keys():
-            feed[name] = self._prepare[name](name, feed[name])
-        small = sum(array.nbytes for array in into.values()) < _WRITTEN_IN_PLACE_BYTES_MIN
-        if self._takes_text or (small and not self._has_bf16):
-            return self._run_plain(feed, wanted, into)
-        return self._run_bound(feed, wanted, into)
+            into_bytes += array.nbytes
+        is_small = into_bytes < _WRITTEN_IN_PLACE_BYTES_MIN
+        if self._takes_text or (is_small and not self._has_bf16):
+            return self._run_plain(inputs, wanted, into)
+        return self._run_bound(inputs, wanted, into)
 
     def close(self) -> None:
         """See Engine.close. Results that were handed out stay valid."""
         self._session = None
         return_free_memory()
+
+    def _prepared(self, name: str, array: Array) -> Array:
+        prepare = self._prepare.get(name)
+        return array if prepare is None else prepare(name, array)
 
     def _check_target(self, name: str, array: Array) -> None:
         output = self._outputs.get(name)
@@ -102,23 +108,21 @@ class OnnxRuntimeEngine:
             )
 
     def _run_plain(
-        self, feed: dict[str, Array], wanted: Sequence[str], into: Mapping[str, Array]
+        self, feed: Mapping[str, Array], wanted: Sequence[str], into: Mapping[str, Array]
     ) -> dict[str, Array]:
         try:
             results = self._session.run(wanted, feed)
         except Exception as error:
             raise EngineError(tidy(str(error))) from None
-        answer = {}
-        for name, result in zip(wanted, results, strict=True):
-            if self._outputs[name].dtype is BYTES:
-                answer[name] = _to_bytes(result)
-            else:
-                _check_shape(name, result, into.get(name))
-                answer[name] = result
+        answer = dict(zip(wanted, results, strict=True))
+        for name, target in into.items():
+            _check_shape(name, answer[name], target)
+        for name in self._text_outputs.intersection(wanted) if self._text_outputs else ():
+            answer[name] = _to_bytes(answer[name])
         return answer
 
     def _run_bound(
-        self, feed: dict[str, Array], wanted: Sequence[str], into: Mapping[str, Array]
+        self, feed: Mapping[str, Array], wanted: Sequence[str], into: Mapping[str, Array]
     ) -> dict[str, Array]:
         binding = self._session.io_binding()
         in_place = into.keys() - self._passed_on

@@ -23,7 +23,7 @@ from thirdrail import dtypes, tensors
 from thirdrail.dtypes import BYTES
 from thirdrail.errors import Internal, InvalidArgument, ThirdrailError
 from thirdrail.tensors import Array, TensorSpec
-from thirdrail.v1 import tensor_pb2
+from thirdrail.v1 import inference_pb2, tensor_pb2
 from thirdrail_engines.engine import Engine, EngineError, EngineInputError
 from thirdrail_server.worker.arenas import Bytes, OutputArena
 from thirdrail_server.worker.classification import classify
@@ -43,13 +43,21 @@ class Member:
 
 @dataclass(slots=True)
 class Outcome:
-    """What one member gets: outputs, or an error. It owns its slots until the outputs are sent."""
+    """What one member gets: outputs, or an error. It owns its slots until the outputs are sent.
+
+    The outputs are written into the response at once: as messages of their own they would be
+    copied into it.
+    """
 
     arena: OutputArena
-    outputs: list[tensor_pb2.Tensor] = field(default_factory=list)
     error: ThirdrailError | None = None
+    response: inference_pb2.InferResponse = field(default_factory=inference_pb2.InferResponse)
     copies: int = 0
     leases: list[tensor_pb2.ArenaRef] = field(default_factory=list)
+
+    @property
+    def outputs(self) -> Sequence[tensor_pb2.Tensor]:
+        return self.response.outputs
 
     def lease(self, size: int) -> tuple[tensor_pb2.ArenaRef, Bytes]:
         """See OutputArena.lease."""
@@ -66,13 +74,13 @@ class Outcome:
     def fail(self, error: ThirdrailError) -> None:
         """An error in place of everything that was there."""
         self.discard()
-        self.outputs.clear()
+        self.response = inference_pb2.InferResponse()
         # Its traceback would keep the run's frames, and in them this outcome: a cycle that holds
         # the session's memory until the garbage collector comes by.
         self.error = error.with_traceback(None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that makes it three times as long in the making
 class Execution:
     outcomes: list[Outcome]
     input_copy_ns: int
@@ -206,6 +214,8 @@ def _known_shape(expected: TensorSpec, spec: VersionSpec, rows: int) -> tuple[in
 
 # Scattering
 
+_ALL_ROWS = slice(None)
+
 
 def _scatter(
     members: Sequence[Member],
@@ -214,22 +224,35 @@ def _scatter(
     slots: Mapping[str, _Slot],
     outcomes: list[Outcome],
 ) -> None:
+    if not spec.batch_rows_max:  # every request ran alone
+        return _collect_or_fail(members[0], spec, results, slots, outcomes[0], _ALL_ROWS)
     rows = sum(member.request.rows for member in members)
-    if spec.batch_rows_max:
-        for name, array in results.items():
-            if array.ndim == 0 or array.shape[0] != rows:
-                raise EngineError(
-                    f"model '{spec.model}' returned output '{name}' of shape {list(array.shape)} "
-                    f"for a batch of {rows} rows"
-                )
+    for name, array in results.items():
+        if array.ndim == 0 or array.shape[0] != rows:
+            raise EngineError(
+                f"model '{spec.model}' returned output '{name}' of shape {list(array.shape)} "
+                f"for a batch of {rows} rows"
+            )
     start = 0
     for member, outcome in zip(members, outcomes, strict=True):
         stop = start + member.request.rows
-        try:
-            _collect(member, spec, results, slots, outcome, slice(start, stop))
-        except Exception as error:
-            outcome.fail(_error_for_caller(error, spec))
+        _collect_or_fail(member, spec, results, slots, outcome, slice(start, stop))
         start = stop
+
+
+def _collect_or_fail(
+    member: Member,
+    spec: VersionSpec,
+    results: Mapping[str, Array],
+    slots: Mapping[str, _Slot],
+    outcome: Outcome,
+    rows: slice,
+) -> None:
+    """A fault in one member's results is that member's alone."""
+    try:
+        _collect(member, spec, results, slots, outcome, rows)
+    except Exception as error:
+        outcome.fail(_error_for_caller(error, spec))
 
 
 def _collect(
@@ -249,9 +272,7 @@ def _collect(
             if array is not slot.array:
                 np.copyto(slot.array, array)
                 is_copied = True
-            tensor = _header(output, array)
-            tensor.ref.CopyFrom(slot.ref)
-            outcome.outputs.append(tensor)
+            _add_tensor(outcome, output, array).ref.CopyFrom(slot.ref)
             continue
         is_copied = True
         if spec.batch_rows_max:
@@ -259,8 +280,7 @@ def _collect(
         if output.class_count:
             labels = spec.labels.get(output.name, ())
             array = classify(array, output.class_count, labels, spec.batch_rows_max)
-        tensor = _header(output, array)
-        outcome.outputs.append(tensor)
+        tensor = _add_tensor(outcome, output, array)
         inline_left -= _fill(tensor, array, output, outcome, inline_left)
     outcome.copies += is_copied
 
@@ -290,6 +310,9 @@ def _fill(
     return data.nbytes
 
 
-def _header(output: WantedOutput, array: Array) -> tensor_pb2.Tensor:
-    dtype = dtypes.dtype_of_array(array)
-    return tensor_pb2.Tensor(name=output.name, data_type=dtype.value, shape=array.shape)
+def _add_tensor(outcome: Outcome, output: WantedOutput, array: Array) -> tensor_pb2.Tensor:
+    tensor = outcome.response.outputs.add()
+    tensor.name = output.name
+    tensor.data_type = dtypes.dtype_of_array(array).value
+    tensor.shape.extend(array.shape)
+    return tensor

@@ -35,7 +35,7 @@ from thirdrail_server.worker.janitor import Janitor
 from thirdrail_server.worker.models import ModelTable
 from thirdrail_server.worker.negotiation import agreed_features, agreed_version, limits_message
 from thirdrail_server.worker.peers import Peer
-from thirdrail_server.worker.requests import read_request
+from thirdrail_server.worker.requests import Request, VersionSpec, read_request
 from thirdrail_server.worker.served_version import Call, Ending
 from thirdrail_server.worker.session_memory import SessionMemory
 from thirdrail_server.worker.session_states import Event, Life
@@ -296,6 +296,9 @@ class LaneSession:
         except ThirdrailError as error:
             return self._respond_failure(message.call, message.request_id, error)
         member = Member(request, self.memory.output, self._limits.inline_bytes_max)
+        ending = served.run_now(member, priority=message.priority, now_ns=now_ns)
+        if ending is not None:
+            return self._respond(request, served.spec, ending)
         call = Call(member, served, self._on_ended, now_ns)
         self._calls[message.call] = call
         served.submit(
@@ -331,32 +334,34 @@ class LaneSession:
             return ending.outcome.discard()
         request = call.member.request
         self._calls.pop(request.call, None)
-        if ending.outcome.error is not None:
-            return self._respond_failure(request.call, request.request_id, ending.outcome.error)
-        spec = call.served.spec
-        response = pb.InferResponse(
-            call=request.call,
-            request_id=request.request_id,
-            final=True,
-            model_name=spec.model,
-            model_version=spec.version,
-            outputs=ending.outcome.outputs,
-            timing=pb.Timing(
-                queue_ns=ending.queue_ns,
-                input_copy_ns=ending.input_copy_ns,
-                compute_ns=ending.compute_ns,
-                output_copy_ns=ending.output_copy_ns,
-                batch_rows=ending.batch_rows if spec.batch_rows_max else 0,
-                transport="lane",
-                copies=ending.outcome.copies,
-            ),
-        )
+        self._respond(request, call.served.spec, ending)
+
+    def _respond(self, request: Request, spec: VersionSpec, ending: Ending) -> None:
+        outcome = ending.outcome
+        if outcome.error is not None:
+            return self._respond_failure(request.call, request.request_id, outcome.error)
+        response = outcome.response
+        response.call = request.call
+        if request.request_id:
+            response.request_id = request.request_id
+        response.final = True
+        response.model_name = spec.model
+        response.model_version = spec.version
+        timing = response.timing
+        timing.queue_ns = ending.queue_ns
+        timing.input_copy_ns = ending.input_copy_ns
+        timing.compute_ns = ending.compute_ns
+        timing.output_copy_ns = ending.output_copy_ns
+        if spec.batch_rows_max:
+            timing.batch_rows = ending.batch_rows
+        timing.transport = "lane"
+        timing.copies = outcome.copies
         self.memory.send_new_chunks()
         # As a field of LaneResponse, without a copy of the response made for it.
         body = response.SerializeToString()
         packet = _INFER_KEY + packets.varint(len(body)) + body
         if len(packet) > self._limits.packet_bytes_max:
-            ending.outcome.discard()
+            outcome.discard()
             error = ResourceExhausted(
                 f"the response without its tensors has {len(packet)} bytes, a packet of the lane "
                 f"takes {self._limits.packet_bytes_max}; ask for fewer outputs, or for raw ones"

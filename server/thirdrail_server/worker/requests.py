@@ -8,7 +8,7 @@ they are used, because the model reads them as indices or sizes.
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,6 +23,9 @@ INPUTS_MAX = 64
 ViewOf = Callable[[str, tensor_pb2.ArenaRef], "np.typing.NDArray[np.uint8]"]
 
 
+SHAPES_REMEMBERED_MAX = 256  # per model version
+
+
 @dataclass(frozen=True, slots=True)
 class VersionSpec:
     """What a model version accepts and gives. Where it batches, shapes include the rows."""
@@ -34,6 +37,15 @@ class VersionSpec:
     batch_rows_max: int  # 0: the model does not batch
     positional_inputs: frozenset[str]
     labels: Mapping[str, tuple[str, ...]]  # class names, for outputs that have them
+    input_names: list[str] = field(init=False)
+    # How many elements shapes have that were found right: (name, data type, shape) -> count. Most
+    # requests look like an earlier one.
+    good_shapes: dict[tuple[str, int, tuple[int, ...]], int] = field(
+        init=False, default_factory=dict, compare=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "input_names", list(self.inputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +55,7 @@ class WantedOutput:
     class_count: int  # 0: the tensor itself
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: that makes it three times as long in the making
 class Request:
     """A checked request. Two requests are never equal: each is its own."""
 
@@ -64,29 +76,38 @@ def read_request(
 
     Raises InvalidArgument or FailedPrecondition with the text for the caller.
     """
-    _check_names(message, spec)
+    tensors_in = message.inputs
+    if [tensor.name for tensor in tensors_in] != spec.input_names:
+        _check_names(message, spec)
     inputs: dict[str, Array] = {}
     copy_first: list[str] = []
     rows = input_bytes = 0
     all_values = True
-    for tensor in message.inputs:
-        name, form = tensor.name, tensor.WhichOneof("data")
+    for tensor in tensors_in:
+        name, form, shape = tensor.name, tensor.WhichOneof("data"), tuple(tensor.shape)
         expected = spec.inputs[name]
-        rows = _check_shape(tensor, expected, spec, rows)
-        inputs[name] = array = _read_data(tensor, form, expected, spec, view_of)
+        count = spec.good_shapes.get((name, tensor.data_type, shape))
+        if count is None:
+            count = _count_of_new_shape(tensor, shape, expected, spec)
+        if spec.batch_rows_max:
+            rows = _check_rows(name, shape[0], rows, spec)
+        inputs[name] = array = _read_data(tensor, form, shape, count, expected, spec, view_of)
         input_bytes += array.nbytes
-        all_values = all_values and form == "values"
-        if form == "ref" and name not in spec.positional_inputs and expected.dtype is not BYTES:
+        if form != "values":
+            all_values = False
+        # Where our view is read-only the caller cannot write either; BYTES are copies already.
+        is_shared = form == "ref" and array.flags.writeable and expected.dtype is not BYTES
+        if is_shared and name not in spec.positional_inputs:
             copy_first.append(name)
     return Request(
-        call=message.call,
-        request_id=message.request_id,
-        inputs=inputs,
-        copy_first=tuple(copy_first),
-        outputs=_wanted_outputs(message, spec, as_values=all_values),
-        rows=rows or 1,
-        signature=_signature(inputs, spec),
-        input_bytes=input_bytes,
+        message.call,
+        message.request_id,
+        inputs,
+        tuple(copy_first),
+        _wanted_outputs(message, spec, as_values=all_values),
+        rows or 1,
+        _signature(inputs, spec) if spec.batch_rows_max else (),
+        input_bytes,
     )
 
 
@@ -132,10 +153,20 @@ def _count_text(
     )
 
 
-def _check_shape(
-    tensor: tensor_pb2.Tensor, expected: TensorSpec, spec: VersionSpec, rows: int
+def _count_of_new_shape(
+    tensor: tensor_pb2.Tensor, shape: tuple[int, ...], expected: TensorSpec, spec: VersionSpec
 ) -> int:
-    """The request's rows; 0 where the model does not batch."""
+    """How many elements the tensor has, if its type and shape are what the model takes."""
+    _check_shape(tensor, shape, expected, spec)
+    count = tensors.element_count(tensor.name, shape)
+    if len(spec.good_shapes) < SHAPES_REMEMBERED_MAX:
+        spec.good_shapes[expected.name, tensor.data_type, shape] = count
+    return count
+
+
+def _check_shape(
+    tensor: tensor_pb2.Tensor, shape: tuple[int, ...], expected: TensorSpec, spec: VersionSpec
+) -> None:
     if tensor.data_type != expected.dtype.value:
         row = dtypes.BY_VALUE.get(tensor.data_type)
         raise InvalidArgument(
@@ -143,7 +174,6 @@ def _check_shape(
             f"'{row.name if row else tensor.data_type}', but model '{spec.model}' expects "
             f"'{expected.dtype.name}'"
         )
-    shape = tuple(tensor.shape)
     tensors.element_count(tensor.name, shape)
     if len(shape) != len(expected.shape) or any(
         want not in (-1, got) for got, want in zip(shape, expected.shape, strict=True)
@@ -152,31 +182,33 @@ def _check_shape(
             f"unexpected shape for input '{tensor.name}' for model '{spec.model}'. Expected "
             f"{shape_text(expected.shape)}, got {shape_text(shape)}."
         )
-    if not spec.batch_rows_max:
-        return 0
-    if rows and shape[0] != rows:
+
+
+def _check_rows(name: str, rows: int, rows_before: int, spec: VersionSpec) -> int:
+    """The request's rows, which all of its inputs share."""
+    if rows_before and rows != rows_before:
         raise InvalidArgument(
-            f"input '{tensor.name}' batch size does not match other inputs for '{spec.model}'"
+            f"input '{name}' batch size does not match other inputs for '{spec.model}'"
         )
-    if shape[0] > spec.batch_rows_max or shape[0] < 1:
-        limit = f"<= {spec.batch_rows_max}" if shape[0] else ">= 1"
+    if rows > spec.batch_rows_max or rows < 1:
+        limit = f"<= {spec.batch_rows_max}" if rows else ">= 1"
         raise InvalidArgument(
-            f"inference request batch-size must be {limit} for '{spec.model}', got {shape[0]}"
+            f"inference request batch-size must be {limit} for '{spec.model}', got {rows}"
         )
-    return shape[0]
+    return rows
 
 
 def _read_data(
     tensor: tensor_pb2.Tensor,
     form: str | None,
+    shape: tuple[int, ...],
+    count: int,
     expected: TensorSpec,
     spec: VersionSpec,
     view_of: ViewOf,
 ) -> Array:
     if form == "values":
-        return tensors.array_of_values(tensor.name, expected.dtype, tensor.shape, tensor.values)
-    shape = tuple(tensor.shape)
-    count = tensors.element_count(tensor.name, shape)
+        return tensors.array_of_values(tensor.name, expected.dtype, shape, tensor.values)
     if form is None and count:
         raise InvalidArgument(
             f"unable to find data for input tensor '{tensor.name}' for model '{spec.model}' in "
@@ -193,7 +225,8 @@ def _read_data(
             f"input byte size mismatch for input '{tensor.name}' for model '{spec.model}'. "
             f"Expected {needed}, got {len(data)}"
         )
-    return np.frombuffer(data, expected.dtype.numpy).reshape(shape)
+    array = np.frombuffer(data, expected.dtype.numpy)
+    return array if len(shape) == 1 else array.reshape(shape)
 
 
 def _wanted_outputs(
@@ -233,8 +266,6 @@ def _all_outputs(names: tuple[str, ...], as_values: bool) -> tuple[WantedOutput,
 
 
 def _signature(inputs: Mapping[str, Array], spec: VersionSpec) -> tuple[object, ...]:
-    if not spec.batch_rows_max:
-        return ()
     return tuple((name, inputs[name].shape[1:]) for name in spec.inputs if name in inputs)
 
 

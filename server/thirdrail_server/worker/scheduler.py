@@ -147,6 +147,11 @@ class Scheduler:
         return end_ns if end_ns < NEVER_NS else None
 
     @property
+    def starts_newcomers(self) -> bool:
+        """Whether a request that came now would be started at once and alone."""
+        return self._instances_free > 0 and self._starts_at_once and not self._refusal
+
+    @property
     def queued_count(self) -> int:
         """Requests that wait."""
         return self._queue.count
