@@ -6,6 +6,9 @@ The worker makes every chunk. The seals SHRINK and GROW keep anybody from trunca
 another process reads (a SIGBUS, which Python cannot catch). FUTURE_WRITE on output chunks leaves
 the worker's own mapping writable and lets every later one only read (memfd_create(2), fcntl(2)
 F_ADD_SEALS).
+
+A chunk that holds one tensor alone gets that last seal later, when the tensor is handed to another
+process: its maker's mapping stays as it is, the other process can only read.
 """
 
 import fcntl
@@ -16,12 +19,20 @@ _SEALED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _F_SEAL_FUTURE_WRITE = (
     0x0010  # linux/fcntl.h; the fcntl module has no name for it before Python 3.13
 )
+_READERS_ONLY = _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
 _MAP_POPULATE = mmap.MAP_POPULATE
 
 
-def create_chunk(size: int, *, client_writes: bool) -> tuple[int, mmap.mmap]:
+def whole_pages(size: int) -> int:
+    """The bytes of the memory that a tensor of `size` bytes has alone: never none."""
+    return -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def create_chunk(size: int, *, client_writes: bool, alone: bool = False) -> tuple[int, mmap.mmap]:
     """A new chunk of `size` bytes: its file descriptor, the caller's to close, and a writable
     mapping.
+
+    alone: it will hold one tensor, which `seal_for_readers` may get later.
 
     All pages are there on return; making them takes about 0.7 ms per MiB without holding the GIL,
     so call it off the loop for large chunks. Raises OSError where the host has no memory left.
@@ -31,11 +42,22 @@ def create_chunk(size: int, *, client_writes: bool) -> tuple[int, mmap.mmap]:
         os.ftruncate(fd, size)
         mapping = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | _MAP_POPULATE)
         seals = _SEALED if client_writes else _SEALED | _F_SEAL_FUTURE_WRITE
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals if alone else seals | fcntl.F_SEAL_SEAL)
     except BaseException:
         os.close(fd)
         raise
     return fd, mapping
+
+
+def seal_for_readers(fd: int) -> None:
+    """From now on nobody can map the chunk writable, or write it through a descriptor.
+
+    Mappings that exist stay as they are. Raises PermissionError where a client, who may add seals
+    to a chunk of its own as well, has forbidden this one.
+    """
+    if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _READERS_ONLY == _READERS_ONLY:
+        return
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _READERS_ONLY)
 
 
 def map_chunk(fd: int, size: int, *, writable: bool) -> mmap.mmap:

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory that exports show: who has a use for it, and who is charged for it.
+
+It is charged to the session that made it while that one has a use for it, else to whoever has held
+it for longest; it is let go when nobody has a use for it any more.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from thirdrail_server.worker.export_life import Export, State
+from thirdrail_server.worker.tensor_memory import TensorMemory
+
+
+@dataclass(slots=True, eq=False)
+class _Shared:
+    memory: TensorMemory
+    maker: int  # a session; 0: it has ended
+    is_kept: bool  # the maker uses it as an input chunk, too
+    exports: list[Export] = field(default_factory=list)  # that have not ended, oldest first
+    payer: int = 0  # a session; 0: nobody
+
+
+def _payer_of(shared: _Shared) -> int:
+    """A revoke ends the exporter's use, and not the importer's, who has the memory mapped."""
+    if shared.is_kept:
+        return shared.maker
+    if not shared.exports:
+        return 0
+    if shared.maker and any(
+        each.exporter == shared.maker and each.state is not State.REVOKED for each in shared.exports
+    ):
+        return shared.maker
+    oldest = shared.exports[0]
+    return oldest.exporter if oldest.state is State.OFFERED else oldest.importer
+
+
+@dataclass(frozen=True, slots=True)
+class Copying:
+    """A copy for an export that is being made, counted already."""
+
+    session: int
+    size: int
+
+
+class SharedMemories:
+    """dispose: is given memory that nobody has a use for any more."""
+
+    def __init__(self, dispose: Callable[[TensorMemory], None]) -> None:
+        self._dispose = dispose
+        self._shared: dict[TensorMemory, _Shared] = {}
+        self._charged: Counter[int] = Counter()  # bytes by session
+
+    def __contains__(self, memory: TensorMemory) -> bool:
+        return memory in self._shared
+
+    def __len__(self) -> int:
+        return len(self._shared)
+
+    @property
+    def total_bytes(self) -> int:
+        return self._charged.total()
+
+    def charged_bytes(self, session: int) -> int:
+        return self._charged[session]
+
+    def begin_copy(self, session: int, size: int) -> Copying:
+        self._charged[session] += size
+        return Copying(session, size)
+
+    def end_copy(self, copying: Copying) -> None:
+        self._charge(copying.session, -copying.size)
+
+    def add(self, export: Export, *, is_kept: bool) -> None:
+        """An export of new memory, or one more of known memory."""
+        shared = self._shared.get(export.memory)
+        if shared is None:
+            shared = _Shared(export.memory, export.exporter, is_kept)
+            self._shared[export.memory] = shared
+        shared.exports.append(export)
+        self._settle(shared)
+
+    def on_change(self, export: Export) -> None:
+        """An export has another state."""
+        shared = self._shared[export.memory]
+        if export.state is State.ENDED:
+            shared.exports.remove(export)
+        self._settle(shared)
+
+    def drop_kept(self, memory: TensorMemory) -> None:
+        """The maker does not use it itself any more."""
+        self._shared[memory].is_kept = False
+        self._settle(self._shared[memory])
+
+    def end(self, session: int) -> None:
+        """A session has no use for anything any more; its exports know already."""
+        for shared in list(self._shared.values()):
+            if shared.maker == session:
+                shared.maker, shared.is_kept = 0, False
+                self._settle(shared)
+
+    def _settle(self, shared: _Shared) -> None:
+        payer, size = _payer_of(shared), len(shared.memory)
+        if payer != shared.payer:
+            self._charge(shared.payer, -size)
+            self._charge(payer, size)
+            shared.payer = payer
+        if not shared.is_kept and not shared.exports:
+            del self._shared[shared.memory]
+            self._dispose(shared.memory)
+
+    def _charge(self, session: int, size: int) -> None:
+        if session:
+            self._charged[session] += size
+            if not self._charged[session]:
+                del self._charged[session]
