@@ -12,6 +12,7 @@ _FD_BYTES = array.array("i").itemsize
 _ANCILLARY_BYTES = socket.CMSG_SPACE(FDS_PER_PACKET_MAX * _FD_BYTES)
 # A plain number: the same with the enum's members takes a microsecond for each packet.
 _TRUNCATED = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
+_CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
 
 
 class PacketTooLarge(Exception):
@@ -46,7 +47,9 @@ def receive_with_fds(sock: socket.socket, size_max: int) -> tuple[bytes, list[in
 
     Raises PacketTooLarge, with nothing left open, for a longer packet or too many descriptors.
     """
-    data, ancillary, flags, _ = sock.recvmsg(size_max, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+    data, ancillary, flags, _ = sock.recvmsg(size_max, _ANCILLARY_BYTES, _CLOSE_ON_EXEC)
+    if not ancillary and not flags & _TRUNCATED:
+        return data, []
     fds = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

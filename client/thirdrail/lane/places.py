@@ -125,6 +125,12 @@ class ShownPlaces:
             return None
         return place
 
+    def let_go(self, place: Place) -> None:
+        """Count the arrays as gone, though somebody may have them. Needs no lock: it only notes."""
+        watch = place.watch
+        if watch is not None:
+            self._collected.append(watch)
+
     def forget(self, place: Place) -> bool:
         """No longer find it, nor hear of its collection. False: it was forgotten before."""
         if place.watch is None:

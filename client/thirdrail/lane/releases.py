@@ -10,8 +10,6 @@ from thirdrail.v1 import lane_pb2
 _RELEASES_KEY = bytes((5 << 3 | 2,))  # of LaneRequest
 _EPOCH_KEY, _SLOT_KEY, _GENERATION_KEY = (bytes((number << 3,)) for number in (1, 2, 3))
 
-RELEASE_BYTES_MAX = 20  # of one release in a packet: two bytes, and three keys with five at most
-
 
 class Releases:
     """Leases to give back, as they stand in a packet. A deque's own operations need no lock."""
@@ -37,14 +35,22 @@ class Releases:
 
     def take(self, room: int) -> bytes:
         """As many as fit `room` bytes of a packet."""
-        if not self._waiting:
-            return b""
         taken: list[bytes] = []
-        for _ in range(room // RELEASE_BYTES_MAX):
+        while self._waiting:
             try:
-                taken.append(self._waiting.popleft())
+                release = self._waiting.popleft()
             except IndexError:
+                break  # another thread was faster
+            if len(release) > room:
+                self._waiting.appendleft(release)
                 break
+            room -= len(release)
+            taken.append(release)
         if not self._waiting:
             self.waiting_bytes = 0
         return b"".join(taken)
+
+    def put_back(self, taken: bytes) -> None:
+        """They could not be sent."""
+        if taken:
+            self._waiting.appendleft(taken)

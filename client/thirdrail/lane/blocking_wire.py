@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A lane's socket for threads: packets out at once, packets in by whoever has the lead.
+
+The socket stays in blocking mode, so that reading without a deadline is one system call; where
+nothing may block, the call itself says so. It is closed when nobody is using it any more: another
+thread could otherwise send into whatever was given its number.
+"""
+
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+
+from google.protobuf.message import DecodeError
+
+from thirdrail.lane import packets
+from thirdrail.lane.turns import WAIT_S_MAX
+from thirdrail.v1 import lane_pb2
+
+Received = tuple[lane_pb2.LaneResponse, list[int]]  # the descriptors are the receiver's to close
+
+_AT_ONCE = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+
+class LaneBroken(Exception):
+    """The worker is gone, or broke the lane's rules. The text says which."""
+
+
+class BlockingWire:
+    """Takes over a connected SOCK_SEQPACKET socket. `receive` is for one thread at a time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(True)
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._readable = select.poll()
+        self._readable.register(self._fd, select.POLLIN)
+        self._lock = threading.Lock()  # guards the two below
+        self._users = 0
+        self._is_closed = False
+
+    def send(self, packet: bytes, deadline_s: float | None) -> bool:
+        """False: the worker took nothing until the deadline. Raises LaneBroken.
+
+        A packet that was not sent is not known to the worker.
+        """
+        with self._lock:
+            if self._is_closed:
+                raise LaneBroken("the lane was closed")
+            self._users += 1
+        try:
+            return self._send(packet, deadline_s)
+        except OSError as error:
+            raise LaneBroken(f"the worker is gone: {error.strerror}") from None
+        finally:
+            self._leave()
+
+    def receive(self, packet_bytes_max: int, deadline_s: float | None) -> Received | None:
+        """The next packet; None: the deadline passed first. Raises LaneBroken at the lane's end."""
+        with self._lock:
+            if self._is_closed:
+                raise LaneBroken("the lane was closed")
+            self._users += 1
+        try:
+            if deadline_s is not None and not self._readable.poll(_milliseconds_until(deadline_s)):
+                return None
+            packet, fds = self._receive(packet_bytes_max)
+        except OSError as error:
+            raise LaneBroken(f"the worker is gone: {error.strerror}") from None
+        except packets.PacketTooLarge as error:
+            raise LaneBroken(f"the worker broke the lane's rules: {error}") from None
+        finally:
+            self._leave()
+        if not packet:
+            raise LaneBroken("the worker is gone")
+        try:
+            return lane_pb2.LaneResponse.FromString(packet), fds
+        except DecodeError:
+            close_all(fds)
+            raise LaneBroken(
+                "the worker broke the lane's rules: a packet is no LaneResponse"
+            ) from None
+
+    def close(self) -> None:
+        """Hang up. Whoever is reading or sending finds out."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            if not self._users:
+                self._sock.close()
+                return
+        with contextlib.suppress(OSError):  # the worker was faster
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def forget(self) -> None:
+        """In a forked child: close what was inherited, without a word to the worker."""
+        self._lock = threading.Lock()  # another thread of the parent may have held it
+        self._is_closed = True
+        self._sock.close()
+
+    def _receive(self, packet_bytes_max: int) -> tuple[bytes, list[int]]:
+        try:
+            return packets.receive_with_fds(self._sock, packet_bytes_max)
+        except ConnectionResetError:
+            # Told once, before what the worker had sent by then: its goodbye, for example.
+            return packets.receive_with_fds(self._sock, packet_bytes_max)
+
+    def _send(self, packet: bytes, deadline_s: float | None) -> bool:
+        while True:
+            try:
+                self._sock.send(packet, _AT_ONCE)
+            except BlockingIOError:
+                writable = select.poll()
+                writable.register(self._fd, select.POLLOUT)
+                if not writable.poll(_milliseconds_until(deadline_s)):
+                    return False
+            else:
+                return True
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._is_closed and not self._users:
+                self._sock.close()
+
+
+def close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _milliseconds_until(deadline_s: float | None) -> float:
+    """As poll(2) takes them: whole ones, rounded up, -1 for ever."""
+    if deadline_s is None:
+        return -1
+    if not deadline_s:
+        return 0  # just look
+    return min(max(0.0, deadline_s - time.monotonic()), WAIT_S_MAX) * 1000
