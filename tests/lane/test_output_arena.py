@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Output slots: leased once, released once; late, doubled and foreign releases change nothing."""
 
+import numpy as np
 import pytest
 
 from thirdrail.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from thirdrail.v1 import tensor_pb2
-from thirdrail_server.worker.arenas import CHUNK_BYTES_MIN, InputArena, OutputArena
+from thirdrail_server.worker.chunks import CHUNK_BYTES_MIN
+from thirdrail_server.worker.input_arena import InputArena
+from thirdrail_server.worker.output_arena import POISON, OutputArena
 
 
 def test_slots_do_not_share_memory() -> None:
@@ -61,6 +64,106 @@ def test_the_arena_grows_by_chunks_and_ends_at_its_bound() -> None:
     assert arena.total_bytes <= 3 * CHUNK_BYTES_MIN
     for chunk in (*chunks, *arena.take_new_chunks()):
         chunk.close()
+
+
+# A slot as an input
+
+
+def test_a_leased_slot_can_be_read_but_not_written() -> None:
+    arena = OutputArena(1 << 24)
+    ref, memory = arena.lease(1000)
+    memory[:] = 7
+    view = arena.view("x", ref)
+    assert view.tolist() == [7] * 1000
+    assert not view.flags.writeable
+    part = arena.view("x", part_of(ref, offset=ref.offset + 64, size=8))
+    memory[64:72] = range(8)
+    assert part.tolist() == list(range(8))
+
+
+def part_of(ref: tensor_pb2.ArenaRef, **changes: int) -> tensor_pb2.ArenaRef:
+    fields = {field.name: value for field, value in ref.ListFields()}
+    return tensor_pb2.ArenaRef(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"slot": 0}, FailedPrecondition),
+        ({"slot": 99}, FailedPrecondition),
+        ({"generation": 2}, FailedPrecondition),
+        ({"generation": 0}, FailedPrecondition),
+        ({"epoch": 0}, FailedPrecondition),
+        ({"chunk": 1}, InvalidArgument),
+        ({"offset": 0}, InvalidArgument),  # another slot's
+        ({"offset": 1024 + 8}, InvalidArgument),
+        ({"offset": 1024 + 64}, InvalidArgument),  # and as long as before
+        ({"size": 1001}, InvalidArgument),
+        ({"size": (1 << 64) - 1}, InvalidArgument),
+        ({"offset": (1 << 64) - 64}, InvalidArgument),
+    ],
+)
+def test_a_reference_to_anything_but_the_slot_is_refused(
+    changes: dict[str, int], error: type[Exception]
+) -> None:
+    arena = OutputArena(1 << 24)
+    arena.lease(1000)
+    ref, _ = arena.lease(1000)
+    assert (ref.offset, ref.generation) == (1024, 1)
+    with pytest.raises(error, match="tensor 'x' refers to"):
+        arena.view("x", part_of(ref, **changes))
+
+
+def test_a_released_slot_cannot_be_referred_to() -> None:
+    arena = OutputArena(1 << 24)
+    ref, _ = arena.lease(1000)
+    arena.release(ref.epoch, ref.slot, ref.generation)
+    with pytest.raises(FailedPrecondition, match="holds no result or was released"):
+        arena.view("x", ref)
+
+
+def test_a_slot_that_is_read_is_not_given_away_before_its_last_view_is_gone() -> None:
+    arena = OutputArena(1 << 24)
+    ref, memory = arena.lease(1000)
+    memory[:] = 7
+    first, second = arena.view("x", ref), arena.view("x", ref)
+    rows = second.view(np.uint16).reshape(20, 25)[3:5].T  # as a model may see it
+    arena.release(ref.epoch, ref.slot, ref.generation)
+    assert arena.leases == 0
+    del first, second
+    other, _ = arena.lease(1000)
+    assert other.offset != ref.offset
+    assert rows.tolist() == [[0x0707] * 2] * 25
+    del rows
+    again, _ = arena.lease(1000)
+    assert again.offset == ref.offset
+    assert (again.slot, again.generation) == (ref.slot, ref.generation + 1)
+
+
+def test_a_put_off_release_that_comes_twice_frees_once() -> None:
+    arena = OutputArena(1 << 24)
+    ref, _ = arena.lease(1000)
+    view = arena.view("x", ref)
+    for _ in range(3):
+        arena.release(ref.epoch, ref.slot, ref.generation)
+    assert arena.stale_releases == 2
+    del view
+    assert len({arena.lease(1000)[0].offset for _ in range(3)}) == 3
+
+
+def test_released_slots_are_overwritten_where_that_is_wished() -> None:
+    arena = OutputArena(1 << 24)
+    (ref, memory), (kept, other) = arena.lease(1000), arena.lease(1000)
+    memory[:], other[:] = 1, 2
+    arena.poisons = True
+    arena.release(ref.epoch, ref.slot, ref.generation)
+    assert memory.tolist() == [POISON] * 1000
+    assert other.tolist() == [2] * 1000
+    arena.release(kept.epoch, kept.slot, kept.generation + 1)
+    assert other.tolist() == [2] * 1000
+
+
+# Input memory
 
 
 def reference(arena: InputArena, **changes: int) -> tensor_pb2.ArenaRef:

@@ -14,7 +14,7 @@ from thirdrail.errors import FailedPrecondition, InvalidArgument
 from thirdrail.tensors import TensorSpec
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import tensor_pb2
-from thirdrail_server.worker.arenas import InputArena
+from thirdrail_server.worker.input_arena import InputArena
 from thirdrail_server.worker.requests import VersionSpec, read_request
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from support.specs import INDEX, X, a_tensor, spec_of
 from thirdrail.errors import InvalidArgument
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import tensor_pb2
-from thirdrail_server.worker.arenas import InputArena
+from thirdrail_server.worker.input_arena import InputArena
 from thirdrail_server.worker.requests import WantedOutput, read_request
 
 RAW = a_tensor()

@@ -25,8 +25,9 @@ from thirdrail.errors import Internal, InvalidArgument, ThirdrailError
 from thirdrail.tensors import Array, TensorSpec
 from thirdrail.v1 import inference_pb2, tensor_pb2
 from thirdrail_engines.engine import Engine, EngineError, EngineInputError
-from thirdrail_server.worker.arenas import Bytes, OutputArena
+from thirdrail_server.worker.chunks import Bytes
 from thirdrail_server.worker.classification import classify
+from thirdrail_server.worker.output_arena import OutputArena
 from thirdrail_server.worker.requests import Request, VersionSpec, WantedOutput
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,9 @@ from thirdrail.errors import InvalidArgument, ThirdrailError
 from thirdrail.lane.outbox import Outbox
 from thirdrail.v1 import lane_pb2, tensor_pb2
 from thirdrail_server.config import LaneLimits
-from thirdrail_server.worker.arenas import Bytes, InputArena, NewChunk, OutputArena
+from thirdrail_server.worker.chunks import Bytes, NewChunk
+from thirdrail_server.worker.input_arena import InputArena
+from thirdrail_server.worker.output_arena import OutputArena
 
 
 class SessionMemory:
@@ -29,6 +31,8 @@ class SessionMemory:
     def view(self, name: str, ref: tensor_pb2.ArenaRef) -> Bytes:
         """The bytes that a request's tensor refers to. Raises FailedPrecondition or
         InvalidArgument."""
+        if ref.epoch == self.output.epoch:
+            return self.output.view(name, ref)
         return self.input.view(name, ref)
 
     def release(self, lease: lane_pb2.Lease) -> None:

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pieces of an arena: how large, charged to whom, and on their way to the client."""
+
+import itertools
+import mmap
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from thirdrail.errors import ResourceExhausted
+from thirdrail.v1 import lane_pb2
+
+Bytes = npt.NDArray[np.uint8]
+
+CHUNK_BYTES_MIN = 1 << 20
+
+# Makes room for so many bytes in the books of all sessions, or raises ResourceExhausted.
+Charge = Callable[[int], None]
+
+_epochs = itertools.count(1)
+
+
+def new_epoch() -> int:
+    """A number of an arena, or of an imported tensor: never used twice in one worker."""
+    return next(_epochs)
+
+
+def charge_nothing(size: int) -> None:
+    """For a session that no quota applies to."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewChunk:
+    """A chunk that the client does not know of yet. Sending it closes the descriptor."""
+
+    message: lane_pb2.Chunk
+    fd: int
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def whole_pages(size: int) -> int:
+    return -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def charged_chunk_bytes(size: int, total: int, total_max: int, charge: Charge) -> int | None:
+    """How large a chunk to make for a piece of `size` bytes, and that much charged: doubling the
+    arena, or, where that is too much, only what is needed. None: it does not fit the arena.
+
+    Raises ResourceExhausted where not even that can be charged.
+    """
+    needed = whole_pages(size)
+    left = total_max - total
+    if needed > left:
+        return None
+    generous = max(CHUNK_BYTES_MIN, total, 1 << (needed - 1).bit_length())
+    if needed < generous <= left:
+        try:
+            charge(generous)
+        except ResourceExhausted:
+            pass
+        else:
+            return generous
+    charge(needed)
+    return needed
