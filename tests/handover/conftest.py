@@ -52,8 +52,9 @@ class Books:
             is_kept=is_kept,
         )
 
-    def offer_again(self, session: int, epoch: int) -> Export:
-        return self.registry.offer_again(Party(session, UID), epoch, Terms(), self.now_ns)
+    def offer_again(self, session: int, epoch: int, *, size: int = 64) -> Export:
+        tensor = Tensor(size, tensor_pb2.DATA_TYPE_UINT8, (size,))
+        return self.registry.offer_again(Party(session, UID), epoch, tensor, Terms(), self.now_ns)
 
     def take(self, session: int, token: bytes, uid: int = UID) -> Export:
         return self.registry.take(Party(session, uid), token, self.now_ns)

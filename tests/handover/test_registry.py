@@ -315,6 +315,12 @@ def test_a_handed_on_offer_is_charged_to_who_handed_it_on(books: Books) -> None:
     assert charges(books) == [0, 1, 0]
 
 
+def test_a_tensor_is_handed_on_whole(books: Books) -> None:
+    taken = books.take(DETECTOR, books.offer(CAMERA).token)
+    with pytest.raises(InvalidArgument, match="handed on whole: it has 64 bytes, got 32"):
+        books.offer_again(DETECTOR, taken.epoch, size=32)
+
+
 def test_figures_count_what_is_shared(books: Books) -> None:
     taken = books.take(DETECTOR, books.offer(CAMERA).token)
     books.offer(CAMERA)
@@ -370,6 +376,15 @@ def test_bytes_are_bounded(new_books: Any) -> None:
     with pytest.raises(ResourceExhausted, match="of the 12288 that all clients of this worker"):
         books.offer(DETECTOR, size=2 * PAGE)
     books.offer(DETECTOR)
+
+
+def test_copies_being_made_count_as_exports(new_books: Any) -> None:
+    books = new_books(exports_per_session_max=1)
+    copying = books.registry.begin_copy(CAMERA, PAGE)
+    with pytest.raises(ResourceExhausted, match="this session shares 1 tensors"):
+        books.registry.begin_copy(CAMERA, PAGE)
+    books.registry.end_copy(copying)
+    books.offer(CAMERA)
 
 
 def test_a_copy_is_counted_while_it_is_made(new_books: Any) -> None:

@@ -51,12 +51,10 @@ class SharedMemories:
         self._dispose = dispose
         self._shared: dict[TensorMemory, _Shared] = {}
         self._charged: Counter[int] = Counter()  # bytes by session
+        self._copying: list[Copying] = []
 
     def __contains__(self, memory: TensorMemory) -> bool:
         return memory in self._shared
-
-    def __len__(self) -> int:
-        return len(self._shared)
 
     @property
     def total_bytes(self) -> int:
@@ -65,11 +63,17 @@ class SharedMemories:
     def charged_bytes(self, session: int) -> int:
         return self._charged[session]
 
+    def copies(self, session: int) -> int:
+        """How many are being made for it."""
+        return sum(each.session == session for each in self._copying)
+
     def begin_copy(self, session: int, size: int) -> Copying:
-        self._charged[session] += size
-        return Copying(session, size)
+        self._copying.append(Copying(session, size))
+        self._charge(session, size)
+        return self._copying[-1]
 
     def end_copy(self, copying: Copying) -> None:
+        self._copying.remove(copying)
         self._charge(copying.session, -copying.size)
 
     def add(self, export: Export, *, is_kept: bool) -> None:

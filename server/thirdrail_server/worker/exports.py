@@ -117,17 +117,24 @@ class ExportRegistry:
         self._check_room(exporter.session, 0 if memory in self._memories else len(memory))
         return self._offer(exporter, memory, is_kept, tensor, (), terms, now_ns)
 
-    def offer_again(self, exporter: Party, epoch: int, terms: Terms, now_ns: int) -> Export:
-        """Offer a tensor that the exporter has imported. Raises as `offer` and `imported` do."""
+    def offer_again(
+        self, exporter: Party, epoch: int, tensor: Tensor, terms: Terms, now_ns: int
+    ) -> Export:
+        """Offer what the exporter has imported, all of it. Raises as `offer` and `imported` do, and
+        InvalidArgument for a part of it.
+        """
         source = self.imported(exporter.session, epoch)
+        if tensor.size != source.tensor.size:
+            raise InvalidArgument(
+                f"an imported tensor is handed on whole: it has {source.tensor.size} bytes, got "
+                f"{tensor.size}"
+            )
         if len(source.lineage) >= self._limits.hops_max:
             raise ResourceExhausted(
                 f"this tensor was handed on {len(source.lineage)} times already, the most allowed"
             )
         self._check_room(exporter.session, 0)
-        return self._offer(
-            exporter, source.memory, False, source.tensor, source.lineage, terms, now_ns
-        )
+        return self._offer(exporter, source.memory, False, tensor, source.lineage, terms, now_ns)
 
     def _offer(
         self,
@@ -155,7 +162,8 @@ class ExportRegistry:
         return export
 
     def _check_room(self, session: int, new_bytes: int) -> None:
-        limits, own = self._limits, self.export_count(session)
+        limits = self._limits
+        own = self.export_count(session) + self._memories.copies(session)
         if own >= limits.exports_per_session_max:
             raise ResourceExhausted(f"this session shares {own} tensors, the most it may")
         if len(self._exports) >= limits.exports_total_max:
