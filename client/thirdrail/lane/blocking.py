@@ -35,6 +35,7 @@ from thirdrail.lane.questions import Questions
 from thirdrail.lane.results import borrowed_result, private_result, release_outputs
 from thirdrail.lane.session_memory import SessionMemory
 from thirdrail.lane.turns import Ticket, Turns
+from thirdrail.lane.watcher import Watcher
 from thirdrail.requests import Result
 from thirdrail.tensors import Array
 from thirdrail.v1 import inference_pb2, lane_pb2
@@ -81,6 +82,7 @@ class BlockingLane:
         self._placer = Placer(
             self._lock, self._turns, self._memory, self._send, is_debug=self._is_debug
         )
+        self.watcher = Watcher(self._lock, self._turns)
         self.questions = Questions(self._lock, self._turns, self._send)
 
     @property
@@ -329,7 +331,8 @@ class BlockingLane:
                 ended, self._call_ended = self._call_ended, Ticket()
                 self._turns.complete(ended)
             self._turns.complete(call)
-        if call.is_abandoned:
+            is_abandoned = call.is_abandoned
+        if is_abandoned:
             release_outputs(response, self._memory)
         elif call.on_done is not None:
             call.on_done()

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Futures of calls on a lane. Whoever asks one for its result reads the lane himself.
+
+Somebody who only wants to be told (`add_done_callback`, `concurrent.futures.wait`, `as_completed`)
+reads nothing: while there are such futures, and no longer, a watcher thread reads for them.
+
+Foreign code never runs in a thread that has the lead, since it may wait for the lane itself. So a
+reader settles a future only where nobody is to be told, and leaves the others to the watcher.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from thirdrail.lane.blocking import BlockingLane
+from thirdrail.lane.calls import Call, timed_out
+from thirdrail.requests import Result
+from thirdrail.tensors import Array
+
+
+class LaneFuture(Future[Result]):
+    """The result of a call that `send` sends."""
+
+    def __init__(self, lane: BlockingLane, *, borrow: bool, timeout: float | None) -> None:
+        super().__init__()
+        self._lane = lane
+        self._timeout = timeout
+        self._deadline_s = None if timeout is None else time.monotonic() + timeout
+        self._is_taken = False  # somebody settles it; the future's condition guards both
+        self._is_watched = False  # somebody is to be told
+        self.call = Call(borrow=borrow, on_done=self._on_read)
+        # wait and as_completed put themselves here: the only thing that they do to a future.
+        self._waiters: list[Any] = _Waiters(self._watch)
+
+    def send(self, options: bytes, arrays: Mapping[str, Array]) -> None:
+        """Waits only while the lane has no room. Raises what `BlockingLane.start` raises."""
+        self._lane.start(self.call, options, arrays, self._deadline_s, self._timeout)
+
+    def result(self, timeout: float | None = None) -> Result:
+        """Waits, reading the lane. Raises the request's error, CancelledError, and TimeoutError
+        after `timeout` seconds of this wait, which do not end the request.
+        """
+        return super().result(self._drive(timeout))
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Waits as `result` does. Raises CancelledError and TimeoutError."""
+        return super().exception(self._drive(timeout))
+
+    def done(self) -> bool:
+        """Whether it has ended, by what has come until now."""
+        if not self._is_taken:
+            if not self.call.is_done:
+                self._lane.poll()
+            if self.call.is_done:
+                self._settle()
+        return super().done()
+
+    def cancel(self) -> bool:
+        """Cancels the request in the server. False: it has ended already."""
+        with self._condition:
+            if self._is_taken:
+                return self.cancelled()
+            self._is_taken = True
+        super().cancel()
+        self.set_running_or_notify_cancel()  # tells those who wait for several
+        self._lane.abandon(self.call)
+        self._lane.watcher.leave(self)
+        return True
+
+    def add_done_callback(self, fn: Callable[[Future[Result]], object]) -> None:
+        """Has `fn(future)` called at the end: by another thread, or at once where it has ended."""
+        super().add_done_callback(fn)
+        self._watch()
+
+    def _watch(self) -> None:
+        with self._condition:
+            if self._is_watched or super().done():
+                return
+            self._is_watched = True
+            if not self._is_taken:
+                self._lane.watcher.watch(self)
+
+    def _drive(self, timeout: float | None) -> float | None:
+        """Read the lane until it has ended. Returns what is left of the timeout."""
+        if self._is_taken:
+            return timeout
+        deadline_s = None if timeout is None else time.monotonic() + timeout
+        deadlines = [each for each in (deadline_s, self._deadline_s) if each is not None]
+        if self._lane.wait(self.call, min(deadlines, default=None)):
+            self._settle()
+        elif self._deadline_s is not None and time.monotonic() >= self._deadline_s:
+            self._give_up()
+        return None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+
+    def _give_up(self) -> None:
+        """The worker has not answered in time, not even that the time is over."""
+        with self._condition:
+            if self._is_taken:
+                return
+            self._is_taken = True
+        self._lane.abandon(self.call)
+        self.set_exception(timed_out(self._timeout))
+        self._lane.watcher.leave(self)
+
+    def _on_read(self) -> None:
+        """The response has come, to a thread that has the lead."""
+        with self._condition:
+            if self._is_watched:
+                return self._lane.watcher.run(self._settle)
+            is_ours, self._is_taken = not self._is_taken, True
+        if not is_ours:
+            return None
+        finish = self._outcome()
+        with self._condition:
+            # Somebody may have come meanwhile; from here on nobody does.
+            if self._has_watchers():
+                self._lane.watcher.run(finish)
+            else:
+                finish()
+
+    def _has_watchers(self) -> bool:
+        return self._is_watched
+
+    def _settle(self) -> None:
+        """End as the call has. Tells whoever is to be told."""
+        with self._condition:
+            if self._is_taken:
+                return
+            self._is_taken = True
+        self._outcome()()
+        self._lane.watcher.leave(self)
+
+    def _outcome(self) -> Callable[[], None]:
+        """What ends the future."""
+        try:
+            result = self._lane.result_of(self.call)
+        except BaseException as error:
+            failure = error
+            return lambda: self.set_exception(failure)
+        return lambda: self.set_result(result)
+
+
+class _Waiters(list[Any]):
+    """A future's list of those who wait for several, which says when it gets one."""
+
+    def __init__(self, watch: Callable[[], None]) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def append(self, waiter: Any) -> None:
+        super().append(waiter)
+        self._watch()
