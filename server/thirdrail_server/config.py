@@ -51,6 +51,7 @@ class LaneLimits:
     input_arena_bytes_max: int = 1 << 30
     output_arena_bytes_max: int = 1 << 30
     model_ids_max: int = 1024
+    alone_chunks_max: int = 128  # input chunks for one tensor; each holds a file descriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class SessionLimits:
 
 @dataclass(frozen=True, slots=True)
 class ExportLimits:
-    """How much clients may hand to each other in one worker. Each tensor holds a file descriptor."""
+    """What clients may hand to each other in one worker. Each tensor holds a file descriptor."""
 
     exports_per_session_max: int = 256  # offered, or taken and not given back yet
     imports_per_session_max: int = 256

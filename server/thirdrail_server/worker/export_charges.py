@@ -8,6 +8,7 @@ it for longest; it is let go when nobody has a use for it any more.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from thirdrail_server.worker.export_life import Export, State
 from thirdrail_server.worker.tensor_memory import TensorMemory
@@ -44,11 +45,28 @@ class Copying:
     size: int
 
 
-class SharedMemories:
-    """dispose: is given memory that nobody has a use for any more."""
+class OnCharge(Protocol):
+    def __call__(self, session: int, size: int, *, is_new: bool) -> None:
+        """A session is charged so many bytes more, or less.
 
-    def __init__(self, dispose: Callable[[TensorMemory], None]) -> None:
+        is_new: nobody was charged for them before; only then it may raise ResourceExhausted.
+        """
+
+
+def charge_nobody(session: int, size: int, *, is_new: bool) -> None:
+    """For books that nobody else looks at."""
+
+
+class SharedMemories:
+    """dispose: is given memory that nobody has a use for any more.
+    on_charge: hears of every change of who is charged.
+    """
+
+    def __init__(
+        self, dispose: Callable[[TensorMemory], None], on_charge: OnCharge = charge_nobody
+    ) -> None:
         self._dispose = dispose
+        self._on_charge = on_charge
         self._shared: dict[TensorMemory, _Shared] = {}
         self._charged: Counter[int] = Counter()  # bytes by session
         self._copying: list[Copying] = []
@@ -68,8 +86,8 @@ class SharedMemories:
         return sum(each.session == session for each in self._copying)
 
     def begin_copy(self, session: int, size: int) -> Copying:
+        self._charge(session, size, is_new=True)
         self._copying.append(Copying(session, size))
-        self._charge(session, size)
         return self._copying[-1]
 
     def end_copy(self, copying: Copying) -> None:
@@ -114,8 +132,9 @@ class SharedMemories:
             del self._shared[shared.memory]
             self._dispose(shared.memory)
 
-    def _charge(self, session: int, size: int) -> None:
+    def _charge(self, session: int, size: int, *, is_new: bool = False) -> None:
         if session:
+            self._on_charge(session, size, is_new=is_new)
             self._charged[session] += size
             if not self._charged[session]:
                 del self._charged[session]

@@ -23,7 +23,7 @@ from thirdrail.errors import (
 from thirdrail.lane.allocator import ALIGNMENT_BYTES
 from thirdrail.v1.tensor_pb2 import ArenaRef
 from thirdrail_server.config import ExportLimits
-from thirdrail_server.worker.export_charges import Copying, SharedMemories
+from thirdrail_server.worker.export_charges import Copying, OnCharge, SharedMemories, charge_nobody
 from thirdrail_server.worker.export_life import (
     Event,
     Export,
@@ -51,6 +51,7 @@ class ExportRegistry:
 
     new_epoch: gives numbers that were never used before in this worker.
     dispose: is given memory that nobody has a use for any more.
+    on_charge: hears of every change of who is charged.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class ExportRegistry:
         *,
         new_epoch: Callable[[], int],
         dispose: Callable[[TensorMemory], None],
+        on_charge: OnCharge = charge_nobody,
     ) -> None:
         self._limits = limits
         self._new_epoch = new_epoch
@@ -66,7 +68,7 @@ class ExportRegistry:
         self._exports: dict[int, Export] = {}  # by number, without those that have ended
         self._offers = Offers()
         self._imports: dict[int, Export] = {}  # by epoch
-        self._memories = SharedMemories(dispose)
+        self._memories = SharedMemories(dispose, on_charge)
 
     # Figures
 
