@@ -2,22 +2,21 @@
 """The client for asyncio, the twin of `client.Client`: the same methods, to be awaited."""
 
 import asyncio
-import os
 import time
-import weakref
 from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, Unpack, cast
-
-import grpc
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from thirdrail import health, models
+from thirdrail.aio_connection import AsyncConnection, require_no_fork
 from thirdrail.aio_stream import AsyncStream
 from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_aio_channel
 from thirdrail.client import READY_POLL_SECONDS
 from thirdrail.discovery import find_address
 from thirdrail.errors import FailedPrecondition, NotFound, TimedOut, Unavailable
 from thirdrail.failures import rpc_errors, with_note
+from thirdrail.lane.calls import NotSent, timed_out
+from thirdrail.lane.encoding import Encoder
 from thirdrail.models import (
     DescriptionCache,
     ModelChange,
@@ -29,45 +28,17 @@ from thirdrail.requests import (
     InferOptions,
     Inputs,
     Result,
+    named_arrays,
     needs_description,
     outcome_of_response,
     write_request,
 )
 from thirdrail.stream import IN_FLIGHT_MAX
-from thirdrail.v1 import (
-    inference_pb2,
-    inference_pb2_grpc,
-    metrics_pb2,
-    metrics_pb2_grpc,
-    models_pb2,
-    models_pb2_grpc,
-)
+from thirdrail.transport import NOTHING_YET, LaneRule, Transport, TransportChoice
+from thirdrail.v1 import inference_pb2, metrics_pb2, models_pb2
 
-if TYPE_CHECKING:  # the asynchronous stubs exist for the type checker only
-    from thirdrail.v1.inference_pb2_grpc import InferenceAsyncStub
-    from thirdrail.v1.metrics_pb2_grpc import MetricsAsyncStub
-    from thirdrail.v1.models_pb2_grpc import ModelsAsyncStub
-
-
-class _Connection:
-    """The channel of one event loop, and the services on it."""
-
-    def __init__(self, address: str, channel: grpc.aio.Channel) -> None:
-        self.pid = os.getpid()
-        self.loop = asyncio.get_running_loop()
-        self.address = address
-        self.channel = channel
-        self.inference = cast("InferenceAsyncStub", inference_pb2_grpc.InferenceStub(channel))
-        self.models = cast("ModelsAsyncStub", models_pb2_grpc.ModelsStub(channel))
-        self.metrics = cast("MetricsAsyncStub", metrics_pb2_grpc.MetricsStub(channel))
-        self.check: Any = channel.unary_unary(
-            health.CHECK_METHOD, health.encode_request, health.decode_response
-        )
-
-
-# What is open, so that a forked child can tell: grpc.aio does not start again in the child of a
-# process that uses it, and calls there would hang.
-_OPEN: weakref.WeakSet[_Connection] = weakref.WeakSet()
+if TYPE_CHECKING:  # needs Linux
+    from thirdrail.lane.aio_session import AsyncSession
 
 
 class AsyncClient:
@@ -83,13 +54,18 @@ class AsyncClient:
         *,
         tls: TlsOptions | None = None,
         compression: Compression | None = None,
+        transport: TransportChoice = "auto",
+        debug: bool = False,
     ) -> None:
         self._url = url
         self._tls = tls
         self._compression = grpc_compression(compression)
+        self._rule = LaneRule(transport)
+        self._is_debug = debug
         self._is_closed = False
-        self._connection: _Connection | None = None
+        self._connection: AsyncConnection | None = None
         self._descriptions = DescriptionCache()
+        self._encoder = Encoder()
 
     async def infer(self, model: str, inputs: Inputs, **options: Unpack[InferOptions]) -> Result:
         """Runs a model once and waits for its outputs.
@@ -107,14 +83,20 @@ class AsyncClient:
             parameters: a mapping of bool, int, float or str.
             classes: the best N classes as b"value:index[:label]" instead of each output.
         """
-        request = await self._request(model, inputs, options)
-        connection, timeout = self._connected(), options.get("timeout")
-        with rpc_errors(connection.address, timeout):
-            response = await connection.inference.Infer(request, timeout=timeout)
-        outcome = outcome_of_response(response)
-        if isinstance(outcome, Result):
-            return outcome
-        raise outcome
+        session = await self._connected().access.session()
+        if session is not None:
+            try:
+                return await self._infer_over_lane(session, model, inputs, options)
+            except NotSent:  # the session has ended meanwhile, and the worker knows of no call
+                session = await self._connected().access.session()
+        if session is not None:
+            return await self._infer_over_lane(session, model, inputs, options)
+        return await self._infer_over_grpc(model, inputs, options)
+
+    @property
+    def transport(self) -> Transport:
+        """What calls travel on, and why not on the lane. See `thirdrail.transport.Transport`."""
+        return NOTHING_YET if self._connection is None else self._connection.access.transport
 
     def submit(
         self, model: str, inputs: Inputs, **options: Unpack[InferOptions]
@@ -217,9 +199,8 @@ class AsyncClient:
         """Closes the connection; calls in flight end with Cancelled. May be called twice."""
         self._is_closed = True
         connection, self._connection = self._connection, None
-        if connection is not None and connection.pid == os.getpid():
-            _OPEN.discard(connection)
-            await connection.channel.close()
+        if connection is not None:
+            await connection.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -238,34 +219,48 @@ class AsyncClient:
         state = "closed" if self._is_closed else "not connected"
         return f"<AsyncClient {self._url or 'local'} {state}>"
 
-    def _connected(self) -> _Connection:
+    def _connected(self) -> AsyncConnection:
         connection = self._connection
-        if connection is not None and connection.pid == os.getpid():
-            if connection.loop is asyncio.get_running_loop():
-                return connection
-            _OPEN.discard(connection)  # its loop has ended, and its channel with it
+        if connection is not None and connection.is_ours:
+            return connection
         return self._connect()
 
-    def _connect(self) -> _Connection:
+    def _connect(self) -> AsyncConnection:
         if self._is_closed:
             raise FailedPrecondition("this client is closed")
-        if any(connection.pid != os.getpid() for connection in _OPEN):
-            raise FailedPrecondition(
-                "an AsyncClient was open when this process was forked, and grpc.aio cannot start "
-                "again here: close it before the fork, spawn the process, or use Client"
-            )
+        if self._connection is not None:
+            self._connection.forget()
+        require_no_fork()
         address = find_address(self._url, sockets=self._tls is None)
         channel = open_aio_channel(address, self._tls, self._compression)
-        self._connection = _Connection(address, channel)
-        _OPEN.add(self._connection)
+        self._connection = AsyncConnection(address, channel, self._rule, is_debug=self._is_debug)
         return self._connection
 
-    async def _request(
-        self, model: str, inputs: Inputs, options: InferOptions
-    ) -> inference_pb2.InferRequest:
+    async def _infer_over_lane(
+        self, session: "AsyncSession", model: str, inputs: Inputs, options: InferOptions
+    ) -> Result:
+        description = await self._needed_description(model, inputs, options)
+        head = self._encoder.options(model, description, options)
+        arrays = named_arrays(inputs, description)
+        timeout, borrow = options.get("timeout"), options.get("borrow", False)
+        if timeout is None:
+            return await session.infer(head, arrays, self._encoder, borrow=borrow)
+        try:
+            async with asyncio.timeout(timeout):
+                return await session.infer(head, arrays, self._encoder, borrow=borrow)
+        except TimeoutError:
+            raise timed_out(timeout) from None
+
+    async def _infer_over_grpc(self, model: str, inputs: Inputs, options: InferOptions) -> Result:
         request = inference_pb2.InferRequest()
         await self._write(request, model, inputs, options)
-        return request
+        connection, timeout = self._connected(), options.get("timeout")
+        with rpc_errors(connection.address, timeout):
+            response = await connection.inference.Infer(request, timeout=timeout)
+        outcome = outcome_of_response(response)
+        if isinstance(outcome, Result):
+            return outcome
+        raise outcome
 
     async def _write(
         self,
@@ -274,12 +269,15 @@ class AsyncClient:
         inputs: Inputs,
         options: InferOptions,
     ) -> None:
-        description = None
-        if needs_description(inputs, options):
-            description = await self._description(model, options.get("version", 0))
+        description = await self._needed_description(model, inputs, options)
         write_request(request, model, inputs, description, **options)
 
-    async def _description(self, model: str, version: int) -> ModelDescription:
+    async def _needed_description(
+        self, model: str, inputs: Inputs, options: InferOptions
+    ) -> ModelDescription | None:
+        if not needs_description(inputs, options):
+            return None
+        version = options.get("version", 0)
         now_ns = time.monotonic_ns()
         description = self._descriptions.get(model, version, now_ns)
         if description is None:

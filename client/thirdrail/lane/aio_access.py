@@ -61,7 +61,7 @@ class AsyncAccess:
         return Transport("lane", self._path, "")
 
     def leave(self) -> None:
-        """End the session, if there is one."""
+        """End the session, if there is one; also when its loop has ended."""
         if self._session is not None:
             self._session.leave()
 

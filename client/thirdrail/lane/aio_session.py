@@ -7,19 +7,22 @@ the loop's thread, but for copies of more than COPY_ON_LOOP_BYTES_MAX.
 """
 
 import asyncio
+import contextlib
 import mmap
 import socket
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from thirdrail.errors import Cancelled, ThirdrailError, Unavailable
 from thirdrail.failures import with_note
+from thirdrail.lane import forks, packets
 from thirdrail.lane.aio_room import Room
 from thirdrail.lane.aio_wire import AsyncWire
-from thirdrail.lane.encoding import Encoder, LargeInput
+from thirdrail.lane.calls import Checksum, NotSent
+from thirdrail.lane.encoding import Encoder
 from thirdrail.lane.input_arena import COPY_ON_LOOP_BYTES_MAX
 from thirdrail.lane.memory import whole_pages
 from thirdrail.lane.places import Bytes, Place
@@ -38,7 +41,8 @@ COLLECT_INTERVAL_S = 0.1
 @dataclass(slots=True)
 class _Call:
     future: asyncio.Future[inference_pb2.InferResponse]
-    places: list[Place]  # that it reads
+    places: list[Place] = field(default_factory=list)  # that it reads
+    checksums: list[Checksum] = field(default_factory=list)  # debug mode
 
 
 class AsyncSession(AsyncWire[_Call]):
@@ -62,6 +66,7 @@ class AsyncSession(AsyncWire[_Call]):
         """Attach by a socket, which the session then owns. Raises CannotAttach."""
         session = cls(sock, asyncio.get_running_loop(), is_debug=is_debug)
         features = [DEBUG_FEATURE] if is_debug else []
+        forks.forget_in_children(session)
         hello = lane_pb2.Hello(token=token, client_name=client_name, features=features)
         return await session._say_hello(hello)
 
@@ -71,32 +76,41 @@ class AsyncSession(AsyncWire[_Call]):
         """Call a model.
 
         head: the request before its inputs, as `encoder.options` wrote it.
-        Raises the request's error, ResourceExhausted at a limit of this session, Unavailable when
-        the session ends meanwhile.
+        Waits while the session has as many calls in flight as it may, or no room for the inputs.
+        Raises the request's error, ResourceExhausted where waiting cannot help, NotSent when the
+        session has ended before the worker heard of the call, Unavailable when it ends afterwards.
         """
-        memory = self._memory
-        if memory.shown.has_collected:
+        if self._memory.shown.has_collected:
             self._collect()
         parts, large = encoder.inputs(arrays, self._limits.inline_bytes)
-        places: list[Place] = []
+        await self._slots.acquire()
+        call = _Call(self._loop.create_future())
         try:
             if large:
-                parts += await self._refer(large, places)
-            future = self._loop.create_future()
-            call = self._begin(b"".join((head, *parts)), _Call(future, places))
+                parts += await self._room.refer(large, call.places, call.checksums)
+            if self.is_closed:
+                raise self._not_sent()
+            number = self._begin(b"".join((head, *parts)), call)
         except BaseException:
-            self._leave(places)
+            self._slots.release()
+            self._leave(call.places)
             raise
+        if call.future.done():  # the socket did not take it
+            raise self._not_sent() from call.future.exception()
+        return await self._result(await self._response(number, call.future), borrow=borrow)
+
+    async def _response(
+        self, number: int, future: asyncio.Future[inference_pb2.InferResponse]
+    ) -> inference_pb2.InferResponse:
         try:
-            response = await future
+            return await future
         except asyncio.CancelledError:
             if future.cancelled():
-                self._cancel(call)
+                self._cancel(number)
             elif future.exception() is None:  # it came in the very moment
-                release_outputs(future.result(), memory)
+                release_outputs(future.result(), self._memory)
                 self._flush_soon()
             raise
-        return await self._result(response, borrow=borrow)
 
     async def empty(self, size: int, *, is_shared: bool = False) -> Bytes:
         """Input memory of `size` bytes, 1 or more, which goes back with its last view.
@@ -117,51 +131,18 @@ class AsyncSession(AsyncWire[_Call]):
         """End the session in good order. Calls in flight fail with Cancelled."""
         if self.is_closed:
             return
-        self._collect()
-        if not len(self._memory.shown):  # else the worker waits until our arrays are gone with us
-            self._send(lane_pb2.LaneRequest(close=lane_pb2.Close()))
         self._is_leaving = True
-        self.close("the client was closed")
+        self._memory.collect()
+        if not len(self._memory.shown):  # else the worker waits until our arrays are gone with us
+            goodbye = lane_pb2.LaneRequest(close=lane_pb2.Close()).SerializeToString()
+            with contextlib.suppress(OSError):
+                packets.send(self._sock, goodbye)
+        with contextlib.suppress(RuntimeError):  # a loop that has ended wakes nobody
+            self.close("the client was closed")
 
-    # Inputs
-
-    async def _refer(self, large: Sequence[LargeInput], places: list[Place]) -> list[bytes]:
-        """The inputs as parts of a request. Adds the memory that the call uses to `places`."""
-        parts: list[bytes] = []
-        copied: list[LargeInput] = []
-        for each in large:
-            array = each.array
-            is_plain = array.flags.c_contiguous and array.dtype.isnative
-            found = self._memory.find(array) if is_plain else None
-            if found is None:
-                copied.append(each)
-                continue
-            place, offset = found
-            place.users += 1
-            places.append(place)
-            parts.append(each.encode(place.ref(offset, array.nbytes)))
-        if copied:
-            reserved = await self._room.reserve([each.array.nbytes for each in copied])
-            places += reserved
-            await self._copy(reserved, copied, places)
-            for each, place in zip(copied, reserved, strict=True):
-                parts.append(each.encode(place.ref(0, place.size)))
-        return parts
-
-    async def _copy(
-        self, places: Sequence[Place], inputs: Sequence[LargeInput], taken: list[Place]
-    ) -> None:
-        if sum(place.size for place in places) <= COPY_ON_LOOP_BYTES_MAX:
-            return _copy_all(places, inputs)
-        copying = self._loop.run_in_executor(None, _copy_all, places, inputs)
-        try:
-            await asyncio.shield(copying)
-        except asyncio.CancelledError:
-            # The copy cannot be stopped: what the call has taken stays so until it has ended.
-            kept = list(taken)
-            taken.clear()
-            copying.add_done_callback(lambda _: self._leave(kept))
-            raise
+    def forget(self) -> None:
+        """In a forked child: the session is the parent's, whose death the worker must see."""
+        self._sock.close()
 
     # Outputs
 
@@ -225,7 +206,7 @@ class AsyncSession(AsyncWire[_Call]):
     def _flush(self) -> None:
         self._is_flushing = False
         while self._memory.releases and not self.is_closed:
-            self._outbox.send(self._memory.releases.take(self._limits.packet_bytes))
+            self._outbox.send(self._take_releases(self._limits.packet_bytes))
         drops, self._memory.drops = self._memory.drops, []
         for epoch, chunk in drops:
             self._send(lane_pb2.LaneRequest(drop=lane_pb2.DropRequest(epoch=epoch, chunk=chunk)))
@@ -240,7 +221,14 @@ class AsyncSession(AsyncWire[_Call]):
 
     def _prepare(self, attached: lane_pb2.Attached) -> None:
         self._memory = SessionMemory(attached, is_debug=self._is_debug)
-        self._room = Room(self._memory, self._request_growth, self._collect, self._leave)
+        self._room = Room(
+            self._memory,
+            self._request_growth,
+            self._collect,
+            self._leave,
+            is_debug=self._is_debug,
+        )
+        self._slots = asyncio.Semaphore(attached.limits.calls_in_flight)
 
     def _request_growth(self, size: int, alone: bool) -> None:
         self._send(lane_pb2.LaneRequest(grow=lane_pb2.GrowRequest(size=size, alone=alone)))
@@ -257,30 +245,35 @@ class AsyncSession(AsyncWire[_Call]):
         if response.final:
             call = self._pending.pop(response.call, None)
             if call is not None:
-                self._leave(call.places)
+                self._slots.release()
         else:
             call = self._pending.get(response.call)
-        if call is None or call.future.done():
-            release_outputs(response, self._memory)
-            self._flush_soon()
-        else:
-            call.future.set_result(response)
+        fault = None if call is None else _first_fault(call.checksums)
+        if call is not None and response.final:
+            self._leave(call.places)
+        if call is not None and not call.future.done() and fault is None:
+            return call.future.set_result(response)
+        release_outputs(response, self._memory)
+        self._flush_soon()
+        if call is not None and not call.future.done() and fault is not None:
+            call.future.set_exception(fault)
 
     def _on_closed(self, error: Unavailable, pending: list[_Call]) -> None:
         if self._collecting is not None:
             self._collecting.cancel()
-        self._room.close(self._ended())
+        self._room.close(self._not_sent())
         for call in pending:
+            self._slots.release()
             if not call.future.done():
-                call.future.set_exception(self._ended())
+                if self._is_leaving:
+                    call.future.set_exception(Cancelled(error.message))
+                else:
+                    call.future.set_exception(with_note(Unavailable(error.message)))
 
-    def _ended(self) -> ThirdrailError:
+    def _not_sent(self) -> ThirdrailError:
         reason = self.closed.result()
-        return Cancelled(reason) if self._is_leaving else with_note(Unavailable(reason))
+        return Cancelled(reason) if self._is_leaving else with_note(NotSent(reason))
 
 
-def _copy_all(places: Sequence[Place], inputs: Sequence[LargeInput]) -> None:
-    for place, each in zip(places, inputs, strict=True):
-        array = each.array
-        target = place.memory.view(array.dtype.newbyteorder("=")).reshape(array.shape)
-        np.copyto(target, array)
+def _first_fault(checksums: Sequence[Checksum]) -> ThirdrailError | None:
+    return next(filter(None, (each.fault() for each in checksums)), None)
