@@ -2,27 +2,43 @@
 """The memory of one lane session as its client meets it: asked for, referred to, given back."""
 
 import asyncio
+import contextlib
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from thirdrail.errors import InvalidArgument, ThirdrailError
 from thirdrail.lane.outbox import Outbox
 from thirdrail.v1 import lane_pb2, tensor_pb2
 from thirdrail_server.config import LaneLimits
+from thirdrail_server.worker.arena_ledger import Account, ArenaLedger, MakingRoom, Owner
 from thirdrail_server.worker.chunks import Bytes, NewChunk
 from thirdrail_server.worker.input_arena import InputArena
 from thirdrail_server.worker.output_arena import OutputArena
+
+Unmap = Callable[[Sequence[mmap.mmap]], None]
+
+MAKE_ROOM_S_MAX = 1.0  # for the memory of a session that ended to come back
 
 
 class SessionMemory:
     """Both arenas, and the packets that hand out their chunks."""
 
-    def __init__(self, outbox: Outbox, limits: LaneLimits) -> None:
+    def __init__(self, outbox: Outbox, limits: LaneLimits, ledger: ArenaLedger) -> None:
         self._outbox = outbox
-        self.input = InputArena(limits.input_arena_bytes_max)
-        self.output = OutputArena(limits.output_arena_bytes_max)
-        self._is_growing = False
+        self._ledger = ledger
+        self._account: Account | None = None
+        self.input = InputArena(limits.input_arena_bytes_max, self._charge)
+        self.output = OutputArena(limits.output_arena_bytes_max, self._charge)
+        self._growing: asyncio.Task[None] | None = None
         self._is_closed = False
+
+    def open_account(self, owner: Owner) -> None:
+        """From now on the memory counts; without an account it does not."""
+        self._account = self._ledger.open(owner)
+
+    def _charge(self, size: int) -> None:
+        if self._account is not None:
+            self._account.charge(size)
 
     @property
     def total_bytes(self) -> int:
@@ -38,37 +54,45 @@ class SessionMemory:
     def release(self, lease: lane_pb2.Lease) -> None:
         self.output.release(lease.epoch, lease.slot, lease.generation)
 
-    def grow(self, request: lane_pb2.GrowRequest, let_go: Callable[[mmap.mmap], None]) -> None:
+    def grow(self, request: lane_pb2.GrowRequest, unmap: Unmap) -> None:
         """Answer with a chunk, or with why not. Raises InvalidArgument while one is being made.
 
-        let_go: takes the chunk's mapping if the session has ended meanwhile.
+        unmap: takes mappings that came too late.
         """
-        if self._is_growing:
+        if self._growing is not None:
             raise InvalidArgument("input memory is asked for twice at a time")
-        self._is_growing = True
-        loop = asyncio.get_running_loop()
-        growing = loop.run_in_executor(None, self.input.grow, request.size)
-        growing.add_done_callback(lambda done: self._on_grown(request.size, done, let_go))
+        self._growing = asyncio.create_task(self._grow(request, unmap), name="grow")
 
-    def _on_grown(
-        self,
-        size: int,
-        growing: "asyncio.Future[NewChunk]",
-        let_go: Callable[[mmap.mmap], None],
-    ) -> None:
-        self._is_growing = False
+    async def _grow(self, request: lane_pb2.GrowRequest, unmap: Unmap) -> None:
         try:
-            chunk = growing.result()
+            chunk = await self._new_chunk(request)
         except (ThirdrailError, OSError) as error:
-            refused = lane_pb2.GrowRefused(size=size, message=str(error))
-            response = lane_pb2.LaneResponse(grow_refused=refused)
-            return self._outbox.send(response.SerializeToString())
+            refused = lane_pb2.GrowRefused(size=request.size, message=str(error))
+            packet = lane_pb2.LaneResponse(grow_refused=refused).SerializeToString()
+            return self._outbox.send(packet)
+        finally:
+            self._growing = None
         if self._is_closed:
             chunk.close()
-            for mapping in self.input.close():
-                let_go(mapping)
-            return None
+            return unmap(self.input.close())
         self._send_chunk(chunk)
+
+    async def _new_chunk(self, request: lane_pb2.GrowRequest) -> NewChunk:
+        """Beside the loop: making memory takes long. Where another session ends for it, that is
+        waited for."""
+        loop = asyncio.get_running_loop()
+        ends_s = loop.time() + MAKE_ROOM_S_MAX
+        while True:
+            seen = self._ledger.changes
+            try:
+                return await loop.run_in_executor(None, self.input.grow, request.size)
+            except MakingRoom:
+                if self._is_closed:
+                    raise
+                if loop.time() >= ends_s:
+                    raise
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._ledger.wait_for_change(seen), ends_s - loop.time())
 
     def send_new_chunks(self) -> None:
         """Before any response that refers to them."""
@@ -83,4 +107,11 @@ class SessionMemory:
         """Take all memory out of use. The mappings are the caller's to unmap, which is possible
         once no run uses them any more."""
         self._is_closed = True
+        if self._account is not None:
+            self._account.end()
         return [*self.input.close(), *self.output.close()]
+
+    def close_account(self) -> None:
+        """The memory is back."""
+        if self._account is not None:
+            self._account.close()

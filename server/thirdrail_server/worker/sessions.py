@@ -14,6 +14,7 @@ from thirdrail.errors import ResourceExhausted, ThirdrailError, TimedOut
 from thirdrail.v1 import lane_pb2, metrics_pb2, sessions_pb2
 from thirdrail_server.config import WorkerConfig
 from thirdrail_server.control_messages import OpenedSession
+from thirdrail_server.worker.arena_ledger import ArenaLedger
 from thirdrail_server.worker.janitor import Janitor
 from thirdrail_server.worker.lane_session import LaneSession
 from thirdrail_server.worker.listener import Listener
@@ -32,6 +33,7 @@ class SessionTable:
         self.limits = config.lane
         self.quarantine_s = config.sessions.quarantine_ms / 1000
         self.janitor = Janitor()
+        self.ledger = ArenaLedger(config.sessions)
         self._config = config.sessions
         self._numbers = itertools.count(1)
         self._tokens = TokenTable(

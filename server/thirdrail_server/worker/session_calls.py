@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calls of one lane session: to the models, and back as packets. Every call ends exactly once:
+with a response, or with the session.
+"""
+
+import time
+from dataclasses import dataclass
+
+from thirdrail.errors import InvalidArgument, NotFound, ResourceExhausted, ThirdrailError
+from thirdrail.lane import packets
+from thirdrail.lane.outbox import Outbox
+from thirdrail.v1 import inference_pb2 as pb
+from thirdrail.v1 import lane_pb2
+from thirdrail_server.config import LaneLimits
+from thirdrail_server.worker.execution import Member
+from thirdrail_server.worker.models import ModelTable
+from thirdrail_server.worker.repeats import Repeat, Repeats
+from thirdrail_server.worker.requests import Request, VersionSpec, read_request
+from thirdrail_server.worker.served_version import Call, Ending, ServedVersion
+from thirdrail_server.worker.session_memory import SessionMemory
+
+_INFER_KEY = bytes((2 << 3 | 2,))  # of LaneResponse's field `infer` in the wire format
+# A response that carries nothing but these two fits a packet, whatever characters they consist of.
+ERROR_TEXT_CHARS_MAX = 4096
+REQUEST_ID_CHARS_MAX = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _BoundModel:
+    name: str
+    version: int
+
+
+class SessionCalls:
+    """From the hello to `close`.
+
+    is_front: the peer says whose each request is, for fair turns among its own callers.
+    """
+
+    def __init__(
+        self,
+        models: ModelTable,
+        limits: LaneLimits,
+        outbox: Outbox,
+        memory: SessionMemory,
+        *,
+        is_front: bool,
+    ) -> None:
+        self.total = 0  # since the hello
+        self._models = models
+        self._limits = limits
+        self._outbox = outbox
+        self._memory = memory
+        self._is_front = is_front
+        self._repeats = Repeats()
+        self._in_flight: dict[int, Call] = {}
+        self._model_ids: dict[int, _BoundModel] = {}
+        self._is_closed = False
+
+    def __len__(self) -> int:
+        """How many are in flight."""
+        return len(self._in_flight)
+
+    def cancel(self, number: int) -> None:
+        call = self._in_flight.get(number)
+        if call is not None:
+            call.cancel()
+
+    def close(self) -> None:
+        """Cancel what is in flight; nobody will be answered."""
+        self._is_closed = True
+        calls, self._in_flight = self._in_flight, {}
+        for call in calls.values():
+            call.cancel()
+
+    def repeat(self, packet: bytes) -> bool:
+        """Take a packet that is like an earlier one. False: it must be read like any other."""
+        repeat = self._repeats.find(packet)
+        request = repeat.read(packet) if repeat is not None else None
+        if repeat is None or request is None:
+            return False
+        now_ns = time.monotonic_ns()
+        try:
+            served = self._models.find(repeat.model_name, repeat.model_version)
+            if served.spec is not repeat.spec:
+                self._repeats.forget(packet)
+                return False
+            self._count_in(request.call)
+        except ThirdrailError as error:
+            self._respond_failure(request.call, request.request_id, error)
+        else:
+            self._run(request, served, repeat, repeat.flow, now_ns)
+        return True
+
+    def take(self, message: lane_pb2.LaneRequest, packet: bytes) -> None:
+        """A request, which is answered now or later. packet: what `message` was read from."""
+        infer, now_ns = message.infer, time.monotonic_ns()
+        try:
+            self._count_in(infer.call)
+            if len(infer.request_id) > REQUEST_ID_CHARS_MAX:
+                raise InvalidArgument(
+                    f"a request id takes at most {REQUEST_ID_CHARS_MAX} characters, got "
+                    f"{len(infer.request_id)}"
+                )
+            model = self._model_of(infer)
+            served = self._models.find(model.name, model.version)
+            request = read_request(infer, served.spec, self._memory.view)
+        except ThirdrailError as error:
+            return self._respond_failure(infer.call, infer.request_id, error)
+        self._repeats.remember(packet, message, request, served.spec)
+        self._run(request, served, infer, message.flow, now_ns)
+
+    def _count_in(self, number: int) -> None:
+        self.total += 1
+        if number in self._in_flight:
+            raise InvalidArgument(f"call {number} is in flight already")
+        if len(self._in_flight) >= self._limits.calls_in_flight_max:
+            raise ResourceExhausted(
+                f"{len(self._in_flight)} calls are in flight in this session, the most it may have"
+            )
+
+    def _run(
+        self,
+        request: Request,
+        served: ServedVersion,
+        wishes: pb.InferRequest | Repeat,
+        flow: int,
+        now_ns: int,
+    ) -> None:
+        member = Member(request, self._memory.output, self._limits.inline_bytes_max)
+        ending = served.run_now(member, priority=wishes.priority, now_ns=now_ns)
+        if ending is not None:
+            return self._respond(request, served.spec, ending)
+        call = Call(member, served, self._on_ended, now_ns)
+        self._in_flight[request.call] = call
+        served.submit(
+            call,
+            flow=(id(self), flow if self._is_front else 0),
+            priority=wishes.priority,
+            timeout_us=wishes.timeout_us,
+            now_ns=now_ns,
+        )
+
+    def _model_of(self, message: pb.InferRequest) -> _BoundModel:
+        """By name, by id, or by both, which binds the id."""
+        if not message.model_id:
+            return _BoundModel(message.model_name, message.model_version)
+        if message.model_name:
+            if (
+                len(self._model_ids) >= self._limits.model_ids_max
+                and message.model_id not in self._model_ids
+            ):
+                raise ResourceExhausted(
+                    f"{len(self._model_ids)} model ids are bound in this session, the most allowed"
+                )
+            bound = _BoundModel(message.model_name, message.model_version)
+            self._model_ids[message.model_id] = bound
+            return bound
+        try:
+            return self._model_ids[message.model_id]
+        except KeyError:
+            raise NotFound(f"model id {message.model_id} is not bound in this session") from None
+
+    def _on_ended(self, call: Call, ending: Ending) -> None:
+        if self._is_closed:
+            return ending.outcome.discard()
+        request = call.member.request
+        self._in_flight.pop(request.call, None)
+        self._respond(request, call.served.spec, ending)
+
+    def _respond(self, request: Request, spec: VersionSpec, ending: Ending) -> None:
+        outcome = ending.outcome
+        if outcome.error is not None:
+            return self._respond_failure(request.call, request.request_id, outcome.error)
+        response = outcome.response
+        response.call = request.call
+        if request.request_id:
+            response.request_id = request.request_id
+        response.final = True
+        response.model_name = spec.model
+        response.model_version = spec.version
+        timing = response.timing
+        timing.queue_ns = ending.queue_ns
+        timing.input_copy_ns = ending.input_copy_ns
+        timing.compute_ns = ending.compute_ns
+        timing.output_copy_ns = ending.output_copy_ns
+        if spec.batch_rows_max:
+            timing.batch_rows = ending.batch_rows
+        timing.transport = "lane"
+        timing.copies = outcome.copies
+        self._memory.send_new_chunks()
+        # As a field of LaneResponse, without a copy of the response made for it.
+        body = response.SerializeToString()
+        packet = _INFER_KEY + packets.varint(len(body)) + body
+        if len(packet) > self._limits.packet_bytes_max:
+            outcome.discard()
+            error = ResourceExhausted(
+                f"the response without its tensors has {len(packet)} bytes, a packet of the lane "
+                f"takes {self._limits.packet_bytes_max}; ask for fewer outputs, or for raw ones"
+            )
+            return self._respond_failure(request.call, request.request_id, error)
+        self._outbox.send(packet)
+
+    def _respond_failure(self, call: int, request_id: str, error: ThirdrailError) -> None:
+        message = error.message
+        if len(message) > ERROR_TEXT_CHARS_MAX:
+            message = f"{message[:ERROR_TEXT_CHARS_MAX]}..."
+        status = pb.Status(reason=error.reason, message=message)
+        response = pb.InferResponse(
+            call=call, request_id=request_id[:REQUEST_ID_CHARS_MAX], final=True, status=status
+        )
+        self._outbox.send(lane_pb2.LaneResponse(infer=response).SerializeToString())
