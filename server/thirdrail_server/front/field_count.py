@@ -16,7 +16,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from thirdrail.dtypes import Buffer
 from thirdrail.errors import InvalidArgument
-from thirdrail_server.front.varints import NotUnderstood, varint_at
+from thirdrail_server.varints import NotUnderstood, varint_at
 
 FIELDS_MAX = 4096
 _FIELD_BYTES_MIN = 2

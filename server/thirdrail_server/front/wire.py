@@ -17,7 +17,7 @@ from thirdrail.dtypes import Buffer
 from thirdrail.errors import InvalidArgument
 from thirdrail.lane.packets import varint
 from thirdrail_server.front.field_count import check_field_count
-from thirdrail_server.front.varints import NotUnderstood, varint_at
+from thirdrail_server.varints import NotUnderstood, varint_at
 
 M = TypeVar("M", bound=Message)
 Large = Sequence[memoryview | None]  # per entry, its bytes where they were taken out
