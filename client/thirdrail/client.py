@@ -4,18 +4,22 @@
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
-import grpc
+import numpy as np
+import numpy.typing as npt
 
 from thirdrail import health, models
 from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_channel
+from thirdrail.connection import Connection
 from thirdrail.discovery import find_address
 from thirdrail.errors import FailedPrecondition, NotFound, TimedOut, Unavailable
-from thirdrail.failures import error_of_ended_call, rpc_errors, with_note
+from thirdrail.failures import rpc_errors, with_note
+from thirdrail.lane.calls import NotSent
+from thirdrail.lane.encoding import Encoder
 from thirdrail.models import (
     DescriptionCache,
     ModelChange,
@@ -27,36 +31,23 @@ from thirdrail.requests import (
     InferOptions,
     Inputs,
     Result,
+    named_arrays,
     needs_description,
     outcome_of_response,
     write_request,
 )
-from thirdrail.stream import IN_FLIGHT_MAX, Stream, settle
-from thirdrail.v1 import (
-    inference_pb2,
-    inference_pb2_grpc,
-    metrics_pb2,
-    metrics_pb2_grpc,
-    models_pb2,
-    models_pb2_grpc,
-)
+from thirdrail.stream import IN_FLIGHT_MAX, Stream
+from thirdrail.tensors import Array
+from thirdrail.transport import NOTHING_YET, LaneRule, Transport, TransportChoice
+from thirdrail.unary import future_of_call
+from thirdrail.v1 import inference_pb2, metrics_pb2, models_pb2
+
+if TYPE_CHECKING:  # needs Linux
+    from thirdrail.lane.blocking import BlockingLane
 
 READY_POLL_SECONDS = 0.05
 
-
-class _Connection:
-    """The channel of one process, and the services on it."""
-
-    def __init__(self, address: str, channel: grpc.Channel) -> None:
-        self.pid = os.getpid()
-        self.address = address
-        self.channel = channel
-        self.inference = inference_pb2_grpc.InferenceStub(channel)
-        self.models = models_pb2_grpc.ModelsStub(channel)
-        self.metrics = metrics_pb2_grpc.MetricsStub(channel)
-        self.check: Any = channel.unary_unary(
-            health.CHECK_METHOD, health.encode_request, health.decode_response
-        )
+T = TypeVar("T")
 
 
 class Client:
@@ -65,7 +56,12 @@ class Client:
     url: `host:port`, `unix:/path/of/the.sock` or a socket's path. None: the local server is found
         on the first call, by $THIRDRAIL_URL, its Unix socket, or 127.0.0.1:8001.
     tls: for a server that speaks TLS.
-    compression: "gzip" compresses what is sent; it costs more than it saves on one host.
+    compression: "gzip" compresses what is sent over gRPC; on one host it costs more than it saves.
+    transport: "auto" attaches to the lane of a server on this host, where tensors go through shared
+        memory, and uses gRPC elsewhere; `client.transport` says which and why. "lane" raises where
+        it cannot attach, "grpc" never does.
+    debug: find misuse of shared memory: released results are overwritten, and inputs that are
+        written while a request reads them fail it with FailedPrecondition.
 
     Safe to use from several threads. A forked child gets a connection of its own on its first call;
     fork while no call is in flight, as gRPC asks for. Every method raises the exceptions of
@@ -78,15 +74,20 @@ class Client:
         *,
         tls: TlsOptions | None = None,
         compression: Compression | None = None,
+        transport: TransportChoice = "auto",
+        debug: bool = False,
     ) -> None:
         self._url = url
         self._tls = tls
         self._compression = grpc_compression(compression)
+        self._rule = LaneRule(transport)
+        self._is_debug = debug
         self._is_closed = False
-        self._connection: _Connection | None = None
-        self._inherited: list[_Connection] = []
+        self._connection: Connection | None = None
+        self._inherited: list[Connection] = []
         self._locks: dict[int, threading.Lock] = {}
         self._descriptions = DescriptionCache()
+        self._encoder = Encoder()
 
     def infer(self, model: str, inputs: Inputs, **options: Unpack[InferOptions]) -> Result:
         """Runs a model once and waits for its outputs.
@@ -103,35 +104,75 @@ class Client:
             priority: 1 is the highest; the model's own by default.
             parameters: a mapping of bool, int, float or str.
             classes: the best N classes as b"value:index[:label]" instead of each output.
+            borrow: over the lane, the arrays are views of the server's memory, which the result
+                holds until it is released, left as a context manager, or all of them are gone.
         """
-        request = self._request(model, inputs, options)
-        connection, timeout = self._connected(), options.get("timeout")
-        with rpc_errors(connection.address, timeout):
-            response = connection.inference.Infer(request, timeout=timeout)
-        outcome = outcome_of_response(response)
-        if isinstance(outcome, Result):
-            return outcome
-        raise outcome
+        timeout, borrow = options.get("timeout"), options.get("borrow", False)
+
+        def over_lane(lane: "BlockingLane") -> Result:
+            head, arrays = self._encode(model, inputs, options)
+            return lane.infer(head, arrays, borrow=borrow, timeout=timeout)
+
+        result = self._over_lane(over_lane)
+        return self._infer_over_grpc(model, inputs, options) if result is None else result
 
     def submit(self, model: str, inputs: Inputs, **options: Unpack[InferOptions]) -> Future[Result]:
         """`infer` that does not wait. Cancelling the future cancels the request in the server.
 
-        Nothing bounds how many are in flight; `stream` does.
+        Nothing but the lane's own limit bounds how many are in flight; `stream` does.
         """
+        timeout, borrow = options.get("timeout"), options.get("borrow", False)
+
+        def over_lane(lane: "BlockingLane") -> Future[Result]:
+            head, arrays = self._encode(model, inputs, options)
+            return lane.submit(head, arrays, borrow=borrow, timeout=timeout)
+
+        future = self._over_lane(over_lane)
+        if future is not None:
+            return future
         request = self._request(model, inputs, options)
-        connection, timeout = self._connected(), options.get("timeout")
+        connection = self._connected()
         call = connection.inference.Infer.future(request, timeout=timeout)
-        return _future_of_call(call, connection.address, timeout)
+        return future_of_call(call, connection.address, timeout)
 
     def stream(self, *, in_flight_max: int = IN_FLIGHT_MAX) -> Stream:
         """A stream for many requests to any models: `with client.stream() as stream:`."""
         connection = self._connected()
+        lane = connection.access.lane()
+        if lane is not None:
+            from thirdrail.lane.lane_stream import LaneStream  # needs Linux
+
+            return LaneStream(lane, self._encode, in_flight_max=in_flight_max)
         return Stream(
             connection.inference,
             self._write,
             address=connection.address,
             in_flight_max=in_flight_max,
         )
+
+    def empty(
+        self,
+        shape: Sequence[int] | int,
+        dtype: npt.DTypeLike = np.float32,
+        *,
+        shared: bool = False,
+    ) -> Array:
+        """An array to fill in and pass to `infer`, which then sends it without a copy.
+
+        Over the lane it lies in shared memory, which goes back when the last view of it is gone.
+        Do not write it while a request reads it.
+
+        shared: in memory of its own, which can be exported to another process.
+        Raises ResourceExhausted when the server gives no more memory.
+        """
+        array = self._over_lane(lambda lane: lane.empty(shape, dtype, alone=shared))
+        return np.empty(shape, dtype) if array is None else array
+
+    @property
+    def transport(self) -> Transport:
+        """What calls travel on, and why not on the lane."""
+        connection = self._connection
+        return NOTHING_YET if connection is None else connection.access.transport
 
     def models(self, *, ready_only: bool = False) -> list[ModelStatus]:
         """The state of every version of every model."""
@@ -215,8 +256,8 @@ class Client:
         """Closes the connection; calls in flight end with Cancelled. May be called twice."""
         self._is_closed = True
         connection, self._connection = self._connection, None
-        if connection is not None and connection.pid == os.getpid():
-            connection.channel.close()
+        if connection is not None:
+            connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -235,7 +276,7 @@ class Client:
         state = "closed" if self._is_closed else "not connected"
         return f"<Client {self._url or 'local'} {state}>"
 
-    def _connected(self) -> _Connection:
+    def _connected(self) -> Connection:
         connection = self._connection
         if connection is not None and connection.pid == os.getpid():
             return connection
@@ -243,7 +284,7 @@ class Client:
         with self._locks.setdefault(os.getpid(), threading.Lock()):
             return self._connect()
 
-    def _connect(self) -> _Connection:
+    def _connect(self) -> Connection:
         if self._is_closed:
             raise FailedPrecondition("this client is closed")
         connection = self._connection
@@ -254,7 +295,7 @@ class Client:
             self._inherited.append(connection)
         address = find_address(self._url, sockets=self._tls is None)
         channel = open_channel(address, self._tls, self._compression)
-        self._connection = _Connection(address, channel)
+        self._connection = Connection(address, channel, self._rule, is_debug=self._is_debug)
         return self._connection
 
     def _request(
@@ -271,10 +312,44 @@ class Client:
         inputs: Inputs,
         options: InferOptions,
     ) -> None:
-        description = None
-        if needs_description(inputs, options):
-            description = self._description(model, options.get("version", 0))
+        description = self._needed_description(model, inputs, options)
         write_request(request, model, inputs, description, **options)
+
+    def _encode(
+        self, model: str, inputs: Inputs, options: InferOptions
+    ) -> tuple[bytes, Mapping[str, Array]]:
+        """A request without its inputs, and these: what the lane takes."""
+        description = self._needed_description(model, inputs, options)
+        head = self._encoder.options(model, description, options)
+        return head, named_arrays(inputs, description)
+
+    def _infer_over_grpc(self, model: str, inputs: Inputs, options: InferOptions) -> Result:
+        request = self._request(model, inputs, options)
+        connection, timeout = self._connected(), options.get("timeout")
+        with rpc_errors(connection.address, timeout):
+            response = connection.inference.Infer(request, timeout=timeout)
+        outcome = outcome_of_response(response)
+        if isinstance(outcome, Result):
+            return outcome
+        raise outcome
+
+    def _over_lane(self, call: "Callable[[BlockingLane], T]") -> T | None:
+        """What `call` makes of the lane; None: there is no lane."""
+        lane = self._connected().access.lane()
+        if lane is None:
+            return None
+        try:
+            return call(lane)
+        except NotSent:  # the session ended, and the worker has not heard of the call
+            lane = self._connected().access.lane()
+            return None if lane is None else call(lane)
+
+    def _needed_description(
+        self, model: str, inputs: Inputs, options: InferOptions
+    ) -> ModelDescription | None:
+        if not needs_description(inputs, options):
+            return None
+        return self._description(model, options.get("version", 0))
 
     def _description(self, model: str, version: int) -> ModelDescription:
         now_ns = time.monotonic_ns()
@@ -289,17 +364,3 @@ class Client:
             return None if self.health(model) else "it says that it is not serving"
         except (Unavailable, NotFound) as error:
             return str(error)
-
-
-def _future_of_call(call: Any, address: str, timeout: float | None) -> Future[Result]:
-    future: Future[Result] = Future()
-
-    def finish(ended: Any) -> None:
-        if ended.code() is grpc.StatusCode.OK:
-            settle(future, outcome_of_response(ended.result()))
-        else:
-            settle(future, error_of_ended_call(ended, address=address, timeout=timeout))
-
-    call.add_done_callback(finish)
-    future.add_done_callback(lambda done: call.cancel() if done.cancelled() else None)
-    return future

@@ -19,6 +19,7 @@ from thirdrail.v1 import inference_pb2_grpc
 IN_FLIGHT_MAX = 64
 
 NOT_ENTERED = "enter the stream with `with` first"
+OTHER_PROCESS = "a stream stays in the process that opened it"
 UNANSWERED = "the server ended the stream without an answer"
 
 Write = Callable[[pb.InferRequest, str, Inputs, InferOptions], None]
@@ -82,7 +83,7 @@ class Stream:
         once it has failed.
         """
         if os.getpid() != self._pid:
-            raise FailedPrecondition("a stream stays in the process that opened it")
+            raise FailedPrecondition(OTHER_PROCESS)
         message = pb.InferStreamRequest()
         self._write(message.infer, model, inputs, options)
         self._room.acquire()

@@ -27,6 +27,7 @@ from thirdrail.lane import forks
 from thirdrail.lane.blocking_wire import BlockingWire, LaneBroken, close_all
 from thirdrail.lane.calls import Call, NotSent, timed_out
 from thirdrail.lane.encoding import Encoder
+from thirdrail.lane.futures import LaneFuture
 from thirdrail.lane.memory import map_chunk
 from thirdrail.lane.packets import varint
 from thirdrail.lane.places import Place
@@ -40,6 +41,7 @@ from thirdrail.requests import Result
 from thirdrail.tensors import Array
 from thirdrail.v1 import inference_pb2, lane_pb2
 
+POLL_EVERY_CALLS = 16
 RELEASE_NOW_BYTES = 1 << 20  # more waits for no other packet to travel with
 EMPTY_TIMEOUT_S = 30.0  # of `empty`, while calls hold the whole input arena
 
@@ -51,7 +53,7 @@ _OF_THE_PARENT = "this session belongs to the process that opened it, not to a f
 
 
 class BlockingLane:
-    """One session with one worker. Use `attach.attach_blocking`. Safe to use from several threads.
+    """One session with one worker. Use `hello.attach_lane`. Safe to use from several threads.
 
     is_debug: freed input memory is filled with 0xDB, and inputs that are written while a request
         reads them are reported.
@@ -88,6 +90,11 @@ class BlockingLane:
     @property
     def has_ended(self) -> bool:
         return self._ended is not None
+
+    @property
+    def end_reason(self) -> str:
+        """Why it has ended; empty: it has not."""
+        return "" if self._ended is None else str(self._ended)
 
     @property
     def calls_in_flight(self) -> int:
@@ -142,9 +149,32 @@ class BlockingLane:
             self._withdraw(call)
             raise
 
-    def wait(self, call: Call, deadline_s: float | None) -> bool:
-        """Until the call is done. False: the deadline passed first."""
-        return self._turns.wait(call, deadline_s)
+    def submit(
+        self,
+        options: bytes,
+        arrays: Mapping[str, Array],
+        *,
+        borrow: bool = False,
+        timeout: float | None = None,
+    ) -> LaneFuture:
+        """`infer` that does not wait, except for room. Raises what `infer` raises before that."""
+        future = LaneFuture(self, borrow=borrow, timeout=timeout)
+        future.send(options, arrays)
+        # Answers that nobody waits for yet must not fill the output arena.
+        if not len(self._calls) % POLL_EVERY_CALLS:
+            self._turns.poll()
+        return future
+
+    def wait(self, ticket: Ticket, deadline_s: float | None) -> bool:
+        """Until a call, or something else, is done. False: the deadline passed, or the lane ended,
+        first.
+        """
+        return self._turns.wait(ticket, deadline_s)
+
+    def wake(self, ticket: Ticket) -> None:
+        """Whoever waits for the ticket need not any more."""
+        with self._lock:
+            self._turns.complete(ticket)
 
     def poll(self) -> None:
         """Take in what has come, without waiting."""
@@ -334,7 +364,7 @@ class BlockingLane:
             is_abandoned = call.is_abandoned
         if is_abandoned:
             release_outputs(response, self._memory)
-        elif call.on_done is not None:
+        if call.on_done is not None:
             call.on_done()
 
     def _leave_places(self, call: Call) -> None:
@@ -370,5 +400,5 @@ class BlockingLane:
                 self._turns.complete(call)
         self._wire.close()
         for call in calls.values():
-            if call.on_done is not None and not call.is_abandoned:
+            if call.on_done is not None:
                 call.on_done()

@@ -11,20 +11,35 @@ reader settles a future only where nobody is to be told, and leaves the others t
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from thirdrail.lane.blocking import BlockingLane
+from thirdrail.errors import ThirdrailError
 from thirdrail.lane.calls import Call, timed_out
 from thirdrail.requests import Result
 from thirdrail.tensors import Array
 
+if TYPE_CHECKING:
+    from thirdrail.lane.blocking import BlockingLane
+
 
 class LaneFuture(Future[Result]):
-    """The result of a call that `send` sends."""
+    """The result of a call that `send` sends.
 
-    def __init__(self, lane: BlockingLane, *, borrow: bool, timeout: float | None) -> None:
+    timeout: of the request, in seconds.
+    on_answer: told by the reader when the worker has ended the call, also a cancelled one.
+    """
+
+    def __init__(
+        self,
+        lane: "BlockingLane",
+        *,
+        borrow: bool,
+        timeout: float | None,
+        on_answer: "Callable[[LaneFuture], None] | None" = None,
+    ) -> None:
         super().__init__()
         self._lane = lane
+        self._on_answer = on_answer
         self._timeout = timeout
         self._deadline_s = None if timeout is None else time.monotonic() + timeout
         self._is_taken = False  # somebody settles it; the future's condition guards both
@@ -68,6 +83,16 @@ class LaneFuture(Future[Result]):
         self._lane.watcher.leave(self)
         return True
 
+    def fail(self, error: ThirdrailError) -> None:
+        """End with an error, and the request in the server, unless it has ended already."""
+        with self._condition:
+            if self._is_taken:
+                return
+            self._is_taken = True
+        self._lane.abandon(self.call)
+        self.set_exception(error)
+        self._lane.watcher.leave(self)
+
     def add_done_callback(self, fn: Callable[[Future[Result]], object]) -> None:
         """Has `fn(future)` called at the end: by another thread, or at once where it has ended."""
         super().add_done_callback(fn)
@@ -90,21 +115,14 @@ class LaneFuture(Future[Result]):
         if self._lane.wait(self.call, min(deadlines, default=None)):
             self._settle()
         elif self._deadline_s is not None and time.monotonic() >= self._deadline_s:
-            self._give_up()
+            # The worker has not even answered that the time is over.
+            self.fail(timed_out(self._timeout))
         return None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-
-    def _give_up(self) -> None:
-        """The worker has not answered in time, not even that the time is over."""
-        with self._condition:
-            if self._is_taken:
-                return
-            self._is_taken = True
-        self._lane.abandon(self.call)
-        self.set_exception(timed_out(self._timeout))
-        self._lane.watcher.leave(self)
 
     def _on_read(self) -> None:
         """The response has come, to a thread that has the lead."""
+        if self._on_answer is not None:
+            self._on_answer(self)
         with self._condition:
             if self._is_watched:
                 return self._lane.watcher.run(self._settle)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a gRPC connection to a session on the lane, for threads: when, how, and why not."""
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import grpc
+
+from thirdrail.errors import Cancelled
+from thirdrail.lane import attach
+from thirdrail.transport import CannotAttach, LaneRule, Transport
+from thirdrail.v1 import sessions_pb2
+from thirdrail.v1.sessions_pb2_grpc import SessionsStub
+
+if TYPE_CHECKING:  # needs Linux
+    from thirdrail.lane.blocking import BlockingLane
+
+
+class LaneAccess:
+    """The way onto the lane of one connection. Sessions are opened by calls that want one.
+
+    address: the gRPC target that `service` calls.
+    """
+
+    def __init__(
+        self, rule: LaneRule, address: str, service: SessionsStub, *, is_debug: bool
+    ) -> None:
+        self._rule = rule
+        self._address = address
+        self._service = service
+        self._is_debug = is_debug
+        self._lane: BlockingLane | None = None
+        self._path = ""
+        self._attaching = threading.Lock()
+
+    def lane(self) -> "BlockingLane | None":
+        """The lane for a call, attached if it is time to; None: the call goes over gRPC.
+
+        Raises Unreachable when no server answers, and why not where the rule wants nothing else.
+        """
+        lane = self._lane
+        if lane is not None and not lane.has_ended:
+            return lane
+        if not self._rule.is_due(time.monotonic()):
+            return None
+        with self._attaching:
+            if self._lane is not None and not self._lane.has_ended:
+                return self._lane  # another thread was faster
+            if not self._rule.is_due(time.monotonic()):
+                return None
+            return self._attach()
+
+    @property
+    def transport(self) -> Transport:
+        lane = self._lane
+        if lane is None:
+            return self._rule.over_grpc(self._address)
+        if lane.has_ended:
+            reason = self._rule.reason or f"{lane.end_reason}; the next call attaches anew"
+            return Transport(self._rule.over_grpc(self._address).name, self._address, reason)
+        return Transport("lane", self._path, "")
+
+    def leave(self) -> None:
+        """End the session, if there is one. Calls in flight end with Cancelled."""
+        if self._lane is not None:
+            self._lane.close(Cancelled("the client was closed"))
+
+    def _attach(self) -> "BlockingLane | None":
+        try:
+            self._lane = self._attached()
+        except CannotAttach as why:
+            self._rule.failed(why, time.monotonic())
+            return None
+        self._rule.attached()
+        return self._lane
+
+    def _attached(self) -> "BlockingLane":
+        attach.check_platform()
+        from thirdrail.lane.hello import attach_lane
+
+        try:
+            opened = self._service.OpenSession(
+                sessions_pb2.OpenSessionRequest(), timeout=attach.OPEN_TIMEOUT_S
+            )
+        except grpc.RpcError as error:
+            raise attach.cannot_open(error, self._address) from None
+        sock = attach.connect(self._address, opened)
+        self._path = sock.getpeername()
+        return attach_lane(
+            sock, opened.token, client_name=attach.client_name(), is_debug=self._is_debug
+        )

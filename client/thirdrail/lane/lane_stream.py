@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many requests at once on a lane, with the methods of a stream over gRPC."""
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Self, Unpack
+
+from thirdrail.errors import Cancelled, FailedPrecondition, ThirdrailError, Unavailable
+from thirdrail.failures import with_note
+from thirdrail.lane.blocking import BlockingLane
+from thirdrail.lane.futures import LaneFuture
+from thirdrail.lane.turns import Ticket
+from thirdrail.requests import InferOptions, Inputs, Result
+from thirdrail.stream import IN_FLIGHT_MAX, NOT_ENTERED, OTHER_PROCESS, Stream
+from thirdrail.tensors import Array
+
+# A request without its inputs, and these.
+Encode = Callable[[str, Inputs, InferOptions], tuple[bytes, Mapping[str, Array]]]
+
+
+class LaneStream(Stream):
+    """A stream whose requests go over the lane. Room is given back by answers, also by those to
+    cancelled requests: it counts what the worker holds.
+    """
+
+    def __init__(
+        self, lane: BlockingLane, encode: Encode, *, in_flight_max: int = IN_FLIGHT_MAX
+    ) -> None:
+        self._lane = lane
+        self._encode = encode
+        self._in_flight_max = in_flight_max
+        self._pid = os.getpid()
+        self._lock = threading.Lock()  # guards the three below
+        self._open: dict[LaneFuture, None] = {}
+        self._answered = Ticket()
+        self._fault: ThirdrailError | None = FailedPrecondition(NOT_ENTERED)
+
+    def __enter__(self) -> Self:
+        self._fault = None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._cancel_all()
+        try:
+            for future in list(self._open):
+                self._lane.wait(future.call, None)
+        except BaseException:
+            self._cancel_all()
+            raise
+        finally:
+            self._fault = FailedPrecondition("the stream is closed")
+
+    def submit(self, model: str, inputs: Inputs, **options: Unpack[InferOptions]) -> Future[Result]:
+        """See `Stream.submit`."""
+        if os.getpid() != self._pid:
+            raise FailedPrecondition(OTHER_PROCESS)
+        head, arrays = self._encode(model, inputs, options)
+        future = LaneFuture(
+            self._lane,
+            borrow=options.get("borrow", False),
+            timeout=options.get("timeout"),
+            on_answer=self._on_answer,
+        )
+        self._take_room(future)
+        try:
+            future.send(head, arrays)
+        except BaseException:
+            self._on_answer(future)
+            raise
+        return future
+
+    def __repr__(self) -> str:
+        state = "closed" if self._fault else "open"
+        return f"<Stream on lane {self._lane.session} {state}, {len(self._open)} in flight>"
+
+    def _take_room(self, future: LaneFuture) -> None:
+        while True:
+            with self._lock:
+                if self._fault is None and self._lane.has_ended:
+                    self._fault = with_note(Unavailable(self._lane.end_reason))
+                if self._fault is not None:
+                    raise self._fault
+                if len(self._open) < self._in_flight_max:
+                    self._open[future] = None
+                    return
+                answered = self._answered
+            self._lane.wait(answered, None)
+
+    def _on_answer(self, future: LaneFuture) -> None:
+        with self._lock:
+            self._open.pop(future, None)
+            answered, self._answered = self._answered, Ticket()
+        self._lane.wake(answered)
+
+    def _cancel_all(self) -> None:
+        for future in list(self._open):
+            future.fail(Cancelled("the stream was left by an exception"))
