@@ -6,6 +6,7 @@ elsewhere.
 """
 
 import csv
+import functools
 import os
 import re
 from collections.abc import Callable
@@ -42,7 +43,8 @@ Analyze = Callable[..., Measured]
 
 
 @pytest.fixture(scope="module")
-def analyze(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Analyze:
+def analyze_at(tmp_path_factory: pytest.TempPathFactory) -> Analyze:
+    """analyze_at(server, model, *arguments)"""
     environment = python_environment(
         "perf-analyzer", requirements_in(REQUIREMENTS), dependencies=False
     )
@@ -52,7 +54,7 @@ def analyze(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> 
     ]
     program = environment.folder / "bin" / "perf_analyzer"
 
-    def measure(model: str, *arguments: str) -> Measured:
+    def measure(server: RunningServer, model: str, *arguments: str) -> Measured:
         target = ["-i", "grpc", "-u", server.address]
         report = tmp_path_factory.mktemp("perf") / "report.csv"
         done = run(
@@ -65,6 +67,11 @@ def analyze(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> 
             return Measured(done.stdout, next(csv.DictReader(file)))
 
     return measure
+
+
+@pytest.fixture(scope="module")
+def analyze(server: RunningServer, analyze_at: Analyze) -> Analyze:
+    return functools.partial(analyze_at, server)
 
 
 def assert_plausible(measured: Measured) -> None:
@@ -98,6 +105,30 @@ def test_batched_requests(analyze: Analyze) -> None:
 
 def test_text(analyze: Analyze) -> None:
     assert_plausible(analyze("identity_bytes", "--shape=x:3", "--string-length=20"))
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments"),
+    [
+        ("plus_one", ["--shape=a:1,4"]),
+        ("plus_one", ["--shape=a:1,4", "-a"]),
+        ("plus_one", ["--shape=a:1,4", "--streaming", "-a"]),
+        ("add", ["-b", "2", "-a"]),
+        ("identity_bytes", ["--shape=x:3", "--string-length=20"]),
+        ("identity_fp32", ["--shape=x:1000000", "--output-shared-memory-size=4000000"]),
+    ],
+    ids=["unary", "asynchronous", "streaming", "batched", "text", "large"],
+)
+def test_system_shared_memory(
+    start_server: Callable[..., RunningServer],
+    standard_repository: Path,
+    analyze_at: Analyze,
+    model: str,
+    arguments: list[str],
+) -> None:
+    server = start_server(standard_repository, "--allow-client-shm=true")
+    assert_plausible(analyze_at(server, model, "--shared-memory=system", *arguments))
+    assert "Traceback" not in server.log_text()
 
 
 def test_a_model_that_is_not_there(server: RunningServer, analyze: Analyze) -> None:

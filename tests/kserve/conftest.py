@@ -2,7 +2,7 @@
 """A real grpc.aio server with the KServe servicer, and behind it models that answer on command."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,8 @@ from pathlib import Path
 import grpc
 import pytest
 
+from support.regions import Regions, SharedMemory, files_in_shm
+from support.server import RunningServer, running_server
 from thirdrail.errors import ThirdrailError
 from thirdrail.lane.input_arena import Piece, bytes_of
 from thirdrail.v1 import inference_pb2, metrics_pb2, tensor_pb2
@@ -23,6 +25,8 @@ from thirdrail_server.front.kserve.servicer import KServeServicer
 from thirdrail_server.front.kserve.status import Context
 from thirdrail_server.inference import grpc_service_pb2 as kserve
 from thirdrail_server.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
+
+MIB = 1 << 20
 
 
 @dataclass
@@ -198,3 +202,32 @@ def serve(tmp_path: Path) -> Serve:
         await server.stop(None)
 
     return running
+
+
+@pytest.fixture(scope="session")
+def region_server(
+    standard_repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    """A server whose clients may register shared memory."""
+    folder = tmp_path_factory.mktemp("server")
+    with running_server(standard_repository, folder, ["--allow-client-shm=true"]) as running:
+        yield running
+
+
+@pytest.fixture
+def regions(region_server: RunningServer) -> Iterator[Regions]:
+    """What a test has registered is unregistered; no file descriptor may be left of it."""
+    with region_server.channel() as channel:
+        calls = Regions(channel)
+        yield calls
+        calls.unregister()
+        assert calls.status() == {}
+        assert files_in_shm(region_server.pid) == []
+
+
+@pytest.fixture
+def memory(regions: Regions) -> Iterator[SharedMemory]:
+    """1 MiB, registered from its second byte on as "R"."""
+    with SharedMemory(MIB) as made:
+        regions.register("R", made.key, MIB - 1, offset=1)
+        yield made

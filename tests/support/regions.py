@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared memory as KServe's clients make it, and requests that refer to it."""
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import grpc
+
 from thirdrail_server.config import RegionLimits
 from thirdrail_server.front.kserve.regions import RegionRegistry, RequestRegions
 from thirdrail_server.inference import grpc_service_pb2 as kserve
+from thirdrail_server.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 
 SHM = Path("/dev/shm")
 Parameter = kserve.InferParameter
+Input = kserve.ModelInferRequest.InferInputTensor
+Output = kserve.ModelInferRequest.InferRequestedOutputTensor
 
 
 def no_regions() -> RequestRegions:
@@ -54,6 +61,54 @@ class SharedMemory:
         self.path.unlink(missing_ok=True)
 
 
+class Regions:
+    """The calls about shared memory."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.stub: Any = GRPCInferenceServiceStub(channel)
+
+    def register(self, name: str, key: str, size: int, offset: int = 0) -> None:
+        self.stub.SystemSharedMemoryRegister(
+            kserve.SystemSharedMemoryRegisterRequest(
+                name=name, key=key, offset=offset, byte_size=size
+            )
+        )
+
+    def status(self, name: str = "") -> dict[str, Any]:
+        request = kserve.SystemSharedMemoryStatusRequest(name=name)
+        return dict(self.stub.SystemSharedMemoryStatus(request).regions)
+
+    def unregister(self, name: str = "") -> None:
+        self.stub.SystemSharedMemoryUnregister(
+            kserve.SystemSharedMemoryUnregisterRequest(name=name)
+        )
+
+
+def files_in_shm(pid: int) -> list[str]:
+    """What a process has open of /dev/shm."""
+    return [path for path in open_files(pid) if path.startswith(f"{SHM}/")]
+
+
+def files_outside_arenas(pid: int) -> int:
+    """How many file descriptors a process has, but for those of arenas, which grow as they must."""
+    return sum(not path.startswith("/memfd:") for path in open_files(pid))
+
+
+def open_files(pid: int) -> Iterator[str]:
+    for each in list(Path(f"/proc/{pid}/fd").iterdir()):
+        with contextlib.suppress(FileNotFoundError):  # it has been closed since
+            yield os.readlink(each)
+
+
+def refusal(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
+    """The status and the text that a call fails with."""
+    try:
+        call()
+    except grpc.RpcError as error:
+        return error.code(), error.details() or ""
+    raise AssertionError("the call was not refused")
+
+
 def in_region(name: str, size: int, offset: int | None = None) -> dict[str, Any]:
     """The parameters of a tensor that is in a region."""
     parameters = {
@@ -63,3 +118,24 @@ def in_region(name: str, size: int, offset: int | None = None) -> dict[str, Any]
     if offset is not None:
         parameters["shared_memory_offset"] = Parameter(int64_param=offset)
     return parameters
+
+
+def request_of(
+    model: str, *inputs: Input, raw: tuple[bytes, ...] = (), **outputs: Any
+) -> kserve.ModelInferRequest:
+    """outputs: the parameters of each."""
+    wanted = [Output(name=name, parameters=parameters) for name, parameters in outputs.items()]
+    return kserve.ModelInferRequest(
+        model_name=model, inputs=inputs, outputs=wanted, raw_input_contents=raw, id="r-1"
+    )
+
+
+def identity(kind: str, count: int, where: dict[str, Any], **y: Any) -> kserve.ModelInferRequest:
+    """`count` elements of a type, which are in a region. y: the parameters of the output."""
+    tensor = Input(name="x", datatype=kind, shape=[count], parameters=where)
+    return request_of(f"identity_{kind.lower()}", tensor, **y)
+
+
+def row(name: str, **fields: Any) -> Input:
+    """An input of the models add and plus_one: 16 bytes."""
+    return Input(name=name, datatype="FP32", shape=[1, 4], **fields)

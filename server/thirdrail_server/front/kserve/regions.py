@@ -6,6 +6,7 @@ server may use, see and unregister every region. A region that is unregistered w
 is shown until the last of them has ended, and takes no new ones.
 """
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ from thirdrail.errors import (
     Unimplemented,
 )
 from thirdrail.lane.input_arena import Source
-from thirdrail_server.config import RegionLimits
+from thirdrail_server.config import RegionLimits, ServerConfig
 from thirdrail_server.front.kserve.parameters import RegionRange
 from thirdrail_server.front.kserve.region_file import RegionFile, checked_key, open_region
 
@@ -53,6 +54,13 @@ class RegionRegistry:
         self._is_enabled = is_enabled
         self._owners = owners
         self._regions: dict[str, Region] = {}
+
+    @classmethod
+    def of(cls, config: ServerConfig) -> "RegionRegistry":
+        """Memory may be the server's own user's, and that of users who may attach to its lane."""
+        uids = config.worker.sessions.uids
+        owners = None if uids is None else {os.geteuid(), *uids}
+        return cls(config.regions, is_enabled=config.allow_client_shm, owners=owners)
 
     @property
     def count(self) -> int:
