@@ -201,6 +201,13 @@ class WorkerStatus(google.protobuf.message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: builtins.int
     SESSIONS_FIELD_NUMBER: builtins.int
     ARENA_BYTES_FIELD_NUMBER: builtins.int
+    INPUT_BYTES_FIELD_NUMBER: builtins.int
+    OUTPUT_BYTES_FIELD_NUMBER: builtins.int
+    LEASED_BYTES_FIELD_NUMBER: builtins.int
+    LEASES_FIELD_NUMBER: builtins.int
+    SESSIONS_ENDED_FIELD_NUMBER: builtins.int
+    ATTACH_REFUSALS_FIELD_NUMBER: builtins.int
+    SHARED_BYTES_FIELD_NUMBER: builtins.int
     name: builtins.str
     pid: builtins.int
     is_serving: builtins.bool
@@ -208,6 +215,19 @@ class WorkerStatus(google.protobuf.message.Message):
     resident_bytes: builtins.int
     sessions: builtins.int
     arena_bytes: builtins.int
+    input_bytes: builtins.int
+    """of these, memory that clients write"""
+    output_bytes: builtins.int
+    """and memory that results are written to"""
+    leased_bytes: builtins.int
+    """of that, held by clients"""
+    leases: builtins.int
+    sessions_ended: builtins.int
+    """whose memory is not given back yet"""
+    shared_bytes: builtins.int
+    """of tensors that clients hand to each other"""
+    @property
+    def attach_refusals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___AttachRefusals]: ...
     def __init__(
         self,
         *,
@@ -218,7 +238,35 @@ class WorkerStatus(google.protobuf.message.Message):
         resident_bytes: builtins.int = ...,
         sessions: builtins.int = ...,
         arena_bytes: builtins.int = ...,
+        input_bytes: builtins.int = ...,
+        output_bytes: builtins.int = ...,
+        leased_bytes: builtins.int = ...,
+        leases: builtins.int = ...,
+        sessions_ended: builtins.int = ...,
+        attach_refusals: collections.abc.Iterable[global___AttachRefusals] | None = ...,
+        shared_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["arena_bytes", b"arena_bytes", "is_serving", b"is_serving", "name", b"name", "pid", b"pid", "resident_bytes", b"resident_bytes", "restarts", b"restarts", "sessions", b"sessions"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["arena_bytes", b"arena_bytes", "attach_refusals", b"attach_refusals", "input_bytes", b"input_bytes", "is_serving", b"is_serving", "leased_bytes", b"leased_bytes", "leases", b"leases", "name", b"name", "output_bytes", b"output_bytes", "pid", b"pid", "resident_bytes", b"resident_bytes", "restarts", b"restarts", "sessions", b"sessions", "sessions_ended", b"sessions_ended", "shared_bytes", b"shared_bytes"]) -> None: ...
 
 global___WorkerStatus = WorkerStatus
+
+@typing.final
+class AttachRefusals(google.protobuf.message.Message):
+    """Clients that were turned away since the worker was started."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: builtins.int
+    CLIENTS_FIELD_NUMBER: builtins.int
+    reason: builtins.str
+    """a name of the enum Reason, without its prefix"""
+    clients: builtins.int
+    def __init__(
+        self,
+        *,
+        reason: builtins.str = ...,
+        clients: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["clients", b"clients", "reason", b"reason"]) -> None: ...
+
+global___AttachRefusals = AttachRefusals

@@ -44,6 +44,10 @@ class Account:
         """
         self.ledger.charge(self, size)
 
+    def take_over(self, size: int) -> None:
+        """Take bytes that another account had until now, or give such back. Never fails."""
+        self.ledger.move(self, size)
+
     def end(self) -> None:
         """The session takes nothing new; its memory is on its way back."""
         self.has_ended = True
@@ -92,6 +96,12 @@ class ArenaLedger:
         if isinstance(decision, Refused):
             raise ResourceExhausted(decision.text)
         raise MakingRoom(decision.text)
+
+    def move(self, account: Account, size: int) -> None:
+        with self._lock:
+            account.size += size
+        if size < 0:
+            self._on_loop(self._note_change)
 
     def _evict(self, decision: Evicted) -> None:
         (victim,) = [each for each in self._accounts if each.owner.number == decision.victim]

@@ -6,11 +6,13 @@ import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from thirdrail.errors import ResourceExhausted
+from thirdrail.lane.memory import whole_pages
 from thirdrail.v1 import lane_pb2
 
 Bytes = npt.NDArray[np.uint8]
@@ -19,6 +21,13 @@ CHUNK_BYTES_MIN = 1 << 20
 
 # Makes room for so many bytes in the books of all sessions, or raises ResourceExhausted.
 Charge = Callable[[int], None]
+
+
+class MakeChunk(Protocol):
+    """See thirdrail.lane.memory.create_chunk."""
+
+    def __call__(self, size: int, *, client_writes: bool) -> tuple[int, mmap.mmap]: ...
+
 
 _epochs = itertools.count(1)
 
@@ -41,10 +50,6 @@ class NewChunk:
 
     def close(self) -> None:
         os.close(self.fd)
-
-
-def whole_pages(size: int) -> int:
-    return -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def charged_chunk_bytes(size: int, total: int, total_max: int, charge: Charge) -> int | None:

@@ -14,16 +14,16 @@ import numpy as np
 
 from thirdrail.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from thirdrail.lane.allocator import ALIGNMENT_BYTES
-from thirdrail.lane.memory import create_chunk
+from thirdrail.lane.memory import create_chunk, whole_pages
 from thirdrail.v1 import lane_pb2, tensor_pb2
 from thirdrail_server.worker.chunks import (
     Bytes,
     Charge,
+    MakeChunk,
     NewChunk,
     charge_nothing,
     charged_chunk_bytes,
     new_epoch,
-    whole_pages,
 )
 from thirdrail_server.worker.tensor_memory import TensorMemory, memory_for_client
 
@@ -32,13 +32,18 @@ class InputArena:
     """charge: makes room for a chunk in the books of all sessions. It is called on any thread."""
 
     def __init__(
-        self, bytes_max: int, charge: Charge = charge_nothing, alone_chunks_max: int = 0
+        self,
+        bytes_max: int,
+        charge: Charge = charge_nothing,
+        alone_chunks_max: int = 0,
+        make_chunk: MakeChunk = create_chunk,
     ) -> None:
         self.epoch = new_epoch()
         self.total_bytes = 0  # also after `close`: until it is unmapped
         self._bytes_max = bytes_max
         self._charge = charge
         self._alone_chunks_max = alone_chunks_max
+        self._make_chunk = make_chunk
         self._lock = threading.Lock()  # memory is made on another thread than it is given back
         self._made = 0  # chunks so far
         self._chunks: dict[int, mmap.mmap] = {}  # without those given back
@@ -57,7 +62,7 @@ class InputArena:
         if chunk_bytes is None:
             raise self._full(size)
         try:
-            fd, mapping = create_chunk(chunk_bytes, client_writes=True)
+            fd, mapping = self._make_chunk(chunk_bytes, client_writes=True)
         except BaseException:
             self._charge(-chunk_bytes)
             raise

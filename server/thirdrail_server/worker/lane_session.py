@@ -28,7 +28,9 @@ from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2, sessions_pb2
 from thirdrail_server.config import LaneLimits
 from thirdrail_server.worker.arena_ledger import ArenaLedger
+from thirdrail_server.worker.chunks import MakeChunk
 from thirdrail_server.worker.departure import Departure
+from thirdrail_server.worker.export_desk import ExportDesk
 from thirdrail_server.worker.janitor import Janitor
 from thirdrail_server.worker.models import ModelTable
 from thirdrail_server.worker.negotiation import (
@@ -38,7 +40,9 @@ from thirdrail_server.worker.negotiation import (
     limits_message,
 )
 from thirdrail_server.worker.peers import Peer
+from thirdrail_server.worker.pings import Pings
 from thirdrail_server.worker.session_calls import SessionCalls
+from thirdrail_server.worker.session_exports import EXPORT_KINDS
 from thirdrail_server.worker.session_memory import SessionMemory
 from thirdrail_server.worker.session_states import Event, Life
 
@@ -57,6 +61,8 @@ class Host(Protocol):
     quarantine_s: float
     janitor: Janitor
     ledger: ArenaLedger
+    exports: ExportDesk
+    make_chunk: MakeChunk
 
     def admit(self, session: "LaneSession", hello: lane_pb2.Hello) -> int:
         """Let a client in: the session's number. Raises PermissionDenied or ResourceExhausted."""
@@ -100,10 +106,13 @@ class LaneSession:
         self._outbox = Outbox(
             sock, self._loop, packets_max=2 * self._limits.calls_in_flight_max, fail=self.end
         )
-        self.memory = SessionMemory(self._outbox, self._limits, host.ledger)
+        self.memory = SessionMemory(
+            self._outbox, self._limits, host.ledger, host.make_chunk, host.exports
+        )
         self._calls = SessionCalls(
             host.models, self._limits, self._outbox, self.memory, is_front=is_front
         )
+        self._pings = Pings(self.memory, self._send)
         self._is_attached = False
         self.is_closed = False
         self._loop.add_reader(sock, self._on_readable)
@@ -132,6 +141,9 @@ class LaneSession:
             leases=self.memory.output.leases,
             calls_in_flight=len(self._calls),
             calls=self._calls.total,
+            exports=self.memory.exports.export_count,
+            imports=self.memory.exports.import_count,
+            shared_bytes=self.memory.exports.charged_bytes,
             age_s=max(0, now_ns - self.began_ns) / S,
             is_front=self.is_front,
         )
@@ -159,7 +171,8 @@ class LaneSession:
         self._outbox.close()
         self._calls.close()
         mappings = self.memory.close()
-        is_harmless = has_let_go or self.is_inherited or not mappings
+        has_memory = bool(mappings) or self.memory.exports.holds_memory
+        is_harmless = has_let_go or self.is_inherited or not has_memory
         self._depart(mappings, is_harmless, may_answer)
 
     def _depart(self, mappings: list[mmap.mmap], has_let_go: bool, may_answer: bool) -> None:
@@ -240,8 +253,13 @@ class LaneSession:
             self._calls.cancel(message.cancel.call)
         elif kind == "grow":
             self._on_grow(message.grow)
+        elif kind == "ping":
+            self._pings.answer(message.ping)
         elif kind == "close":
             self.end(has_let_go=True)
+        elif kind in EXPORT_KINDS:
+            self.life.on(Event.USE)
+            self.memory.exports.take(kind, message)
         else:
             self.goodbye(Unimplemented(f"this worker does not take '{kind}'"))
 
@@ -258,6 +276,7 @@ class LaneSession:
         self._is_attached = True
         if not self.is_inherited:
             self.memory.open_account(self)
+        self.memory.exports.attach(self.number, self.peer.uid)
         self.features = agreed_features(hello)
         self.memory.output.poisons = DEBUG in self.features
         attached = lane_pb2.Attached(
@@ -281,6 +300,11 @@ class LaneSession:
 
     def _unmap(self, mappings: Sequence[mmap.mmap]) -> None:
         self._host.janitor.unmap(mappings, lambda: None)
+
+    def tell(self, message: lane_pb2.LaneResponse) -> None:
+        """News that it did not ask for."""
+        if not self.is_closed:
+            self._send(message)
 
     def _send(self, message: lane_pb2.LaneResponse) -> None:
         with contextlib.suppress(OSError):

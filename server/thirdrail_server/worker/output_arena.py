@@ -23,6 +23,7 @@ from thirdrail.v1 import lane_pb2, tensor_pb2
 from thirdrail_server.worker.chunks import (
     Bytes,
     Charge,
+    MakeChunk,
     NewChunk,
     charge_nothing,
     charged_chunk_bytes,
@@ -66,13 +67,19 @@ class _Pin(weakref.ref[_Anchor]):
 class OutputArena:
     """Any thread may lease; the loop takes new chunks, views and releases."""
 
-    def __init__(self, bytes_max: int, charge: Charge = charge_nothing) -> None:
+    def __init__(
+        self,
+        bytes_max: int,
+        charge: Charge = charge_nothing,
+        make_chunk: MakeChunk = create_chunk,
+    ) -> None:
         self.epoch = new_epoch()
         self.poisons = False  # released slots are overwritten
         self.leases = 0  # slots that hold a result, or that a run is about to fill
         self.stale_releases = 0
         self._bytes_max = bytes_max
         self._charge = charge
+        self._make_chunk = make_chunk
         self._lock = threading.Lock()
         self._allocator = ArenaAllocator()
         self._chunks: list[mmap.mmap] = []
@@ -132,7 +139,7 @@ class OutputArena:
                 "not released yet"
             )
         try:
-            fd, mapping = create_chunk(chunk_bytes, client_writes=False)
+            fd, mapping = self._make_chunk(chunk_bytes, client_writes=False)
         except OSError as error:
             self._charge(-chunk_bytes)
             raise ResourceExhausted(f"no memory for a result of {size} bytes: {error}") from None

@@ -7,8 +7,10 @@ channel ends it as well. It owns no name in the file system.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
+import resource
 import select
 import signal
 import socket
@@ -51,6 +53,7 @@ def run_worker(config: WorkerConfig, inherited: InheritedSockets) -> int:
     watch = _die_with(inherited.front_pid, inherited.leftovers)
     configure_logging(process=f"worker {config.name}")
     sys.setswitchinterval(GIL_SWITCH_S)
+    _allow_descriptors()
     # A terminal's Ctrl-C reaches the whole group, and a service manager's SIGTERM every process of
     # the service: the front decides how its workers end, which may still have requests to answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -64,6 +67,13 @@ def run_worker(config: WorkerConfig, inherited: InheritedSockets) -> int:
     os._exit(0)
 
 
+def _allow_descriptors() -> None:
+    """As many as the system lets us have: a session takes two, and one for each piece of memory."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _die_with(front_pid: int, leftovers: Sequence[Path]) -> threading.Thread:
     """End this process as soon as the front has ended, and remove what it could not.
 
@@ -74,17 +84,29 @@ def _die_with(front_pid: int, leftovers: Sequence[Path]) -> threading.Thread:
     if os.getppid() != front_pid:  # it died before it could be watched
         os._exit(1)
 
+    ours = {path: _identity(path) for path in leftovers}
+
     def watch() -> None:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
         poll.poll()
-        for path in leftovers:
-            path.unlink(missing_ok=True)
+        for path, identity in ours.items():
+            if _identity(path) == identity:  # else another server has the place by now
+                path.unlink(missing_ok=True)
         os._exit(1)
 
     thread = threading.Thread(target=watch, name="front watch", daemon=True)
     thread.start()
     return thread
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What another file of this name would not have: an inode's number comes again, and soon."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 async def _serve(config: WorkerConfig, inherited: InheritedSockets) -> None:

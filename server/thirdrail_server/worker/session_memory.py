@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import functools
 import mmap
 from collections.abc import Callable, Sequence
 
@@ -11,9 +12,11 @@ from thirdrail.lane.outbox import Outbox
 from thirdrail.v1 import lane_pb2, tensor_pb2
 from thirdrail_server.config import LaneLimits
 from thirdrail_server.worker.arena_ledger import Account, ArenaLedger, MakingRoom, Owner
-from thirdrail_server.worker.chunks import Bytes, NewChunk
+from thirdrail_server.worker.chunks import Bytes, MakeChunk, NewChunk
+from thirdrail_server.worker.export_desk import ExportDesk
 from thirdrail_server.worker.input_arena import InputArena
 from thirdrail_server.worker.output_arena import OutputArena
+from thirdrail_server.worker.session_exports import SessionExports
 
 Unmap = Callable[[Sequence[mmap.mmap]], None]
 
@@ -21,14 +24,24 @@ MAKE_ROOM_S_MAX = 1.0  # for the memory of a session that ended to come back
 
 
 class SessionMemory:
-    """Both arenas, and the packets that hand out their chunks."""
+    """Both arenas, what is exported and imported, and the packets that hand out memory."""
 
-    def __init__(self, outbox: Outbox, limits: LaneLimits, ledger: ArenaLedger) -> None:
+    def __init__(
+        self,
+        outbox: Outbox,
+        limits: LaneLimits,
+        ledger: ArenaLedger,
+        make_chunk: MakeChunk,
+        desk: ExportDesk,
+    ) -> None:
         self._outbox = outbox
         self._ledger = ledger
         self._account: Account | None = None
-        self.input = InputArena(limits.input_arena_bytes_max, self._charge)
-        self.output = OutputArena(limits.output_arena_bytes_max, self._charge)
+        self.input = InputArena(
+            limits.input_arena_bytes_max, self._charge, limits.alone_chunks_max, make_chunk
+        )
+        self.output = OutputArena(limits.output_arena_bytes_max, self._charge, make_chunk)
+        self.exports = SessionExports(desk, self.input, self.output, self._send)
         self._growing: asyncio.Task[None] | None = None
         self._is_closed = False
 
@@ -40,16 +53,29 @@ class SessionMemory:
         if self._account is not None:
             self._account.charge(size)
 
+    def charge_shared(self, size: int, *, is_new: bool) -> None:
+        """Exported memory is charged to this session from now on, or not any more.
+
+        is_new: it did not exist before; may raise as `charge` does.
+        """
+        if is_new:
+            self._charge(size)
+        elif self._account is not None:
+            self._account.take_over(size)
+
     @property
     def total_bytes(self) -> int:
-        return self.input.total_bytes + self.output.total_bytes
+        arenas = self.input.total_bytes + self.output.total_bytes
+        return arenas + self.exports.charged_bytes
 
     def view(self, name: str, ref: tensor_pb2.ArenaRef) -> Bytes:
         """The bytes that a request's tensor refers to. Raises FailedPrecondition or
         InvalidArgument."""
         if ref.epoch == self.output.epoch:
             return self.output.view(name, ref)
-        return self.input.view(name, ref)
+        if ref.epoch == self.input.epoch:
+            return self.input.view(name, ref)
+        return self.exports.view(name, ref)
 
     def release(self, lease: lane_pb2.Lease) -> None:
         self.output.release(lease.epoch, lease.slot, lease.generation)
@@ -85,7 +111,8 @@ class SessionMemory:
         while True:
             seen = self._ledger.changes
             try:
-                return await loop.run_in_executor(None, self.input.grow, request.size)
+                grow = functools.partial(self.input.grow, request.size, is_alone=request.alone)
+                return await loop.run_in_executor(None, grow)
             except MakingRoom:
                 if self._is_closed:
                     raise
@@ -103,15 +130,20 @@ class SessionMemory:
         packet = lane_pb2.LaneResponse(chunk=chunk.message).SerializeToString()
         self._outbox.send(packet, [chunk.fd])
 
+    def _send(self, message: lane_pb2.LaneResponse, fds: Sequence[int]) -> None:
+        self._outbox.send(message.SerializeToString(), fds)
+
     def close(self) -> list[mmap.mmap]:
         """Take all memory out of use. The mappings are the caller's to unmap, which is possible
         once no run uses them any more."""
         self._is_closed = True
+        self.exports.close()
         if self._account is not None:
             self._account.end()
         return [*self.input.close(), *self.output.close()]
 
     def close_account(self) -> None:
-        """The memory is back."""
+        """The memory is back, except for what others have imported."""
+        self.exports.free()
         if self._account is not None:
             self._account.close()

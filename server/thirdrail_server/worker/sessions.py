@@ -11,10 +11,15 @@ from collections import Counter
 from collections.abc import Iterator
 
 from thirdrail.errors import ResourceExhausted, ThirdrailError, TimedOut
+from thirdrail.lane.memory import create_chunk
+from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2, metrics_pb2, sessions_pb2
 from thirdrail_server.config import WorkerConfig
 from thirdrail_server.control_messages import OpenedSession
 from thirdrail_server.worker.arena_ledger import ArenaLedger
+from thirdrail_server.worker.chunks import MakeChunk
+from thirdrail_server.worker.export_desk import ExportDesk
+from thirdrail_server.worker.huge_pages import HugePages
 from thirdrail_server.worker.janitor import Janitor
 from thirdrail_server.worker.lane_session import LaneSession
 from thirdrail_server.worker.listener import Listener
@@ -34,6 +39,10 @@ class SessionTable:
         self.quarantine_s = config.sessions.quarantine_ms / 1000
         self.janitor = Janitor()
         self.ledger = ArenaLedger(config.sessions)
+        self.exports = ExportDesk(config.exports, self.janitor, self._tell, self._charge_shared)
+        self.make_chunk: MakeChunk = create_chunk
+        if config.sessions.huge_pages:
+            self.make_chunk = HugePages().create_chunk
         self._config = config.sessions
         self._numbers = itertools.count(1)
         self._tokens = TokenTable(
@@ -112,6 +121,16 @@ class SessionTable:
         if timer is not None:
             timer.cancel()
 
+    def _tell(self, number: int, message: lane_pb2.LaneResponse) -> None:
+        session = self._sessions.get(number)
+        if session is not None:
+            session.tell(message)
+
+    def _charge_shared(self, number: int, size: int, *, is_new: bool) -> None:
+        session = self._sessions.get(number)
+        if session is not None:
+            session.memory.charge_shared(size, is_new=is_new)
+
     def _require_room(self) -> None:
         count = sum(1 for _ in self._counted())
         if count >= self._config.sessions_max:
@@ -141,12 +160,23 @@ class SessionTable:
     def describe(self, status: metrics_pb2.WorkerStatus) -> None:
         """Fill in what the worker's status says of sessions."""
         infos = [each.info(0) for each in self._sessions.values()]
-        status.sessions = len(self._sessions) + len(self._connecting)
-        status.arena_bytes = sum(each.input_bytes + each.output_bytes for each in infos)
+        status.sessions = len(infos) + len(self._connecting)
+        status.sessions_ended = sum(not each.life.is_open for each in self._sessions.values())
+        status.input_bytes = sum(each.input_bytes for each in infos)
+        status.output_bytes = sum(each.output_bytes for each in infos)
+        shared_bytes = sum(each.shared_bytes for each in infos)
+        status.arena_bytes = status.input_bytes + status.output_bytes + shared_bytes
+        status.leases = sum(each.leases for each in infos)
+        status.leased_bytes = sum(each.leased_bytes for each in infos)
+        status.shared_bytes = self.exports.registry.total_bytes
+        for reason, clients in sorted(self._refused.items()):
+            name = pb.Reason.Name(pb.Reason.ValueType(reason)).removeprefix("REASON_")
+            status.attach_refusals.add(reason=name, clients=clients)
 
     def close(self) -> None:
         """End all of them; nobody waits for anything."""
         if self._listener is not None:
             self._listener.close()
+        self.exports.close()
         for session in [*self._sessions.values(), *self._connecting]:
             session.end(has_let_go=True)

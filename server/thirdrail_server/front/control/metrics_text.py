@@ -114,8 +114,17 @@ def _of_workers(workers: list[WorkerStatus]) -> Iterator[Metric]:
     gauges = {
         "is_serving": ("thirdrail_worker_up", "1 while the worker serves."),
         "resident_bytes": ("thirdrail_worker_resident_bytes", "Memory of the worker."),
-        "arena_bytes": ("thirdrail_worker_arena_bytes", "Memory shared with lanes."),
         "sessions": ("thirdrail_worker_sessions", "Lanes, the front's included."),
+        "sessions_ended": (
+            "thirdrail_worker_sessions_ended",
+            "Sessions that have ended and whose memory is not given back yet.",
+        ),
+        "leases": ("thirdrail_worker_leases", "Results in shared memory that clients hold."),
+        "leased_bytes": ("thirdrail_worker_leased_bytes", "The memory of these."),
+        "shared_bytes": (
+            "thirdrail_worker_shared_bytes",
+            "Memory of tensors that clients hand to each other.",
+        ),
     }
     for worker in workers:
         restarts.add_metric((worker.name,), worker.restarts)
@@ -125,6 +134,23 @@ def _of_workers(workers: list[WorkerStatus]) -> Iterator[Metric]:
         for worker in workers:
             gauge.add_metric((worker.name,), getattr(worker, field))
         yield gauge
+    arenas = GaugeMetricFamily(
+        "thirdrail_worker_arena_bytes",
+        "Memory shared with lanes: inputs by clients, outputs by the worker.",
+        labels=("worker", "role"),
+    )
+    refusals = CounterMetricFamily(
+        "thirdrail_worker_attach_refusals",
+        "Clients that the lane turned away.",
+        labels=("worker", "reason"),
+    )
+    for worker in workers:
+        arenas.add_metric((worker.name, "input"), worker.input_bytes)
+        arenas.add_metric((worker.name, "output"), worker.output_bytes)
+        for each in worker.attach_refusals:
+            refusals.add_metric((worker.name, each.reason), each.clients)
+    yield arenas
+    yield refusals
 
 
 def _labels(model: ModelCounters) -> tuple[str, str]:

@@ -6,7 +6,6 @@ wait for the next one. Who may use it is decided by the worker, by uid; the file
 it those whom it would refuse.
 """
 
-import contextlib
 import os
 import socket
 import time
@@ -28,13 +27,10 @@ class LaneSocket:
     def __init__(self, path: Path, sock: socket.socket) -> None:
         self.path = path
         self.sock = sock
-        self._inode = os.stat(path).st_ino
 
     def close(self) -> None:
-        """Remove the file, unless it is another server's by now, and hang up."""
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(self.path).st_ino == self._inode:
-                self.path.unlink()
+        """Remove the file and hang up."""
+        self.path.unlink(missing_ok=True)
         self.sock.close()
 
 
