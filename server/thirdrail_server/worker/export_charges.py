@@ -46,14 +46,14 @@ class Copying:
 
 
 class OnCharge(Protocol):
-    def __call__(self, session: int, size: int, *, is_new: bool) -> None:
+    def __call__(self, session: int, size: int, /, *, is_new: bool) -> None:
         """A session is charged so many bytes more, or less.
 
         is_new: nobody was charged for them before; only then it may raise ResourceExhausted.
         """
 
 
-def charge_nobody(session: int, size: int, *, is_new: bool) -> None:
+def charge_nobody(session: int, size: int, /, *, is_new: bool) -> None:
     """For books that nobody else looks at."""
 
 

@@ -232,23 +232,22 @@ class ExportRegistry:
         self._on(export, Event.TAKE)
         return export
 
-    def imported(self, session: int, epoch: int) -> Export:
-        """What a session may refer to by an epoch. Raises FailedPrecondition."""
+    def imported(self, session: int, epoch: int, name: str = "to be exported") -> Export:
+        """What a session may refer to by an epoch, as tensor `name`. Raises FailedPrecondition."""
         export = self._imports.get(epoch)
         if export is None or export.importer != session:
-            raise FailedPrecondition(f"epoch {epoch} names no memory of this session")
+            raise FailedPrecondition(
+                f"tensor '{name}' refers to epoch {epoch}, this session has none such"
+            )
         if export.state is State.REVOKED:
             raise FailedPrecondition(
-                f"the imported tensor of epoch {epoch} was revoked by the one who exported it"
+                f"tensor '{name}' was imported and has been revoked by the one who exported it"
             )
         return export
 
     def view(self, session: int, name: str, ref: ArenaRef) -> npt.NDArray[np.uint8]:
         """The bytes that a request's tensor refers to, read-only; as `arenas.InputArena.view`."""
-        try:
-            export = self.imported(session, ref.epoch)
-        except FailedPrecondition as error:
-            raise FailedPrecondition(f"tensor '{name}': {error}") from None
+        export = self.imported(session, ref.epoch, name)
         size = export.tensor.size
         if ref.chunk or ref.offset % ALIGNMENT_BYTES or ref.offset + ref.size > size:
             raise InvalidArgument(

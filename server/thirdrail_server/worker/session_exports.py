@@ -31,6 +31,8 @@ from thirdrail_server.worker.tensor_memory import TensorMemory, copy_of, forbid_
 # Making and filling memory takes about 0.8 ms per MiB, a hand-over to another thread 0.1 ms.
 COPY_ON_LOOP_BYTES_MAX = 128 << 10
 
+EXPORT_KINDS = frozenset({"export_tensor", "import_tensor", "revoke", "drop"})  # of LaneRequest
+
 Send = Callable[[lane_pb2.LaneResponse, Sequence[int]], None]
 """Takes over the file descriptors."""
 
@@ -65,13 +67,29 @@ class SessionExports:
         """Of exports and imports that this session is charged for."""
         return self._registry.charged_bytes(self._party.session)
 
+    @property
+    def holds_memory(self) -> bool:
+        """Its client has memory mapped that is in the books of exports."""
+        return bool(self.charged_bytes or self.import_count)
+
+    def take(self, kind: str, message: lane_pb2.LaneRequest) -> None:
+        """A message of one of EXPORT_KINDS."""
+        if kind == "export_tensor":
+            self._export(message.export_tensor)
+        elif kind == "import_tensor":
+            self._import(message.import_tensor)
+        elif kind == "revoke":
+            self._revoke(message.revoke)
+        else:
+            self._drop(message.drop)
+
     def view(self, name: str, ref: tensor_pb2.ArenaRef) -> Bytes:
         """The bytes of an imported tensor. Raises FailedPrecondition or InvalidArgument."""
         return self._registry.view(self._party.session, name, ref)
 
     # Exporting
 
-    def export(self, request: lane_pb2.ExportRequest) -> None:
+    def _export(self, request: lane_pb2.ExportRequest) -> None:
         """Answer with a token, or with why not; after a large copy later than at once."""
         try:
             tensor, epoch = _tensor_of(request), request.ref.epoch
@@ -162,7 +180,7 @@ class SessionExports:
         exported = lane_pb2.Exported(request=request.request, status=_status_of(error))
         self._send(lane_pb2.LaneResponse(exported=exported), ())
 
-    def revoke(self, request: lane_pb2.RevokeRequest) -> None:
+    def _revoke(self, request: lane_pb2.RevokeRequest) -> None:
         """Take an export back, and say so when it is done."""
         self._desk.revoke(self._party.session, request.export_id)
         revoked = lane_pb2.Revoked(request=request.request)
@@ -170,7 +188,7 @@ class SessionExports:
 
     # Importing
 
-    def take(self, request: lane_pb2.ImportRequest) -> None:
+    def _import(self, request: lane_pb2.ImportRequest) -> None:
         """Answer with the memory that a token is good for, or with why not."""
         imported = lane_pb2.Imported(request=request.request)
         try:
@@ -192,7 +210,7 @@ class SessionExports:
             self._registry.release(self._party.session, export.epoch)
             raise ResourceExhausted(f"no file descriptor for the tensor: {error}") from None
 
-    def drop(self, request: lane_pb2.DropRequest) -> None:
+    def _drop(self, request: lane_pb2.DropRequest) -> None:
         """The client gives an imported tensor back, or a chunk that it had asked for alone."""
         if request.epoch != self._input.epoch:
             return self._registry.release(self._party.session, request.epoch)
