@@ -76,6 +76,13 @@ def identity(dtype: str = "FP32", shape: Shape = ("n",)) -> onnx.ModelProto:
     return model([node], [tensor("x", dtype, shape)], [tensor("y", dtype, shape)])
 
 
+def double() -> onnx.ModelProto:
+    """y = 2 x for [n] FP32: the model of the README's quick start."""
+    node = helper.make_node("Mul", ["x", "two"], ["y"])
+    two = constant("two", np.array([2], np.float32))
+    return model([node], [tensor("x", "FP32", ("n",))], [tensor("y", "FP32", ("n",))], [two])
+
+
 def add(value: float | None = None, width: int = 4) -> onnx.ModelProto:
     """c = a + b for [n, width] FP32; with a value, c = a + value."""
     shape = ("n", width)
