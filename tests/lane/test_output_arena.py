@@ -151,6 +151,16 @@ def test_a_put_off_release_that_comes_twice_frees_once() -> None:
     assert len({arena.lease(1000)[0].offset for _ in range(3)}) == 3
 
 
+def test_a_release_after_the_last_view_is_gone_frees_once() -> None:
+    arena = OutputArena(1 << 24)
+    ref, _ = arena.lease(1000)
+    arena.view("x", ref)  # and gone at once
+    arena.release(ref.epoch, ref.slot, ref.generation)
+    assert arena.leased_bytes == 0
+    (first, _), (second, _) = arena.lease(1000), arena.lease(1000)
+    assert first.slot != second.slot
+
+
 def test_released_slots_are_overwritten_where_that_is_wished() -> None:
     arena = OutputArena(1 << 24)
     (ref, memory), (kept, other) = arena.lease(1000), arena.lease(1000)

@@ -160,9 +160,9 @@ class OutputArena:
             if slot is None:
                 self.stale_releases += 1
                 return
+            self._settle_pins()  # while it is leased, or it would be freed here and below
             slot.is_leased = False
             self.leases -= 1
-            self._settle_pins()
             if not slot.pins:
                 self._free(number)
 
