@@ -80,7 +80,7 @@ class LaneFuture(Future[Result]):
         super().cancel()
         self.set_running_or_notify_cancel()  # tells those who wait for several
         self._lane.abandon(self.call)
-        self._lane.watcher.leave(self)
+        self._lane.talk.watcher.leave(self)
         return True
 
     def fail(self, error: ThirdrailError) -> None:
@@ -91,7 +91,7 @@ class LaneFuture(Future[Result]):
             self._is_taken = True
         self._lane.abandon(self.call)
         self.set_exception(error)
-        self._lane.watcher.leave(self)
+        self._lane.talk.watcher.leave(self)
 
     def add_done_callback(self, fn: Callable[[Future[Result]], object]) -> None:
         """Has `fn(future)` called at the end: by another thread, or at once where it has ended."""
@@ -104,7 +104,7 @@ class LaneFuture(Future[Result]):
                 return
             self._is_watched = True
             if not self._is_taken:
-                self._lane.watcher.watch(self)
+                self._lane.talk.watcher.watch(self)
 
     def _drive(self, timeout: float | None) -> float | None:
         """Read the lane until it has ended. Returns what is left of the timeout."""
@@ -125,7 +125,7 @@ class LaneFuture(Future[Result]):
             self._on_answer(self)
         with self._condition:
             if self._is_watched:
-                return self._lane.watcher.run(self._settle)
+                return self._lane.talk.watcher.run(self._settle)
             is_ours, self._is_taken = not self._is_taken, True
         if not is_ours:
             return None
@@ -133,7 +133,7 @@ class LaneFuture(Future[Result]):
         with self._condition:
             # Somebody may have come meanwhile; from here on nobody does.
             if self._has_watchers():
-                self._lane.watcher.run(finish)
+                self._lane.talk.watcher.run(finish)
             else:
                 finish()
 
@@ -147,7 +147,7 @@ class LaneFuture(Future[Result]):
                 return
             self._is_taken = True
         self._outcome()()
-        self._lane.watcher.leave(self)
+        self._lane.talk.watcher.leave(self)
 
     def _outcome(self) -> Callable[[], None]:
         """What ends the future."""

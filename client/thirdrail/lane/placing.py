@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from thirdrail.errors import ResourceExhausted, ThirdrailError
+from thirdrail.errors import ResourceExhausted
 from thirdrail.failures import with_note
-from thirdrail.lane.calls import Call, Checksum, timed_out
+from thirdrail.lane.calls import Call, Checksum, NotSent, timed_out
 from thirdrail.lane.encoding import LargeInput
 from thirdrail.lane.places import Place, Role
 from thirdrail.lane.session_memory import SessionMemory
@@ -57,7 +57,7 @@ class Placer:
         self._send = send
         self._growth: _Growth | None = None  # one at a time
         self._room = Ticket()  # done when a place becomes free
-        self._ended: ThirdrailError | None = None
+        self._has_ended = False
         self._is_debug = is_debug
 
     def place(
@@ -70,7 +70,7 @@ class Placer:
         """Puts inputs where the worker reads them; their places are the call's from now on.
 
         Returns the inputs as fields of an InferRequest. Raises ResourceExhausted when there is and
-        will be no room, TimedOut at the deadline, and the lane's error when it ends.
+        will be no room, TimedOut at the deadline, and NotSent when the lane has ended.
         """
         found = [self._find(call, large) for large in inputs]
         copied = [large for large, there in zip(inputs, found, strict=True) if there is None]
@@ -95,8 +95,8 @@ class Placer:
         """Places of so many bytes each. Raises like `place`."""
         while True:
             with self._lock:
-                if self._ended is not None:
-                    raise self._ended
+                if self._has_ended:
+                    raise NotSent("the lane has ended")
                 if self._memory.collect():
                     self.room_freed()
                 places = self._memory.reserve(sizes)
@@ -118,8 +118,8 @@ class Placer:
         """A chunk for one tensor, which can be exported. Raises like `place`."""
         while True:
             with self._lock:
-                if self._ended is not None:
-                    raise self._ended
+                if self._has_ended:
+                    raise NotSent("the lane has ended")
                 self._memory.collect()
                 other, growth = self._growth, _Growth()
                 if other is None:
@@ -131,7 +131,9 @@ class Placer:
             if other is not None:
                 continue
             if growth.place is None:
-                raise self._ended or with_note(ResourceExhausted(growth.refusal or "no memory"))
+                if self._has_ended:
+                    raise NotSent("the lane has ended")
+                raise with_note(ResourceExhausted(growth.refusal or "the worker gave other memory"))
             return growth.place
 
     def _find(self, call: Call, large: LargeInput) -> tuple[Place, int] | None:
@@ -177,8 +179,8 @@ class Placer:
         room, self._room = self._room, Ticket()
         self._turns.complete(room)
 
-    def end(self, error: ThirdrailError) -> None:
-        self._ended = error
+    def end(self) -> None:
+        self._has_ended = True
         if self._growth is not None:
             self._turns.complete(self._growth)
         self._turns.complete(self._room)

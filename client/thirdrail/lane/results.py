@@ -49,14 +49,26 @@ def private_result(response: inference_pb2.InferResponse, memory: SessionMemory)
 
     Needs no lock. Raises the request's error, and Internal for a response that makes no sense.
     """
+    arrays: dict[str, Array] = {}
+    leased_bytes = 0
     try:
         if (fault := fault_of_response(response)) is not None:
             raise fault
-        return Result(response, {t.name: _private_array(t, memory) for t in response.outputs})
-    except InvalidArgument as error:
-        raise _unreadable(response, error) from None
-    finally:
+        for tensor in response.outputs:
+            raw = tensor.raw
+            if raw:
+                arrays[tensor.name] = _array_of_raw(tensor, raw)
+            else:
+                leased_bytes += tensor.ref.size
+                arrays[tensor.name] = _private_array(tensor, memory)
+    except BaseException as error:
         release_outputs(response, memory)
+        if isinstance(error, InvalidArgument):
+            raise _unreadable(response, error) from None
+        raise
+    if leased_bytes:
+        release_outputs(response, memory)
+    return Result(response, arrays)
 
 
 def borrowed_result(
@@ -109,9 +121,6 @@ def release_outputs(
 
 
 def _private_array(tensor: tensor_pb2.Tensor, memory: SessionMemory) -> Array:
-    raw = tensor.raw
-    if raw:
-        return _array_of_raw(tensor, raw)
     if not tensor.HasField("ref"):
         return _read_only(array_of_tensor(tensor))
     data: Bytes = memory.output_bytes(tensor.ref)

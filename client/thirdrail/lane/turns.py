@@ -68,7 +68,9 @@ class Turns:
             while self._read(0.0):
                 pass
         finally:
-            self._hand_over()
+            with self._lock:
+                self._is_led = False
+                self._offer()
 
     def complete(self, ticket: Ticket) -> None:
         """Wake whoever waits for the ticket. To be called with the lock held."""
@@ -84,7 +86,10 @@ class Turns:
                 pass
             return ticket.is_done
         finally:
-            self._hand_over()
+            with self._lock:
+                self._is_led = False
+                if self._asleep:
+                    self._offer()
 
     def _lie_down(self, ticket: Ticket) -> threading.Lock:
         bell = threading.Lock()
@@ -110,11 +115,6 @@ class Turns:
             self._asleep.pop(bell, None)
             if self._offered is bell:
                 self._offer()
-
-    def _hand_over(self) -> None:
-        with self._lock:
-            self._is_led = False
-            self._offer()
 
     def _offer(self) -> None:
         self._offered = next(iter(self._asleep), None)
