@@ -56,6 +56,28 @@ def test_the_servers_commands_run(typed: Thirdrail) -> None:
     assert "--model-control" in typed("serve", "--help").out
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["m", "--shm=true"], ["m", "--shm"]),
+        (["--shm=false", "m"], ["m"]),
+        (["--shm", "m", "--shm=false"], ["m"]),
+        (["--shm=false", "--shm=true", "m"], ["--shm", "m"]),
+        (["--shm=maybe", "--other=true", "m"], ["--shm=maybe", "--other=true", "m"]),
+        (["--shm=true", "--", "--shm=true"], ["--shm", "--", "--shm=true"]),
+    ],
+)
+def test_flags_with_values_mean_what_they_say(given: list[str], meant: list[str]) -> None:
+    assert extensions.flags_without_values(given, {"--shm"}) == meant
+
+
+def test_the_servers_flags_may_have_values(typed: Thirdrail) -> None:
+    done = typed("serve", "/nowhere", "--allow-client-shm=true", "--no-tcp=false", "--log-level=x")
+    assert "--log-level takes" in done.err
+    done = typed("serve", "/nowhere", "--allow-client-shm=maybe")
+    assert "does not take a value" in done.err
+
+
 def test_a_summary_is_read_from_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "its_commands.py").write_text('''
 raise SystemExit("imported")

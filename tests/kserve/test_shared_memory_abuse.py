@@ -3,11 +3,12 @@
 
 import asyncio
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import grpc
@@ -123,34 +124,36 @@ def test_calls_cancelled_at_any_moment_leave_nothing_in_use(
         until(lambda: not files_in_shm(region_server.pid))
 
 
-def test_a_thread_reads_what_it_began_to_read_or_is_told() -> None:
-    """Its descriptor's number must not come to mean another file meanwhile."""
-    size = 8 * MIB
-    with SharedMemory(content=b"a" * size) as one, SharedMemory(content=b"b" * size) as two:
-        for moment in range(60):
-            file = open_region("N", one.key, owners=None)
-            found: list[bytes] = []
-            thread = threading.Thread(target=read_into, args=(file, size, found))
-            thread.start()
-            time.sleep(moment / 10_000)
-            file.close()
-            others = [open_region("N", two.key, owners=None) for _ in range(2)]
-            thread.join()
-            assert found in ([b""], [b"told"])
-            for other in others:
-                other.close()
-            assert files_in_shm(os.getpid()) == []
-
-
-def read_into(file: RegionFile, size: int, found: list[bytes]) -> None:
-    target = bytearray(size)
+def test_a_thread_never_reads_another_file_than_its_own() -> None:
+    """A descriptor's number means another file as soon as it is closed and one is opened."""
+    threads_switch_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     try:
-        for start in range(0, size, MIB):
-            file.read(start, memoryview(target)[start : start + MIB])
-    except InvalidArgument:
-        found.append(b"told")
-    else:
-        found.append(bytes(target).strip(b"a"))
+        with SharedMemory(content=b"a") as one, SharedMemory(content=b"b") as two:
+            for _ in range(150):
+                file = open_region("N", one.key, owners=None)
+                found: list[bytes] = []
+                thread = threading.Thread(target=read_until_told, args=(file, found))
+                thread.start()
+                while not found:
+                    time.sleep(0)
+                file.close()
+                others = [open_region("N", two.key, owners=None) for _ in range(2)]
+                thread.join()
+                assert set(found) == {b"a"}
+                for other in others:
+                    other.close()
+                assert files_in_shm(os.getpid()) == []
+    finally:
+        sys.setswitchinterval(threads_switch_s)
+
+
+def read_until_told(file: RegionFile, found: list[bytes]) -> None:
+    target = bytearray(1)
+    with suppress(InvalidArgument):
+        while True:
+            file.read(0, memoryview(target))
+            found.append(bytes(target))
 
 
 def test_memory_without_a_name_any_more_serves_on(regions: Regions, memory: SharedMemory) -> None:

@@ -64,9 +64,7 @@ class Front:
             ChannelLimits(),
         )
         self._control = ModelControl(config, self.catalog, self._worker)
-        self._regions = RegionRegistry(
-            config.regions, is_enabled=config.allow_client_shm, owners=(os.geteuid(),)
-        )
+        self._regions = RegionRegistry.of(config)
         self._metrics = MetricsServicer(self._control, self._worker, self._regions)
         self._metrics_endpoint = MetricsEndpoint(self._metrics.text)
         self._native = NativeInference(
