@@ -8,13 +8,14 @@ the worker's final response says that nobody reads them any more.
 
 import asyncio
 import contextlib
+import functools
 import mmap
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from thirdrail.dtypes import Buffer
-from thirdrail.errors import Internal, Unavailable
+from thirdrail.errors import Internal, ThirdrailError, Unavailable
 from thirdrail.lane import packets
 from thirdrail.lane.aio_wire import AsyncWire
 from thirdrail.lane.input_arena import InputArena, Piece, bytes_of, size_of
@@ -43,9 +44,12 @@ class Reply:
             self._lane = None
 
 
+OnReply = Callable[[Reply | ThirdrailError], None]
+
+
 @dataclass(slots=True)
 class _Pending:
-    future: asyncio.Future[Reply]
+    on_reply: OnReply
     inputs: list[tensor_pb2.ArenaRef]
 
 
@@ -126,23 +130,32 @@ class AsyncLane(AsyncWire[_Pending]):
 
         refs: the input memory that the request refers to; emptied, it then belongs to the call.
         """
-        pending = _Pending(self._loop.create_future(), list(refs or ()))
+        future: asyncio.Future[Reply] = self._loop.create_future()
+        pending = _Pending(functools.partial(_settle, future), list(refs or ()))
         call = self._begin(body, pending, flow=flow)
         if refs is not None:
             refs.clear()
         try:
-            return await pending.future
+            return await future
         except asyncio.CancelledError:
             self._cancel(call)
             raise
+
+    def start(self, body: bytes, on_reply: OnReply, *, flow: int = 0) -> int:
+        """The same for those who need not wait: `on_reply` is called once, with the reply or with
+        what there is in place of one, and must not raise. Returns the number for `cancel`."""
+        return self._begin(body, _Pending(on_reply, []), flow=flow)
+
+    def cancel(self, call: int) -> None:
+        """Ask the worker to end a call that was started. Its reply says whether it did."""
+        self._cancel(call)
 
     def _on_closed(self, error: Unavailable, pending: list[_Pending]) -> None:
         if self._input is not None:
             self._input.close(error)
         self._output_chunks.clear()  # replies that were not released keep theirs
         for entry in pending:
-            if not entry.future.done():
-                entry.future.set_exception(error)
+            entry.on_reply(error)
 
     # Giving memory back
 
@@ -200,14 +213,10 @@ class AsyncLane(AsyncWire[_Pending]):
         if pending is None:
             return reply.release()
         self._free_inputs(pending.inputs)
-        if pending.future.done():
-            return reply.release()
         if None in data and any(t.WhichOneof("data") == "ref" for t in response.outputs):
-            pending.future.set_exception(
-                Internal("the worker referred to memory outside its arena")
-            )
-            return reply.release()
-        pending.future.set_result(reply)
+            reply.release()
+            return pending.on_reply(Internal("the worker referred to memory outside its arena"))
+        pending.on_reply(reply)
 
     def _bytes_of(self, tensor: tensor_pb2.Tensor, leases: list[lane_pb2.Lease]) -> Buffer | None:
         form = tensor.WhichOneof("data")
@@ -228,3 +237,13 @@ class AsyncLane(AsyncWire[_Pending]):
             assert self._input is not None
             self._input.free(ref)
         refs.clear()
+
+
+def _settle(future: asyncio.Future[Reply], outcome: Reply | ThirdrailError) -> None:
+    if isinstance(outcome, ThirdrailError):
+        if not future.done():
+            future.set_exception(outcome)
+    elif future.done():  # cancelled: nobody reads it
+        outcome.release()
+    else:
+        future.set_result(outcome)

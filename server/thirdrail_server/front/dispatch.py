@@ -6,7 +6,7 @@ worker fails at once, in the same form as one that the worker refused.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from thirdrail.errors import NotFound, ThirdrailError, Unavailable
 from thirdrail.lane.aio import AsyncLane, Reply
@@ -15,6 +15,7 @@ from thirdrail.v1 import inference_pb2 as pb
 from thirdrail_server.front.control.catalog import Catalog
 
 Result = Reply
+Cancel = Callable[[], object]
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,33 @@ class Dispatcher:
         except ThirdrailError as error:
             return _logged(self._failed(error, request), request)
         return self._checked(result, request)
+
+    def start(
+        self,
+        body: bytes,
+        request: pb.InferRequest,
+        on_result: Callable[[Result], None],
+        *,
+        flow: int,
+    ) -> Cancel:
+        """`infer_bytes` for those who need not wait, which spares a task and two turns of the loop.
+
+        `on_result` is called once, maybe before this returns, and must not raise. Returns what
+        cancels the request.
+        """
+
+        def on_reply(outcome: Reply | ThirdrailError) -> None:
+            if isinstance(outcome, ThirdrailError):
+                return on_result(_logged(self._failed(outcome, request), request))
+            on_result(self._checked(outcome, request))
+
+        try:
+            lane = self._lane_now()
+            call = lane.start(body, on_reply, flow=flow)
+        except ThirdrailError as error:
+            on_reply(error)
+            return lambda: None
+        return lambda: lane.cancel(call)
 
     def _lane_now(self) -> AsyncLane:
         if self._lane is None:

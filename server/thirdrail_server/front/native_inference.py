@@ -25,7 +25,7 @@ from thirdrail.errors import (
     error_of_reason,
 )
 from thirdrail.v1 import inference_pb2 as pb
-from thirdrail_server.front.dispatch import Dispatcher, Result
+from thirdrail_server.front.dispatch import Cancel, Dispatcher, Result
 from thirdrail_server.front.handlers import service_handler
 from thirdrail_server.front.native_messages import (
     limit_time,
@@ -73,7 +73,7 @@ class NativeInference:
             if request.model_id:
                 raise InvalidArgument("model_id means nothing in a unary call; use model_name")
             flow = zlib.crc32(context.peer().encode())
-            result = await self._dispatch(body, request, large, context, flow)
+            result = await self.dispatch(body, request, large, context, flow)
             response = result.response
             response.call = request.call  # it has the one of the front's own lane
             if response.status.reason:
@@ -87,7 +87,7 @@ class NativeInference:
             log.exception("Infer failed")
             await context.abort(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
 
-    async def _dispatch(
+    async def dispatch(
         self,
         body: bytes | None,
         request: pb.InferRequest,
@@ -103,7 +103,8 @@ class NativeInference:
         return await self._dispatcher.infer(request, take_raw(request, large), flow=flow)
 
     async def InferStream(self, bodies: AsyncIterator[bytes], context: Context) -> None:
-        stream = _Stream(self, context, self._in_flight_max, next(self._stream_flows))
+        flow = next(self._stream_flows)
+        stream = _Stream(self, self._dispatcher, context, self._in_flight_max, flow)
         try:
             await stream.run(bodies, self._stopping)
         except ThirdrailError as error:
@@ -113,20 +114,28 @@ class NativeInference:
 class _Stream:
     """One InferStream: reads ahead up to the bound, answers in order of completion.
 
-    Each request has a task that makes its answer, and only that can be cancelled. What it made, or
-    the word that it was cancelled, goes to the one writer: no call is answered twice or not at all.
+    A small request goes straight to the lane, and its answer straight to the one writer. Any other
+    has a task that makes its answer. Either way the answer, or the word that it was cancelled, is
+    made in one place: no call is answered twice or not at all.
     """
 
     def __init__(
-        self, inference: NativeInference, context: Context, in_flight_max: int, flow: int
+        self,
+        inference: NativeInference,
+        dispatcher: Dispatcher,
+        context: Context,
+        in_flight_max: int,
+        flow: int,
     ) -> None:
         self._inference = inference
+        self._dispatcher = dispatcher
         self._context = context
         self._flow = flow
         self._room = asyncio.Semaphore(in_flight_max)
-        self._calls: dict[int, asyncio.Task[bytes]] = {}
+        self._calls: dict[int, Cancel] = {}
         self._answers: asyncio.Queue[bytes | None] = asyncio.Queue()  # None: there are no more
         self._is_read = False
+        self._is_over = False
         self._models: dict[int, tuple[str, int]] = {}
 
     async def run(self, bodies: AsyncIterator[bytes], stopping: asyncio.Event) -> None:
@@ -142,8 +151,9 @@ class _Stream:
                 raise Unavailable(STOPPING_TEXT)
             reader.result()
         finally:
-            for task in (reader, stopper, *self._calls.values()):
-                task.cancel()
+            self._is_over = True
+            for cancel in (reader.cancel, stopper.cancel, *self._calls.values()):
+                cancel()
 
     async def _read(self, bodies: AsyncIterator[bytes]) -> None:
         await self._room.acquire()  # at the bound nothing is read: HTTP/2 holds the sender
@@ -165,35 +175,60 @@ class _Stream:
                 raise InvalidArgument(f"call {request.call} is in flight already on this stream")
             # Ids are this stream's own: such a request is not sent on as it came.
             alone = None if request.model_id else request_alone(body)
-            task = asyncio.create_task(self._answer(alone, request, large))
-            self._calls[request.call] = task
+            if alone is not None and len(alone) <= self._dispatcher.inline_bytes_max:
+                return self._start(alone, request)
+            task = asyncio.create_task(self._answer(request, large))
+            self._calls[request.call] = task.cancel
             task.add_done_callback(lambda done: self._on_answer(request, done))
-            return
+            return None
         self._room.release()
         if kind == "cancel":
-            task_of = self._calls.get(message.cancel.call)
-            if task_of is not None:
-                task_of.cancel()
-            return
+            cancel = self._calls.get(message.cancel.call)
+            if cancel is not None:
+                cancel()
+            return None
         raise InvalidArgument("a stream request holds neither 'infer' nor 'cancel'")
+
+    def _start(self, body: bytes, request: pb.InferRequest) -> None:
+        """Send a small request on as it came. body: the serialized request."""
+        call, request_id = request.call, request.request_id
+
+        def on_result(result: Result) -> None:
+            del self._calls[call]
+            if self._is_over:
+                return result.release()
+            result.response.call = call
+            self._give(streamed(result))
+
+        self._calls[call] = lambda: None
+        try:
+            refuse_references(request)
+        except ThirdrailError as error:
+            del self._calls[call]
+            return self._give(streamed_failure(call, request_id, error))
+        body += limit_time(request, self._context.time_remaining())
+        cancel = self._dispatcher.start(body, request, on_result, flow=self._flow)
+        if call in self._calls:  # else it has failed already
+            self._calls[call] = cancel
 
     def _on_answer(self, request: pb.InferRequest, task: "asyncio.Task[bytes]") -> None:
         del self._calls[request.call]
         if task.cancelled():
             error = Cancelled("Request cancelled")
-            self._answers.put_nowait(streamed_failure(request.call, request.request_id, error))
+            self._give(streamed_failure(request.call, request.request_id, error))
         else:
-            self._answers.put_nowait(task.result())
+            self._give(task.result())
+
+    def _give(self, answer: bytes) -> None:
+        self._answers.put_nowait(answer)
         if self._is_read and not self._calls:
             self._answers.put_nowait(None)
 
-    async def _answer(self, body: bytes | None, request: pb.InferRequest, large: Large) -> bytes:
+    async def _answer(self, request: pb.InferRequest, large: Large) -> bytes:
         call, request_id = request.call, request.request_id
         try:
             self._resolve_model(request)
-            result = await self._inference._dispatch(
-                body, request, large, self._context, self._flow
-            )
+            result = await self._inference.dispatch(None, request, large, self._context, self._flow)
             result.response.call = call
             return streamed(result)
         except ThirdrailError as error:
