@@ -129,9 +129,12 @@ async def _serve(config: WorkerConfig, inherited: InheritedSockets) -> None:
         return status
 
     control = socket.socket(fileno=inherited.control_fd)
-    await serve_control(control, models, status, ended.set, ChannelLimits(), sessions)
+    # Held until the end: the loop's own references are weak, and the collector would take a channel
+    # that nobody else has, in the middle of its reading.
+    channel = await serve_control(control, models, status, ended.set, ChannelLimits(), sessions)
     log.debug("ready for models")
     await ended.wait()
+    del channel
     sessions.close()
 
 
