@@ -14,6 +14,7 @@ from support.server import RunningServer
 from thirdrail import Client, ThirdrailError
 from thirdrail.errors import Internal, InvalidArgument
 from thirdrail.tensors import Array
+from thirdrail.transport import TransportChoice
 from thirdrail_server.inference import grpc_service_pb2 as kserve
 from thirdrail_server.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 
@@ -28,8 +29,13 @@ def repository(tmp_path: Path) -> Path:
     return folder
 
 
-def fail(server: RunningServer, index: Array, request_id: str) -> ThirdrailError:
-    with Client(server.url) as client, pytest.raises(ThirdrailError) as raised:
+WAYS = pytest.mark.parametrize(("way", "process"), [("grpc", "front"), ("lane", "worker cpu")])
+
+
+def fail(
+    server: RunningServer, index: Array, request_id: str, way: TransportChoice
+) -> ThirdrailError:
+    with Client(server.url, transport=way) as client, pytest.raises(ThirdrailError) as raised:
         client.infer("gather", {"index": index}, request_id=request_id)
     return raised.value
 
@@ -41,28 +47,31 @@ def fail_by_kserve(server: RunningServer, request_id: str) -> None:
         GRPCInferenceServiceStub(channel).ModelInfer(request)
 
 
+@WAYS
 def test_requests_that_we_failed_are_logged_with_their_id(
-    repository: Path, start_server: StartServer
+    repository: Path, start_server: StartServer, way: TransportChoice, process: str
 ) -> None:
     server = start_server(repository)
-    assert isinstance(fail(server, BEYOND, "order-1"), Internal)
-    assert isinstance(fail(server, SHAPELESS, "order-2"), InvalidArgument)
+    assert isinstance(fail(server, BEYOND, "order-1", way), Internal)
+    assert isinstance(fail(server, SHAPELESS, "order-2", way), InvalidArgument)
     fail_by_kserve(server, "order-3")
     failed = [line for line in server.log_text().splitlines() if "a request failed" in line]
     assert ["order-1" in line or "order-3" in line for line in failed] == [True, True]
-    assert "warning front: a request failed: " in failed[0]
+    assert f"warning {process}: a request failed: " in failed[0]
     assert failed[0].endswith("request_id='order-1' model='gather' reason='INTERNAL'")
 
 
+@WAYS
 def test_every_line_is_json_and_at_debug_refusals_are_there(
-    repository: Path, start_server: StartServer
+    repository: Path, start_server: StartServer, way: TransportChoice, process: str
 ) -> None:
     server = start_server(repository, "--log-format=json", "--log-level=debug")
-    error = fail(server, SHAPELESS, "order-2")
+    error = fail(server, SHAPELESS, "order-2", way)
     server.stop()
     events = [json.loads(line) for line in server.log_text().splitlines()]
     [event] = [each for each in events if each.get("request_id") == "order-2"]
-    assert (event["level"], event["model"], event["reason"]) == (
+    assert (event["process"], event["level"], event["model"], event["reason"]) == (
+        process,
         "debug",
         "gather",
         "INVALID_ARGUMENT",

@@ -3,10 +3,11 @@
 with a response, or with the session.
 """
 
+import logging
 import time
 from dataclasses import dataclass
 
-from thirdrail.errors import InvalidArgument, NotFound, ResourceExhausted, ThirdrailError
+from thirdrail.errors import Internal, InvalidArgument, NotFound, ResourceExhausted, ThirdrailError
 from thirdrail.lane import packets
 from thirdrail.lane.outbox import Outbox
 from thirdrail.v1 import inference_pb2 as pb
@@ -18,6 +19,8 @@ from thirdrail_server.worker.repeats import Repeat, Repeats
 from thirdrail_server.worker.requests import Request, VersionSpec, read_request
 from thirdrail_server.worker.served_version import Call, Ending, ServedVersion
 from thirdrail_server.worker.session_memory import SessionMemory
+
+log = logging.getLogger(__name__)
 
 _INFER_KEY = bytes((2 << 3 | 2,))  # of LaneResponse's field `infer` in the wire format
 # A response that carries nothing but these two fits a packet, whatever characters they consist of.
@@ -87,7 +90,7 @@ class SessionCalls:
                 return False
             self._count_in(request.call)
         except ThirdrailError as error:
-            self._respond_failure(request.call, request.request_id, error)
+            self._respond_failure(request.call, request.request_id, repeat.model_name, error)
         else:
             self._run(request, served, repeat, repeat.flow, now_ns)
         return True
@@ -106,7 +109,7 @@ class SessionCalls:
             served = self._models.find(model.name, model.version)
             request = read_request(infer, served.spec, self._memory.view)
         except ThirdrailError as error:
-            return self._respond_failure(infer.call, infer.request_id, error)
+            return self._respond_failure(infer.call, infer.request_id, infer.model_name, error)
         self._repeats.remember(packet, message, request, served.spec)
         self._run(request, served, infer, message.flow, now_ns)
 
@@ -171,7 +174,9 @@ class SessionCalls:
     def _respond(self, request: Request, spec: VersionSpec, ending: Ending) -> None:
         outcome = ending.outcome
         if outcome.error is not None:
-            return self._respond_failure(request.call, request.request_id, outcome.error)
+            return self._respond_failure(
+                request.call, request.request_id, spec.model, outcome.error
+            )
         response = outcome.response
         response.call = request.call
         if request.request_id:
@@ -198,15 +203,27 @@ class SessionCalls:
                 f"the response without its tensors has {len(packet)} bytes, a packet of the lane "
                 f"takes {self._limits.packet_bytes_max}; ask for fewer outputs, or for raw ones"
             )
-            return self._respond_failure(request.call, request.request_id, error)
+            return self._respond_failure(request.call, request.request_id, spec.model, error)
         self._outbox.send(packet)
 
-    def _respond_failure(self, call: int, request_id: str, error: ThirdrailError) -> None:
+    def _respond_failure(
+        self, call: int, request_id: str, model: str, error: ThirdrailError
+    ) -> None:
+        request_id = request_id[:REQUEST_ID_CHARS_MAX]
+        if not self._is_front:  # which logs its own callers' failures
+            _log_failure(request_id, model, error)
         message = error.message
         if len(message) > ERROR_TEXT_CHARS_MAX:
             message = f"{message[:ERROR_TEXT_CHARS_MAX]}..."
         status = pb.Status(reason=error.reason, message=message)
-        response = pb.InferResponse(
-            call=call, request_id=request_id[:REQUEST_ID_CHARS_MAX], final=True, status=status
-        )
+        response = pb.InferResponse(call=call, request_id=request_id, final=True, status=status)
         self._outbox.send(lane_pb2.LaneResponse(infer=response).SerializeToString())
+
+
+def _log_failure(request_id: str, model: str, error: ThirdrailError) -> None:
+    """At the usual level only what we are at fault for: callers who err are told, and could
+    otherwise fill the log."""
+    reason = pb.Reason.Name(error.reason).removeprefix("REASON_")
+    fields = {"request_id": request_id, "model": model, "reason": reason}
+    level = logging.WARNING if isinstance(error, Internal) else logging.DEBUG
+    log.log(level, "a request failed: %s", error.message, extra=fields)
