@@ -253,8 +253,8 @@ def serve(
     allow_client_shm: Annotated[
         bool,
         _option(
-            "Let KServe clients register shared memory of this host. Whoever may call the server "
-            "may then have it read and written.",
+            "Let KServe clients register shared memory: files in /dev/shm of the server's user and "
+            "of --lane-uid. Whoever may call the server may then have them read and written.",
             "--allow-client-shm",
             panel=Operation,
         ),
