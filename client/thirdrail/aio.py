@@ -3,9 +3,12 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
+
+import numpy as np
+import numpy.typing as npt
 
 from thirdrail import health, models
 from thirdrail.aio_connection import AsyncConnection, require_no_fork
@@ -15,6 +18,7 @@ from thirdrail.client import READY_POLL_SECONDS
 from thirdrail.discovery import find_address
 from thirdrail.errors import FailedPrecondition, NotFound, TimedOut, Unavailable
 from thirdrail.failures import rpc_errors, with_note
+from thirdrail.lane.aio_lane_stream import AsyncLaneStream
 from thirdrail.lane.calls import NotSent, timed_out
 from thirdrail.lane.encoding import Encoder
 from thirdrail.models import (
@@ -34,6 +38,7 @@ from thirdrail.requests import (
     write_request,
 )
 from thirdrail.stream import IN_FLIGHT_MAX
+from thirdrail.tensors import Array
 from thirdrail.transport import NOTHING_YET, LaneRule, Transport, TransportChoice
 from thirdrail.v1 import inference_pb2, metrics_pb2, models_pb2
 
@@ -82,6 +87,8 @@ class AsyncClient:
             priority: 1 is the highest; the model's own by default.
             parameters: a mapping of bool, int, float or str.
             classes: the best N classes as b"value:index[:label]" instead of each output.
+            borrow: over the lane, the arrays are views of the server's memory, which the result
+                holds until it is released, left as a context manager, or all of them are gone.
         """
         session = await self._connected().access.session()
         if session is not None:
@@ -93,29 +100,51 @@ class AsyncClient:
             return await self._infer_over_lane(session, model, inputs, options)
         return await self._infer_over_grpc(model, inputs, options)
 
-    @property
-    def transport(self) -> Transport:
-        """What calls travel on, and why not on the lane. See `thirdrail.transport.Transport`."""
-        return NOTHING_YET if self._connection is None else self._connection.access.transport
-
     def submit(
         self, model: str, inputs: Inputs, **options: Unpack[InferOptions]
     ) -> asyncio.Task[Result]:
         """`infer` as a task. Cancelling the task cancels the request in the server.
 
-        Nothing bounds how many are in flight; `stream` does.
+        Nothing but the lane's own limit bounds how many are in flight; `stream` does.
         """
         return asyncio.create_task(self.infer(model, inputs, **options))
 
     def stream(self, *, in_flight_max: int = IN_FLIGHT_MAX) -> AsyncStream:
         """A stream for many requests to any models: `async with client.stream() as stream:`."""
         connection = self._connected()
-        return AsyncStream(
+        return AsyncLaneStream(
+            connection.access,
+            self._infer_over_lane,
             connection.inference,
             self._write,
             address=connection.address,
             in_flight_max=in_flight_max,
         )
+
+    async def empty(
+        self,
+        shape: Sequence[int] | int,
+        dtype: npt.DTypeLike = np.float32,
+        *,
+        shared: bool = False,
+    ) -> Array:
+        """An array to fill in and pass to `infer`, which then sends it without a copy.
+
+        Over the lane it lies in shared memory, which goes back when the last view of it is gone.
+        Do not write it while a request reads it.
+
+        shared: in memory of its own, which can be exported to another process.
+        Raises ResourceExhausted when the server gives no more memory.
+        """
+        session = await self._connected().access.session()
+        if session is None:
+            return np.empty(shape, dtype)
+        return await session.empty(shape, dtype, alone=shared)
+
+    @property
+    def transport(self) -> Transport:
+        """What calls travel on, and why not on the lane."""
+        return NOTHING_YET if self._connection is None else self._connection.access.transport
 
     async def models(self, *, ready_only: bool = False) -> list[ModelStatus]:
         """The state of every version of every model."""

@@ -58,7 +58,7 @@ class AsyncStream:
     ) -> None:
         try:
             if kind is None:
-                await _ended(self._tasks)
+                await all_ended(self._tasks)
                 self._outgoing.put_nowait(None)
                 await asyncio.shield(self._reader)
         finally:
@@ -138,7 +138,8 @@ def _new_future() -> asyncio.Future[Result]:
     return asyncio.get_running_loop().create_future()
 
 
-async def _ended(tasks: set[asyncio.Task[Result]]) -> None:
+async def all_ended(tasks: set[asyncio.Task[Result]]) -> None:
+    """Until the set is empty: each task leaves it at its end."""
     while tasks:
         await asyncio.wait(tasks)
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from thirdrail.errors import Cancelled, ThirdrailError, Unavailable
 from thirdrail.failures import with_note
@@ -24,15 +25,14 @@ from thirdrail.lane.aio_wire import AsyncWire
 from thirdrail.lane.calls import Checksum, NotSent
 from thirdrail.lane.encoding import Encoder
 from thirdrail.lane.input_arena import COPY_ON_LOOP_BYTES_MAX
-from thirdrail.lane.memory import whole_pages
-from thirdrail.lane.places import Bytes, Place
+from thirdrail.lane.places import Place, Role
 from thirdrail.lane.results import borrowed_result, private_result, release_outputs
 from thirdrail.lane.session_memory import SessionMemory
+from thirdrail.lane.wire import DEBUG_FEATURE
 from thirdrail.requests import Result
 from thirdrail.tensors import Array
 from thirdrail.v1 import inference_pb2, lane_pb2
 
-DEBUG_FEATURE = "debug"
 # Arrays that the collector takes are noted without a word to the loop, which looks this often while
 # there are any.
 COLLECT_INTERVAL_S = 0.1
@@ -69,6 +69,11 @@ class AsyncSession(AsyncWire[_Call]):
         forks.forget_in_children(session)
         hello = lane_pb2.Hello(token=token, client_name=client_name, features=features)
         return await session._say_hello(hello)
+
+    @property
+    def memory_held(self) -> tuple[int, int]:
+        """Bytes of input memory that arrays and calls use, and how many results arrays show."""
+        return self._memory.input_bytes_used, self._memory.shown.count(Role.OUTPUT)
 
     async def infer(
         self, head: bytes, arrays: Mapping[str, Array], encoder: Encoder, *, borrow: bool
@@ -112,20 +117,28 @@ class AsyncSession(AsyncWire[_Call]):
                 self._flush_soon()
             raise
 
-    async def empty(self, size: int, *, is_shared: bool = False) -> Bytes:
-        """Input memory of `size` bytes, 1 or more, which goes back with its last view.
+    async def empty(
+        self, shape: Sequence[int] | int, dtype: npt.DTypeLike, *, alone: bool
+    ) -> Array:
+        """An array to fill in and send without a copy; its memory goes back with its last view.
 
-        is_shared: in memory of its own, which can be exported.
-        Raises ResourceExhausted, Unavailable.
+        alone: in memory that can be exported.
+        Raises ResourceExhausted when there is no room, NotSent when the session has ended.
         """
-        if is_shared:
-            place = await self._room.grow(whole_pages(size), alone=True)
+        wanted = np.dtype(dtype)
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        nbytes = int(np.prod(shape, dtype=object)) * wanted.itemsize
+        if wanted.hasobject or (nbytes <= self._limits.inline_bytes and not alone):
+            return np.empty(shape, wanted)  # it travels in the packet
+        if alone:
+            place = await self._room.grow(max(1, nbytes), alone=True)
             assert place is not None
         else:
-            [place] = await self._room.reserve([size])
+            [place] = await self._room.reserve([nbytes])
         shown = self._memory.shown.show(place, writable=True)
         self._watch_collected()
-        return shown[:size]
+        array: Array = shown[:nbytes].view(wanted).reshape(shape)
+        return array
 
     def leave(self) -> None:
         """End the session in good order. Calls in flight fail with Cancelled."""

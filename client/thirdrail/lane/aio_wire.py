@@ -20,14 +20,11 @@ from thirdrail.lane import packets
 from thirdrail.lane.attach import HELLO_TIMEOUT_S, not_answered, refused
 from thirdrail.lane.memory import map_chunk
 from thirdrail.lane.outbox import Outbox
+from thirdrail.lane.wire import ATTACH_PACKET_BYTES_MAX, VERSION_MAX, VERSION_MIN
 from thirdrail.v1 import inference_pb2, lane_pb2
-
-VERSION_MIN = 1
-VERSION_MAX = 1
 
 PACKETS_PER_WAKEUP_MAX = 64
 OUTBOX_PACKETS_MAX = 1 << 16
-ATTACH_PACKET_BYTES_MAX = 1 << 16  # until the worker has told its limit
 
 # Keys of LaneRequest's and InferRequest's fields in the wire format: number << 3 | type.
 _INFER_KEY = bytes((2 << 3 | 2,))

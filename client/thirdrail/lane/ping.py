@@ -15,10 +15,10 @@ from typing import Self
 from thirdrail.lane import packets
 from thirdrail.lane.attach import not_answered, refused
 from thirdrail.lane.memory import map_chunk
+from thirdrail.lane.wire import VERSION_MAX, VERSION_MIN
 from thirdrail.transport import CannotAttach
 from thirdrail.v1 import lane_pb2, tensor_pb2
 
-VERSION = 1
 CLIENT_NAME = "thirdrail probe"
 ANSWER_TIMEOUT_S = 5
 PACKET_BYTES_MAX = 1 << 20  # a lane's packets are smaller
@@ -45,7 +45,10 @@ class PingLane:
         self._leases: list[lane_pb2.Lease] = []
         try:
             hello = lane_pb2.Hello(
-                version_min=VERSION, version_max=VERSION, token=token, client_name=CLIENT_NAME
+                version_min=VERSION_MIN,
+                version_max=VERSION_MAX,
+                token=token,
+                client_name=CLIENT_NAME,
             )
             self._send(lane_pb2.LaneRequest(hello=hello))
             self._input_epoch = self._receive("attached").attached.input_epoch
