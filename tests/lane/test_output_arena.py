@@ -140,6 +140,15 @@ def test_a_slot_that_is_read_is_not_given_away_before_its_last_view_is_gone() ->
     assert (again.slot, again.generation) == (ref.slot, ref.generation + 1)
 
 
+def test_a_slot_that_was_read_before_it_is_released_is_free_once() -> None:
+    arena = OutputArena(1 << 24)
+    ref, _ = arena.lease(1000)
+    view = arena.view("x", ref)
+    del view
+    arena.release(ref.epoch, ref.slot, ref.generation)
+    assert len({arena.lease(1000)[0].offset for _ in range(3)}) == 3
+
+
 def test_a_put_off_release_that_comes_twice_frees_once() -> None:
     arena = OutputArena(1 << 24)
     ref, _ = arena.lease(1000)

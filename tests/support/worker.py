@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from support.lane_peer import LanePeer, connect
 from thirdrail.dtypes import Buffer
 from thirdrail.lane.aio import AsyncLane, Reply
 from thirdrail.v1 import inference_pb2 as pb
-from thirdrail.v1 import metrics_pb2
+from thirdrail.v1 import metrics_pb2, sessions_pb2
 from thirdrail_server.config import WorkerConfig
 from thirdrail_server.control_channel import ChannelLimits, ControlChannel, open_channel
-from thirdrail_server.control_messages import LoadedModel, message_of_text
+from thirdrail_server.control_messages import LoadedModel, OpenedSession, message_of_text
 from thirdrail_server.front.control.load_source import LoadSource, prepare
 from thirdrail_server.repository.layout import scan
 
@@ -37,6 +38,7 @@ class RunningWorker:
     control: ControlChannel
     sockets: list[socket.socket]  # lanes that nobody has said hello on; the first is the front's
     lanes: list[AsyncLane] = field(default_factory=list)
+    lane_path: Path | None = None  # where it listens for clients
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(CALL_S_MAX)
@@ -46,6 +48,23 @@ class RunningWorker:
         lane = self.run(AsyncLane.attach(self.sockets.pop(0)))
         self.lanes.append(lane)
         return lane
+
+    def open_session(self) -> OpenedSession:
+        """A token, as OpenSession gets it."""
+        return OpenedSession.from_fields(self.run(self.control.call("open session")))
+
+    def peer(self, **fields: Any) -> LanePeer:
+        """Attached as a client of the host, with a token."""
+        assert self.lane_path is not None
+        peer = LanePeer(connect(self.lane_path))
+        peer.attach(token=self.open_session().token, **fields)
+        return peer
+
+    def sessions(self) -> dict[int, sessions_pb2.SessionInfo]:
+        """By number."""
+        texts = self.run(self.control.call("list sessions"))["sessions"]
+        infos = [message_of_text(sessions_pb2.SessionInfo, text) for text in texts]
+        return {each.session: each for each in infos}
 
     def load(self, repository: Path, *names: str) -> dict[str, LoadedModel]:
         wanted = names or sorted(scan(repository))
@@ -83,9 +102,17 @@ class RunningWorker:
 
 @contextlib.contextmanager
 def running_worker(
-    config: WorkerConfig | None = None, *, lanes: int = 1, log: Path | None = None
+    config: WorkerConfig | None = None,
+    *,
+    lanes: int = 1,
+    log: Path | None = None,
+    listen: Path | None = None,
 ) -> Iterator[RunningWorker]:
-    """A worker with so many lanes, without models. log: where it logs to; None: standard error."""
+    """A worker with so many lanes, without models.
+
+    log: where it logs to; None: standard error.
+    listen: where it takes clients with tokens.
+    """
     config = config or WorkerConfig()
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="worker's peer", daemon=True)
@@ -98,6 +125,10 @@ def running_worker(
     for fd in fds[1:]:
         command += ["--lane-fd", str(fd)]
     with contextlib.ExitStack() as stack:
+        if listen is not None:
+            listener = stack.enter_context(_listener(listen))
+            command += ["--lane-listen-fd", str(listener.fileno())]
+            fds.append(listener.fileno())
         stderr = stack.enter_context(log.open("wb")) if log is not None else None
         process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, stderr=stderr)
     for theirs in (worker_control, *(theirs for _, theirs in pairs)):
@@ -106,6 +137,7 @@ def running_worker(
         open_channel(control, ChannelLimits(), on_close=lambda: None), loop
     ).result(CALL_S_MAX)
     worker = RunningWorker(process, loop, channel, [ours for ours, _ in pairs])
+    worker.lane_path = listen
     try:
         yield worker
     finally:
@@ -122,3 +154,10 @@ def running_worker(
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
+
+
+def _listener(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(path))
+    listener.listen()
+    return listener
