@@ -32,6 +32,8 @@ SESSION: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("releases, beside a ping", ("pong",)),
     ("ping, with bytes to copy", ("pong, with the copy",)),
     ("grow by too much", ("grow refused",)),
+    ("grow for a tensor alone", ("chunk for a tensor alone, with its descriptor",)),
+    ("export", ("exported",)),
 )
 
 
@@ -68,18 +70,32 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[LanePeer]]:
 
 
 def test_a_real_worker_answers_so(peers: list[LanePeer]) -> None:
-    peer, _ = peers
+    peer, importer = peers
     for sent, answers in SESSION:
         peer.sock.send(VECTORS[sent].packet)
         for answer in answers:
-            received = peer.receive()
-            assert comparable(received) == comparable(VECTORS[answer].decoded()), answer
-            look_into(peer, received)
+            received = expect(peer, answer)
+    importer.attach()
+    importing = lane_pb2.LaneRequest.FromString(VECTORS["import"].packet)
+    importing.import_tensor.token = received.exported.token
+    importer.send(importing)
+    expect(importer, "imported, with its descriptor")
+    peer.sock.send(VECTORS["drop"].packet)
+    peer.sock.send(VECTORS["revoke"].packet)
+    expect(peer, "revoked, to the exporter")
+    expect(importer, "revoked, to an importer")
     peer.sock.send(VECTORS["hello"].packet)
-    assert peer.receive() == VECTORS["goodbye"].decoded()
+    expect(peer, "goodbye")
     peer.sock.send(VECTORS["close"].packet)
     with pytest.raises(EOFError):
         peer.receive()
+
+
+def expect(peer: LanePeer, vector: str) -> Response:
+    received = peer.receive()
+    assert comparable(received) == comparable(VECTORS[vector].decoded()), vector
+    look_into(peer, received)
+    return received
 
 
 def comparable(message: Message) -> Response:

@@ -29,6 +29,7 @@ MODEL = "identity_fp32"
 SMALL = np.arange(16, dtype=np.float32)
 LARGE = np.arange(8192, dtype=np.float32)
 PACKET_BYTES_MAX = 1 << 16
+ANSWER_S_MAX = 20
 
 _TO_WORKER, _TO_CLIENT, _WITH_MEMORY = ">", "<", "<+"
 
@@ -61,15 +62,15 @@ def use_lane(sock: socket.socket) -> list[Any]:
     memory, a result as an input, an error, releases, a good end.
     """
     lane, options = attach_lane(sock, client_name="recording"), Encoder().options(MODEL, None, {})
-    seen: list[Any] = [lane.infer(options, {"x": SMALL})["y"].tolist()]
-    seen.append(lane.infer(options, {"x": LARGE})["y"].tolist())
-    with lane.infer(options, {"x": LARGE}, borrow=True) as held:
-        seen.append(lane.infer(options, {"x": held["y"]})["y"].tolist())
+    seen: list[Any] = [lane.infer(options, {"x": SMALL}, timeout=ANSWER_S_MAX)["y"].tolist()]
+    seen.append(lane.infer(options, {"x": LARGE}, timeout=ANSWER_S_MAX)["y"].tolist())
+    with lane.infer(options, {"x": LARGE}, borrow=True, timeout=ANSWER_S_MAX) as held:
+        seen.append(lane.infer(options, {"x": held["y"]}, timeout=ANSWER_S_MAX)["y"].tolist())
     try:
-        lane.infer(Encoder().options("unheard_of", None, {}), {"x": SMALL})
+        lane.infer(Encoder().options("unheard_of", None, {}), {"x": SMALL}, timeout=ANSWER_S_MAX)
     except NotFound as error:
         seen.append(str(error))
-    seen.append(lane.infer(options, {"x": SMALL})["y"].tolist())
+    seen.append(lane.infer(options, {"x": SMALL}, timeout=ANSWER_S_MAX)["y"].tolist())
     lane.close(Cancelled("the recording is over"))
     return seen
 
