@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who reads a lane: threads that take turns, futures that nobody drives, answers in any order.
+
+The peer is scripted, so that answers come when and as a test wants them.
+"""
+
+import concurrent.futures
+import gc
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+
+from support.lanes import ScriptedPeer
+from thirdrail import errors
+from thirdrail.lane.calls import NotSent
+from thirdrail.requests import Result
+from thirdrail.v1 import inference_pb2 as pb
+from thirdrail.v1 import lane_pb2
+
+WAIT_S = 20
+
+
+@pytest.fixture
+def peer() -> Iterator[ScriptedPeer]:
+    with ScriptedPeer() as peer:
+        yield peer
+
+
+def value(number: int) -> dict[str, Any]:
+    return {"x": np.full(4, number, np.float32)}
+
+
+def value_of(result: Result) -> int:
+    return int(result["x"][0])
+
+
+def watchers() -> list[threading.Thread]:
+    return [each for each in threading.enumerate() if each.name == "thirdrail-watcher"]
+
+
+def until_no_watcher() -> None:
+    deadline = time.monotonic() + WAIT_S
+    while watchers():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_threads_get_their_own_answers_in_any_order(peer: ScriptedPeer) -> None:
+    asked = [peer.beside(lambda n=n: peer.caller.infer("m", value(n))) for n in range(8)]
+    for request in sorted(peer.calls(8), key=lambda each: each.inputs[0].raw, reverse=True):
+        peer.answer(request)
+    assert [value_of(future.result(WAIT_S)) for future in asked] == list(range(8))
+    assert not watchers(), "whoever waits reads"
+
+
+def test_the_lead_is_handed_on_when_the_leader_goes(peer: ScriptedPeer) -> None:
+    """The first caller leads and is answered first; the other one must then read for himself."""
+    first = peer.beside(lambda: peer.caller.infer("m", value(1)))
+    [one] = peer.calls(1)
+    second = peer.beside(lambda: peer.caller.infer("m", value(2)))
+    [two] = peer.calls(1)
+    peer.answer(one)
+    assert value_of(first.result(WAIT_S)) == 1
+    peer.answer(two)
+    assert value_of(second.result(WAIT_S)) == 2
+
+
+def test_the_lead_is_handed_on_when_the_leader_runs_out_of_time(peer: ScriptedPeer) -> None:
+    first = peer.beside(lambda: peer.caller.infer("m", value(1), timeout=0.1))
+    peer.calls(1)
+    second = peer.beside(lambda: peer.caller.infer("m", value(2)))
+    [two] = peer.calls(1)
+    assert isinstance(first.exception(WAIT_S), errors.TimedOut)
+    assert peer.receive().HasField("cancel")
+    peer.answer(two)
+    assert value_of(second.result(WAIT_S)) == 2
+
+
+def test_a_follower_that_runs_out_of_time_leaves_the_others_alone(peer: ScriptedPeer) -> None:
+    first = peer.beside(lambda: peer.caller.infer("m", value(1)))
+    [one] = peer.calls(1)
+    second = peer.beside(lambda: peer.caller.infer("m", value(2), timeout=0.05))
+    [two] = peer.calls(1)
+    assert isinstance(second.exception(WAIT_S), errors.TimedOut)
+    peer.answer(two)  # too late, for nobody
+    peer.answer(one)
+    assert value_of(first.result(WAIT_S)) == 1
+
+
+def test_a_future_is_driven_by_whoever_asks(peer: ScriptedPeer) -> None:
+    futures = [peer.caller.submit("m", value(n)) for n in range(3)]
+    requests = peer.calls(3)
+    with pytest.raises(concurrent.futures.TimeoutError):
+        futures[0].result(0.01)
+    for request in reversed(requests):
+        peer.answer(request)
+    assert [value_of(future.result(WAIT_S)) for future in futures] == [0, 1, 2]
+    assert futures[1].exception() is None
+    assert not watchers()
+
+
+def test_done_looks_at_what_has_come(peer: ScriptedPeer) -> None:
+    future = peer.caller.submit("m", value(5))
+    [request] = peer.calls(1)
+    assert not future.done()
+    peer.answer(request)
+    assert future.done()
+    assert value_of(future.result(0)) == 5
+
+
+def test_waiting_for_several_needs_no_driver(peer: ScriptedPeer) -> None:
+    futures = [peer.caller.submit("m", value(n)) for n in range(4)]
+    requests = peer.calls(4)
+    assert not concurrent.futures.wait(futures, 0.01).done
+    assert watchers()
+    for request in requests[:2]:
+        peer.answer(request)
+    waited = concurrent.futures.wait(futures[:2], WAIT_S)
+    assert waited.done == set(futures[:2])
+    for request in reversed(requests[2:]):
+        peer.answer(request)
+    ended = [value_of(each.result(0)) for each in concurrent.futures.as_completed(futures, WAIT_S)]
+    assert sorted(ended) == [0, 1, 2, 3]
+    until_no_watcher()
+
+
+def test_a_callback_may_call_itself(peer: ScriptedPeer) -> None:
+    """It runs where nobody else is held up, and may wait for the lane."""
+    seen: Future[int] = Future()
+
+    def go_on(ended: "Future[Result]") -> None:
+        seen.set_result(value_of(peer.caller.infer("m", value(value_of(ended.result()) + 1))))
+
+    future = peer.caller.submit("m", value(1))
+    future.add_done_callback(go_on)
+    for _ in range(2):
+        peer.answer(*peer.calls(1))
+    assert seen.result(WAIT_S) == 2
+    until_no_watcher()
+
+
+def test_a_callback_on_an_ended_future_runs_at_once(peer: ScriptedPeer) -> None:
+    future = peer.caller.submit("m", value(1))
+    peer.answer(*peer.calls(1))
+    future.result(WAIT_S)
+    seen: list[object] = []
+    future.add_done_callback(seen.append)
+    assert seen == [future]
+    assert not watchers()
+
+
+def test_a_cancelled_future_ends_at_once(peer: ScriptedPeer) -> None:
+    gone, kept = peer.caller.submit("m", value(1)), peer.caller.submit("m", value(2))
+    requests = peer.calls(2)
+    assert gone.cancel()
+    assert gone.cancel(), "as often as one likes"
+    assert peer.receive().cancel.call == requests[0].call
+    assert gone in concurrent.futures.wait([gone], 0).done
+    with pytest.raises(concurrent.futures.CancelledError):
+        gone.result()
+    for request in requests:
+        peer.answer(request)
+    assert value_of(kept.result(WAIT_S)) == 2
+    assert not kept.cancel(), "it has ended"
+
+
+def test_a_future_keeps_the_timeout_of_its_request(peer: ScriptedPeer) -> None:
+    future = peer.caller.submit("m", value(1), timeout=0.05)
+    peer.calls(1)
+    with pytest.raises(errors.TimedOut, match=r"no answer within 0\.05 s"):
+        future.result()
+    assert peer.receive().HasField("cancel")
+
+
+def test_too_many_in_flight_wait_for_an_answer(peer: ScriptedPeer) -> None:
+    most = peer.LIMITS.calls_in_flight
+    futures = [peer.caller.submit("m", value(n)) for n in range(most)]
+    requests = peer.calls(most)
+    with pytest.raises(errors.TimedOut):
+        peer.caller.infer("m", value(0), timeout=0.02)
+    another = peer.beside(lambda: peer.caller.submit("m", value(99)))
+    time.sleep(0.02)
+    assert not another.done()
+    peer.answer(requests[0])
+    peer.answer(*peer.calls(1))
+    assert value_of(another.result(WAIT_S).result(WAIT_S)) == 99
+    assert value_of(futures[0].result(WAIT_S)) == 0
+
+
+def test_parts_of_answers_and_strangers_answers_are_passed_over(peer: ScriptedPeer) -> None:
+    future = peer.caller.submit("m", value(1))
+    [request] = peer.calls(1)
+    part = pb.InferResponse(call=request.call, outputs=request.inputs)
+    peer.send(lane_pb2.LaneResponse(infer=part))
+    peer.answer(pb.InferRequest(call=12345))
+    peer.answer(request)
+    assert value_of(future.result(WAIT_S)) == 1
+
+
+# Ends
+
+
+def test_everybody_wakes_when_the_worker_dies(peer: ScriptedPeer) -> None:
+    waiting = [peer.beside(lambda: peer.caller.infer("m", value(1))) for _ in range(4)]
+    future = peer.caller.submit("m", value(2))
+    told: Future[object] = Future()
+    peer.caller.submit("m", value(3)).add_done_callback(told.set_result)
+    peer.calls(6)
+    peer.sock.close()
+    for each in (*waiting, future):
+        assert isinstance(each.exception(WAIT_S), errors.Unavailable)
+    assert isinstance(told.result(WAIT_S).exception(), errors.Unavailable)  # type: ignore[attr-defined]
+    with pytest.raises(NotSent, match="the worker is gone"):
+        peer.caller.infer("m", value(4))
+    until_no_watcher()
+
+
+def test_a_goodbye_says_why(peer: ScriptedPeer) -> None:
+    future = peer.caller.submit("m", value(1))
+    peer.calls(1)
+    status = pb.Status(reason=pb.REASON_RESOURCE_EXHAUSTED, message="you hold too much")
+    peer.send(lane_pb2.LaneResponse(goodbye=lane_pb2.Goodbye(status=status)))
+    peer.sock.close()
+    with pytest.raises(errors.Unavailable, match="you hold too much"):
+        future.result(WAIT_S)
+
+
+def test_a_goodbye_nobody_was_reading_is_still_told(peer: ScriptedPeer) -> None:
+    status = pb.Status(reason=pb.REASON_RESOURCE_EXHAUSTED, message="you hold too much")
+    peer.send(lane_pb2.LaneResponse(goodbye=lane_pb2.Goodbye(status=status)))
+    peer.sock.close()
+    with pytest.raises(NotSent, match="you hold too much"):
+        peer.caller.infer("m", value(1))
+
+
+def test_a_peer_that_reads_nothing_costs_no_more_than_the_timeout(peer: ScriptedPeer) -> None:
+    def flood() -> None:
+        for _ in range(10_000):
+            peer.caller.submit("m", value(1), timeout=0.05).cancel()
+            peer.answer(pb.InferRequest(call=0))
+
+    with pytest.raises(errors.TimedOut):
+        flood()
+
+
+@pytest.mark.parametrize("packet", [b"\xff\xff\xff", b"x" * (1 << 16) + b"y"])
+def test_a_packet_that_makes_no_sense_ends_the_lane(peer: ScriptedPeer, packet: bytes) -> None:
+    future = peer.caller.submit("m", value(1))
+    peer.calls(1)
+    peer.sock.send(packet)
+    with pytest.raises(errors.Unavailable, match="broke the lane's rules"):
+        future.result(WAIT_S)
+
+
+def test_memory_that_is_none_ends_the_lane(peer: ScriptedPeer) -> None:
+    future = peer.caller.submit("m", value(1))
+    peer.calls(1)
+    peer.send(lane_pb2.LaneResponse(chunk=lane_pb2.Chunk(size=4096)))
+    with pytest.raises(errors.Unavailable, match="memory that cannot be used"):
+        future.result(WAIT_S)
+
+
+def test_a_result_outside_the_arena_is_the_servers_fault(peer: ScriptedPeer) -> None:
+    for borrow in (False, True):
+        future = peer.caller.submit("m", value(1), borrow=borrow)
+        [request] = peer.calls(1)
+        output = request.inputs[0]
+        output.ref.epoch, output.ref.size, output.ref.slot = 2, 16, 3
+        peer.answer(request)
+        with pytest.raises(errors.Internal, match="outside its arena"):
+            future.result(WAIT_S)
+    ping = peer.caller.submit("m", value(1))
+    [lease] = peer.receive().releases
+    assert lease.slot == 3, "what cannot be read is given back"
+    ping.cancel()
+
+
+def test_closing_wakes_everybody_and_leaves_no_descriptor() -> None:
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    with ScriptedPeer() as peer:
+        waiting = [peer.beside(lambda: peer.caller.infer("m", value(1))) for _ in range(4)]
+        peer.calls(4)
+        peer.caller.close()
+        for each in waiting:
+            assert isinstance(each.exception(WAIT_S), errors.Cancelled)
+    assert len(os.listdir("/proc/self/fd")) == before
