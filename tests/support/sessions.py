@@ -18,8 +18,8 @@ from thirdrail.lane.allocator import ALIGNMENT_BYTES
 from thirdrail.tensors import Array, array_of_bytes, bytes_of_array, values_of_array
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import tensor_pb2
-from thirdrail_server.worker.execution import Member, Outcome
 from thirdrail_server.worker.input_arena import InputArena
+from thirdrail_server.worker.members import Member, Outcome
 from thirdrail_server.worker.output_arena import OutputArena
 from thirdrail_server.worker.requests import VersionSpec, read_request
 

@@ -20,8 +20,9 @@ from support.models import add, constant, identity, model, tensor
 from support.sessions import Session
 from thirdrail.tensors import Array
 from thirdrail.v1 import inference_pb2 as pb
-from thirdrail_server.worker.execution import Member, Outcome, execute
+from thirdrail_server.worker.execution import execute
 from thirdrail_server.worker.loading import PreparedVersion
+from thirdrail_server.worker.members import Member, Outcome
 
 Prepare = Callable[..., PreparedVersion]
 

@@ -25,8 +25,9 @@ from thirdrail.tensors import Array
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail_engines.engine import EngineSpec
 from thirdrail_server.worker import classification
-from thirdrail_server.worker.execution import Execution, Outcome, execute
+from thirdrail_server.worker.execution import Execution, execute
 from thirdrail_server.worker.loading import PreparedVersion
+from thirdrail_server.worker.members import Outcome
 from thirdrail_server.worker.output_arena import OutputArena
 
 Prepare = Callable[..., PreparedVersion]

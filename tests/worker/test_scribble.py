@@ -23,8 +23,9 @@ from thirdrail.dtypes import dtype_of_array
 from thirdrail.errors import Internal
 from thirdrail.tensors import Array
 from thirdrail.v1 import inference_pb2 as pb
-from thirdrail_server.worker.execution import Member, execute
+from thirdrail_server.worker.execution import execute
 from thirdrail_server.worker.loading import PreparedVersion
+from thirdrail_server.worker.members import Member
 
 Prepare = Callable[..., PreparedVersion]
 

@@ -12,73 +12,18 @@ caller's slot when the request runs alone; all others are copied out once. What 
 elements that it cannot take as they are (text, booleans) is a conversion and not counted.
 """
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from thirdrail import dtypes, tensors
-from thirdrail.dtypes import BYTES
-from thirdrail.errors import Internal, InvalidArgument, ThirdrailError
-from thirdrail.tensors import Array, TensorSpec
-from thirdrail.v1 import inference_pb2, tensor_pb2
-from thirdrail_engines.engine import Engine, EngineError, EngineInputError
-from thirdrail_server.worker.chunks import Bytes
-from thirdrail_server.worker.classification import classify
-from thirdrail_server.worker.output_arena import OutputArena
-from thirdrail_server.worker.requests import Request, VersionSpec, WantedOutput
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Member:
-    """One request of a batch and the output memory of whoever sent it."""
-
-    request: Request
-    arena: OutputArena
-    inline_bytes_max: int
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What one member gets: outputs, or an error. It owns its slots until the outputs are sent.
-
-    The outputs are written into the response at once: as messages of their own they would be
-    copied into it.
-    """
-
-    arena: OutputArena
-    error: ThirdrailError | None = None
-    response: inference_pb2.InferResponse = field(default_factory=inference_pb2.InferResponse)
-    copies: int = 0
-    leases: list[tensor_pb2.ArenaRef] = field(default_factory=list)
-
-    @property
-    def outputs(self) -> Sequence[tensor_pb2.Tensor]:
-        return self.response.outputs
-
-    def lease(self, size: int) -> tuple[tensor_pb2.ArenaRef, Bytes]:
-        """See OutputArena.lease."""
-        ref, memory = self.arena.lease(size)
-        self.leases.append(ref)
-        return ref, memory
-
-    def discard(self) -> None:
-        """Nobody will read it: give its slots back."""
-        for ref in self.leases:
-            self.arena.release(ref.epoch, ref.slot, ref.generation)
-        self.leases.clear()
-
-    def fail(self, error: ThirdrailError) -> None:
-        """An error in place of everything that was there."""
-        self.discard()
-        self.response = inference_pb2.InferResponse()
-        # Its traceback would keep the run's frames, and in them this outcome: a cycle that holds
-        # the session's memory until the garbage collector comes by.
-        self.error = error.with_traceback(None)
+from thirdrail.errors import ThirdrailError
+from thirdrail.tensors import Array
+from thirdrail_engines.engine import Engine, EngineError
+from thirdrail_server.worker.members import Member, Outcome
+from thirdrail_server.worker.requests import VersionSpec
+from thirdrail_server.worker.results import Slot, error_for_caller, scatter, slots_in_place
 
 
 @dataclass(slots=True)  # not frozen: that makes it three times as long in the making
@@ -119,15 +64,17 @@ def _execute_together(engine: Engine, spec: VersionSpec, members: Sequence[Membe
     has_failed = False
     try:
         inputs = _gather(members, outcomes)
-        slots = _slots_in_place(members[0], spec, outcomes[0]) if len(members) == 1 else {}
+        slots = slots_in_place(members[0], spec, outcomes[0]) if len(members) == 1 else {}
         gathered = computed = time.monotonic_ns()
-        wanted = _wanted_names(members, spec)
-        results = engine.run(inputs, wanted, {name: slot.array for name, slot in slots.items()})
+        if len(members) == 1:
+            results = _run_alone(engine, spec, members[0], inputs, slots, outcomes[0])
+        else:
+            results = engine.run(inputs, _wanted_names(members, spec), {})
         computed = time.monotonic_ns()
-        _scatter(members, spec, results, slots, outcomes)
+        scatter(members, spec, results, slots, outcomes)
     except Exception as error:
         has_failed = not isinstance(error, ThirdrailError)
-        answer = _error_for_caller(error, spec)
+        answer = error_for_caller(error, spec)
         for outcome in outcomes:
             outcome.fail(answer)
     return Execution(
@@ -139,17 +86,35 @@ def _execute_together(engine: Engine, spec: VersionSpec, members: Sequence[Membe
     )
 
 
-def _error_for_caller(error: Exception, spec: VersionSpec) -> ThirdrailError:
-    if isinstance(error, ThirdrailError):
-        return error
-    if isinstance(error, EngineInputError):
-        return InvalidArgument(str(error))
-    if isinstance(error, EngineError):
-        return Internal(str(error))
-    log.error(
-        "unexpected failure in a run of %s version %s", spec.model, spec.version, exc_info=error
-    )
-    return Internal("internal error; the server's log has it")
+def _run_alone(
+    engine: Engine,
+    spec: VersionSpec,
+    member: Member,
+    inputs: Mapping[str, Array],
+    slots: dict[str, Slot],
+    outcome: Outcome,
+) -> Mapping[str, Array]:
+    """Run the engine, a second time where slots of foretold shapes could be to blame."""
+    wanted = [output.name for output in member.request.outputs]  # in the model's order already
+    into = {name: slot.array for name, slot in slots.items()}
+    foretold = [name for name, slot in slots.items() if slot.is_foretold]
+    try:
+        results = engine.run(inputs, wanted, into)
+    except EngineError:
+        if not foretold:
+            raise
+        declared = {name: array for name, array in into.items() if name not in foretold}
+        results = engine.run(inputs, wanted, declared)
+        wrong = [name for name in foretold if results[name].shape != into[name].shape]
+        for name in wrong:
+            outcome.give_back(slots.pop(name).ref)
+        spec.output_shapes.was_wrong(wrong)
+    for name in wanted:
+        array = results[name]
+        is_large = array.nbytes > member.inline_bytes_max and not array.dtype.hasobject
+        if is_large and name not in slots:
+            spec.output_shapes.note(member.request.inputs, name, array.shape)
+    return results
 
 
 # Gathering
@@ -173,147 +138,5 @@ def _gather(members: Sequence[Member], outcomes: Sequence[Outcome]) -> Mapping[s
 
 
 def _wanted_names(members: Sequence[Member], spec: VersionSpec) -> list[str]:
-    if len(members) == 1:  # in the model's order already
-        return [output.name for output in members[0].request.outputs]
     asked = {output.name for member in members for output in member.request.outputs}
     return [name for name in spec.outputs if name in asked]
-
-
-# Results written in place
-
-
-@dataclass(slots=True)
-class _Slot:
-    ref: tensor_pb2.ArenaRef
-    array: Array
-
-
-def _slots_in_place(member: Member, spec: VersionSpec, outcome: Outcome) -> dict[str, _Slot]:
-    """Slots for the large results of a single request whose shapes are known before the run."""
-    slots: dict[str, _Slot] = {}
-    for output in member.request.outputs:
-        expected = spec.outputs[output.name]
-        shape = _known_shape(expected, spec, member.request.rows)
-        if shape is None or output.class_count:
-            continue
-        size = tensors.element_count(output.name, shape) * expected.dtype.itemsize
-        if size > member.inline_bytes_max:
-            ref, memory = outcome.lease(size)
-            assert expected.dtype.numpy is not None
-            slots[output.name] = _Slot(ref, memory.view(expected.dtype.numpy).reshape(shape))
-    return slots
-
-
-def _known_shape(expected: TensorSpec, spec: VersionSpec, rows: int) -> tuple[int, ...] | None:
-    shape = expected.shape
-    if spec.batch_rows_max and shape:
-        shape = (rows, *shape[1:])
-    if -1 in shape or expected.dtype is BYTES or expected.dtype.numpy is None:
-        return None
-    return shape
-
-
-# Scattering
-
-_ALL_ROWS = slice(None)
-
-
-def _scatter(
-    members: Sequence[Member],
-    spec: VersionSpec,
-    results: Mapping[str, Array],
-    slots: Mapping[str, _Slot],
-    outcomes: list[Outcome],
-) -> None:
-    if not spec.batch_rows_max:  # every request ran alone
-        return _collect_or_fail(members[0], spec, results, slots, outcomes[0], _ALL_ROWS)
-    rows = sum(member.request.rows for member in members)
-    for name, array in results.items():
-        if array.ndim == 0 or array.shape[0] != rows:
-            raise EngineError(
-                f"model '{spec.model}' returned output '{name}' of shape {list(array.shape)} "
-                f"for a batch of {rows} rows"
-            )
-    start = 0
-    for member, outcome in zip(members, outcomes, strict=True):
-        stop = start + member.request.rows
-        _collect_or_fail(member, spec, results, slots, outcome, slice(start, stop))
-        start = stop
-
-
-def _collect_or_fail(
-    member: Member,
-    spec: VersionSpec,
-    results: Mapping[str, Array],
-    slots: Mapping[str, _Slot],
-    outcome: Outcome,
-    rows: slice,
-) -> None:
-    """A fault in one member's results is that member's alone."""
-    try:
-        _collect(member, spec, results, slots, outcome, rows)
-    except Exception as error:
-        outcome.fail(_error_for_caller(error, spec))
-
-
-def _collect(
-    member: Member,
-    spec: VersionSpec,
-    results: Mapping[str, Array],
-    slots: Mapping[str, _Slot],
-    outcome: Outcome,
-    rows: slice,
-) -> None:
-    inline_left = member.inline_bytes_max
-    is_copied = False
-    for output in member.request.outputs:
-        array = results[output.name]
-        slot = slots.get(output.name)
-        if slot is not None:
-            if array is not slot.array:
-                np.copyto(slot.array, array)
-                is_copied = True
-            _add_tensor(outcome, output, array).ref.CopyFrom(slot.ref)
-            continue
-        is_copied = True
-        if spec.batch_rows_max:
-            array = array[rows]
-        if output.class_count:
-            labels = spec.labels.get(output.name, ())
-            array = classify(array, output.class_count, labels, spec.batch_rows_max)
-        tensor = _add_tensor(outcome, output, array)
-        inline_left -= _fill(tensor, array, output, outcome, inline_left)
-    outcome.copies += is_copied
-
-
-def _fill(
-    tensor: tensor_pb2.Tensor,
-    array: Array,
-    output: WantedOutput,
-    outcome: Outcome,
-    room: int,
-) -> int:
-    """Copy the elements into the message, or into a slot where they take more than `room` bytes.
-    Returns how much of the room was used."""
-    if array.nbytes <= room and not output.as_values and not array.dtype.hasobject:
-        tensor.raw = array.tobytes()  # in wire order: ONNX Runtime's and ours is the host's
-        return array.nbytes
-    data = memoryview(tensors.bytes_of_array(array))
-    if data.nbytes > room:
-        ref, memory = outcome.lease(data.nbytes)
-        tensor.ref.CopyFrom(ref)
-        memory[:] = np.frombuffer(data, np.uint8)
-        return 0
-    if output.as_values:
-        tensor.values.CopyFrom(tensors.values_of_array(array))
-    else:
-        tensor.raw = bytes(data)
-    return data.nbytes
-
-
-def _add_tensor(outcome: Outcome, output: WantedOutput, array: Array) -> tensor_pb2.Tensor:
-    tensor = outcome.response.outputs.add()
-    tensor.name = output.name
-    tensor.data_type = dtypes.dtype_of_array(array).value
-    tensor.shape.extend(array.shape)
-    return tensor

@@ -17,6 +17,7 @@ from thirdrail.dtypes import BYTES
 from thirdrail.errors import InvalidArgument
 from thirdrail.tensors import Array, TensorSpec
 from thirdrail.v1 import inference_pb2, tensor_pb2
+from thirdrail_server.worker.output_shapes import OutputShapes
 
 INPUTS_MAX = 64
 
@@ -38,6 +39,9 @@ class VersionSpec:
     positional_inputs: frozenset[str]
     labels: Mapping[str, tuple[str, ...]]  # class names, for outputs that have them
     input_names: list[str] = field(init=False)
+    output_shapes: OutputShapes = field(
+        init=False, default_factory=OutputShapes, compare=False, repr=False
+    )
     # How many elements shapes have that were found right: (name, data type, shape) -> count. Most
     # requests look like an earlier one.
     good_shapes: dict[tuple[str, int, tuple[int, ...]], int] = field(

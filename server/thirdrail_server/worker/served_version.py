@@ -18,8 +18,9 @@ from thirdrail.errors import ThirdrailError
 from thirdrail.v1 import metrics_pb2
 from thirdrail_engines.engine import Engine
 from thirdrail_server.worker.alarm import Alarm
-from thirdrail_server.worker.execution import Execution, Member, Outcome, execute
+from thirdrail_server.worker.execution import Execution, execute
 from thirdrail_server.worker.instance_threads import InstanceThreads
+from thirdrail_server.worker.members import Member, Outcome
 from thirdrail_server.worker.policy import QueuePolicy
 from thirdrail_server.worker.queued import Queued
 from thirdrail_server.worker.requests import VersionSpec

@@ -13,7 +13,7 @@ from thirdrail.lane.outbox import Outbox
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2
 from thirdrail_server.config import LaneLimits
-from thirdrail_server.worker.execution import Member
+from thirdrail_server.worker.members import Member
 from thirdrail_server.worker.models import ModelTable
 from thirdrail_server.worker.repeats import Repeat, Repeats
 from thirdrail_server.worker.requests import Request, VersionSpec, read_request
