@@ -102,7 +102,9 @@ class AsyncSession(AsyncWire[_Call]):
             raise
         if call.future.done():  # the socket did not take it
             raise self._not_sent() from call.future.exception()
-        return await self._result(await self._response(number, call.future), borrow=borrow)
+        answer = self._response(number, call.future)
+        del call  # see _response
+        return await self._result(await answer, borrow=borrow)
 
     async def _response(
         self, number: int, future: asyncio.Future[inference_pb2.InferResponse]
@@ -116,6 +118,10 @@ class AsyncSession(AsyncWire[_Call]):
                 release_outputs(future.result(), self._memory)
                 self._flush_soon()
             raise
+        finally:
+            # An error's traceback has our frames; one of them with the error in it would keep the
+            # caller's arrays until the collector comes by.
+            del future
 
     async def empty(
         self, shape: Sequence[int] | int, dtype: npt.DTypeLike, *, alone: bool
