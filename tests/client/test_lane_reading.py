@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def until_no_watcher() -> None:
 
 
 def test_threads_get_their_own_answers_in_any_order(peer: ScriptedPeer) -> None:
-    asked = [peer.beside(lambda n=n: peer.caller.infer("m", value(n))) for n in range(8)]
+    asked = [peer.beside(partial(peer.caller.infer, "m", value(n))) for n in range(8)]
     for request in sorted(peer.calls(8), key=lambda each: each.inputs[0].raw, reverse=True):
         peer.answer(request)
     assert [value_of(future.result(WAIT_S)) for future in asked] == list(range(8))

@@ -13,7 +13,7 @@ from thirdrail.errors import Cancelled
 from thirdrail.lane.blocking import BlockingLane
 from thirdrail.lane.encoding import Encoder
 from thirdrail.lane.hello import attach_lane
-from thirdrail.requests import InferOptions, Result
+from thirdrail.requests import InferOptions, Result, named_arrays
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2
 
@@ -30,7 +30,10 @@ class Caller:
     def infer(self, model: str, arrays: dict[str, Any], **options: Unpack[InferOptions]) -> Result:
         head = self._encoder.options(model, None, options)
         return self.lane.infer(
-            head, arrays, borrow=options.get("borrow", False), timeout=options.get("timeout")
+            head,
+            named_arrays(arrays, None),
+            borrow=options.get("borrow", False),
+            timeout=options.get("timeout"),
         )
 
     def submit(
@@ -38,7 +41,10 @@ class Caller:
     ) -> Future[Result]:
         head = self._encoder.options(model, None, options)
         return self.lane.submit(
-            head, arrays, borrow=options.get("borrow", False), timeout=options.get("timeout")
+            head,
+            named_arrays(arrays, None),
+            borrow=options.get("borrow", False),
+            timeout=options.get("timeout"),
         )
 
     def close(self) -> None:

@@ -39,6 +39,7 @@ class SessionMemory:
         self._alone_bytes = 0
         self.shown = ShownPlaces()
         self.releases = Releases()
+        self.revoked: set[int] = set()  # epochs of imported tensors
         self.drops: list[tuple[int, int]] = []  # (epoch, chunk) to give back with a DropRequest
 
     @property
@@ -93,6 +94,12 @@ class SessionMemory:
             return size
         if self._allocator.used_count > self.shown.count(Role.INPUT):
             return None
+        if not self.input_bytes_used:
+            raise ResourceExhausted(
+                f"a tensor of {size} bytes fits no piece of the input arena: all of its "
+                f"{self._allocator.total_bytes} bytes are free, of {self._input_bytes_max} that it "
+                "may have, but in smaller pieces"
+            )
         raise ResourceExhausted(
             f"no room for {sum(sizes)} bytes of input: arrays of client.empty() hold "
             f"{self.input_bytes_used} of the {self._input_bytes_max} bytes that this session's "
@@ -128,6 +135,7 @@ class SessionMemory:
             self.releases.add(place.epoch, place.slot, place.generation, place.size)
         else:
             self.drops.append((place.epoch, place.chunk))
+            self.revoked.discard(place.epoch)
             if place.role is Role.ALONE:
                 self._alone_bytes -= place.memory.nbytes
                 self._input_chunks[place.chunk] = None
