@@ -72,7 +72,7 @@ def test_the_page_works_word_by_word(page: Path, tmp_path: Path) -> None:
         write(tmp_path / "models", "add", add(), BATCHED_CONFIG)
         makes_model = next(b for b in blocks(REPO / "README.md") if "onnx.save" in b.code)
         steps = [_step(-1, makes_model, tmp_path, ports), *steps]
-    if page.name in ("client.md", "grpc.md", "lane.md"):
+    if page.name in ("client.md", "grpc.md", "lane.md", "transport.md"):
         serve = _step(-2, Block("sh", SERVE, ""), tmp_path, ports)
         steps = [steps[0], serve, *steps[1:], "kill %1"]
     script = "\n".join([*steps, "wait"])
