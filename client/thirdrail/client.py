@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
@@ -16,7 +17,13 @@ from thirdrail import health, models
 from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_channel
 from thirdrail.connection import Connection
 from thirdrail.discovery import find_address
-from thirdrail.errors import FailedPrecondition, NotFound, TimedOut, Unavailable
+from thirdrail.errors import (
+    FailedPrecondition,
+    NotFound,
+    ThirdrailError,
+    TimedOut,
+    Unavailable,
+)
 from thirdrail.failures import rpc_errors, with_note
 from thirdrail.lane.calls import NotSent
 from thirdrail.lane.encoding import Encoder
@@ -38,12 +45,21 @@ from thirdrail.requests import (
 )
 from thirdrail.stream import IN_FLIGHT_MAX, Stream
 from thirdrail.tensors import Array
-from thirdrail.transport import NOTHING_YET, LaneRule, Transport, TransportChoice
+from thirdrail.transport import (
+    LIFETIME_S,
+    NOTHING_YET,
+    LaneRule,
+    Transport,
+    TransportChoice,
+    needs_lane,
+)
 from thirdrail.unary import future_of_call
 from thirdrail.v1 import inference_pb2, metrics_pb2, models_pb2
 
 if TYPE_CHECKING:  # needs Linux
     from thirdrail.lane.blocking import BlockingLane
+    from thirdrail.lane.blocking_exports import Export
+    from thirdrail.lane.exports import SharedTensor
 
 READY_POLL_SECONDS = 0.05
 
@@ -113,7 +129,10 @@ class Client:
             head, arrays = self._encode(model, inputs, options)
             return lane.infer(head, arrays, borrow=borrow, timeout=timeout)
 
-        result = self._over_lane(over_lane)
+        try:
+            result = self._over_lane(over_lane)
+        except NotFound as error:
+            raise self._why_missing(model, options, error) from None
         return self._infer_over_grpc(model, inputs, options) if result is None else result
 
     def submit(self, model: str, inputs: Inputs, **options: Unpack[InferOptions]) -> Future[Result]:
@@ -125,7 +144,8 @@ class Client:
 
         def over_lane(lane: "BlockingLane") -> Future[Result]:
             head, arrays = self._encode(model, inputs, options)
-            return lane.submit(head, arrays, borrow=borrow, timeout=timeout)
+            why = partial(self._why_missing, model, options)
+            return lane.submit(head, arrays, borrow=borrow, timeout=timeout, why_missing=why)
 
         future = self._over_lane(over_lane)
         if future is not None:
@@ -142,7 +162,7 @@ class Client:
         if lane is not None:
             from thirdrail.lane.lane_stream import LaneStream  # needs Linux
 
-            return LaneStream(lane, self._encode, in_flight_max=in_flight_max)
+            return LaneStream(lane, self._encode, self._why_missing, in_flight_max=in_flight_max)
         return Stream(
             connection.inference,
             self._write,
@@ -167,6 +187,35 @@ class Client:
         """
         array = self._over_lane(lambda lane: lane.empty(shape, dtype, alone=shared))
         return np.empty(shape, dtype) if array is None else array
+
+    def export(
+        self, tensor: Any, *, uid: int | None = None, lifetime: float = LIFETIME_S
+    ) -> "Export":
+        """Lets another process on this host have a tensor: pass the `token` of what this returns to
+        its `receive`, by whatever means.
+
+        An array of `empty(..., shared=True)`, whole, and one that was received are handed over
+        where they lie; a borrowed result, and any other array, is copied once. The tensor must not
+        be written any more: an array that is exported where it lies becomes read-only.
+
+        uid: the user that may receive it, our own by default.
+        lifetime: seconds until it must have been received.
+        Raises FailedPrecondition without the lane, InvalidArgument for what is no array of numbers,
+        ResourceExhausted when too much is shared already.
+        """
+        from thirdrail.lane.blocking_exports import export
+
+        return self._on_lane(lambda lane: export(lane, tensor, uid, lifetime))
+
+    def receive(self, token: str) -> "SharedTensor":
+        """The tensor that another process has exported, mapped and not copied.
+
+        Raises FailedPrecondition without the lane and for a token that is used up, expired, revoked
+        or unknown, PermissionDenied where it is for another user.
+        """
+        from thirdrail.lane.blocking_exports import receive
+
+        return self._on_lane(lambda lane: receive(lane, token))
 
     @property
     def transport(self) -> Transport:
@@ -343,6 +392,23 @@ class Client:
         except NotSent:  # the session ended, and the worker has not heard of the call
             lane = self._connected().access.lane()
             return None if lane is None else call(lane)
+
+    def _why_missing(self, model: str, options: InferOptions, error: NotFound) -> ThirdrailError:
+        """What the server says of a model that its worker does not know. It may be on its way."""
+        try:
+            self.describe(model, version=options.get("version", 0))
+        except NotFound:
+            return error
+        except ThirdrailError as reason:
+            return reason
+        return with_note(Unavailable(f"model '{model}' was not loaded when the request came"))
+
+    def _on_lane(self, call: "Callable[[BlockingLane], T]") -> T:
+        """Raises FailedPrecondition where there is no lane."""
+        made = self._over_lane(call)
+        if made is None:
+            raise FailedPrecondition(needs_lane(self.transport))
+        return made
 
     def _needed_description(
         self, model: str, inputs: Inputs, options: InferOptions

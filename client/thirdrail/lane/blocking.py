@@ -15,7 +15,7 @@ from thirdrail.lane.blocking_wire import BlockingWire
 from thirdrail.lane.calls import Call, timed_out
 from thirdrail.lane.conversation import Conversation
 from thirdrail.lane.encoding import Encoder
-from thirdrail.lane.futures import LaneFuture
+from thirdrail.lane.futures import LaneFuture, WhyMissing
 from thirdrail.lane.places import Place
 from thirdrail.lane.results import borrowed_result, private_result, release_outputs
 from thirdrail.lane.turns import Ticket
@@ -93,9 +93,13 @@ class BlockingLane:
         *,
         borrow: bool = False,
         timeout: float | None = None,
+        why_missing: WhyMissing | None = None,
     ) -> LaneFuture:
-        """`infer` that waits for nothing but room. Raises what `infer` raises before it waits."""
-        future = LaneFuture(self, borrow=borrow, timeout=timeout)
+        """`infer` that waits for nothing but room. Raises what `infer` raises before it waits.
+
+        why_missing: see LaneFuture.
+        """
+        future = LaneFuture(self, borrow=borrow, timeout=timeout, why_missing=why_missing)
         future.send(options, arrays)
         if not self._talk.calls_in_flight % POLL_EVERY_CALLS:
             self.poll()  # results that nobody asks for yet must not fill the output arena

@@ -60,6 +60,12 @@ class Call(Ticket):
         self.error: ThirdrailError | None = None
         self.is_abandoned = False  # nobody will take the result
 
+    @property
+    def is_not_found(self) -> bool:
+        """Whether the worker has no such model."""
+        response = self.response
+        return response is not None and response.status.reason == inference_pb2.REASON_NOT_FOUND
+
 
 def timed_out(timeout: float | None) -> TimedOut:
     """What a caller gets whose own clock ran out first."""

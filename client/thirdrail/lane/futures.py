@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from thirdrail.errors import ThirdrailError
+from thirdrail.errors import NotFound, ThirdrailError
 from thirdrail.lane.calls import Call, timed_out
 from thirdrail.requests import Result
 from thirdrail.tensors import Array
@@ -21,12 +21,16 @@ from thirdrail.tensors import Array
 if TYPE_CHECKING:
     from thirdrail.lane.blocking import BlockingLane
 
+# From the worker's word to the server's.
+WhyMissing = Callable[[NotFound], ThirdrailError]
+
 
 class LaneFuture(Future[Result]):
     """The result of a call that `send` sends.
 
     timeout: of the request, in seconds.
     on_answer: told by the reader when the worker has ended the call, also a cancelled one.
+    why_missing: asks the server about a model that the worker does not know, which takes a while.
     """
 
     def __init__(
@@ -36,10 +40,12 @@ class LaneFuture(Future[Result]):
         borrow: bool,
         timeout: float | None,
         on_answer: "Callable[[LaneFuture], None] | None" = None,
+        why_missing: WhyMissing | None = None,
     ) -> None:
         super().__init__()
         self._lane = lane
         self._on_answer = on_answer
+        self._why_missing = why_missing
         self._timeout = timeout
         self._deadline_s = None if timeout is None else time.monotonic() + timeout
         self._is_taken = False  # somebody settles it; the future's condition guards both
@@ -126,6 +132,8 @@ class LaneFuture(Future[Result]):
         with self._condition:
             if self._is_watched:
                 return self._lane.talk.watcher.run(self._settle)
+            if self.call.is_not_found:
+                return None  # whoever asks for the result asks the server as well
             is_ours, self._is_taken = not self._is_taken, True
         if not is_ours:
             return None
@@ -153,6 +161,9 @@ class LaneFuture(Future[Result]):
         """What ends the future."""
         try:
             result = self._lane.result_of(self.call)
+        except NotFound as error:
+            failure: BaseException = self._why_missing(error) if self._why_missing else error
+            return lambda: self.set_exception(failure)
         except BaseException as error:
             failure = error
             return lambda: self.set_exception(failure)

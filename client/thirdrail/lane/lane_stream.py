@@ -5,10 +5,11 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import Self, Unpack
 
-from thirdrail.errors import Cancelled, FailedPrecondition, ThirdrailError, Unavailable
+from thirdrail.errors import Cancelled, FailedPrecondition, NotFound, ThirdrailError, Unavailable
 from thirdrail.failures import with_note
 from thirdrail.lane.blocking import BlockingLane
 from thirdrail.lane.futures import LaneFuture
@@ -19,6 +20,7 @@ from thirdrail.tensors import Array
 
 # A request without its inputs, and these.
 Encode = Callable[[str, Inputs, InferOptions], tuple[bytes, Mapping[str, Array]]]
+WhyMissing = Callable[[str, InferOptions, NotFound], ThirdrailError]  # see LaneFuture
 
 
 class LaneStream(Stream):
@@ -27,10 +29,16 @@ class LaneStream(Stream):
     """
 
     def __init__(
-        self, lane: BlockingLane, encode: Encode, *, in_flight_max: int = IN_FLIGHT_MAX
+        self,
+        lane: BlockingLane,
+        encode: Encode,
+        why_missing: WhyMissing,
+        *,
+        in_flight_max: int = IN_FLIGHT_MAX,
     ) -> None:
         self._lane = lane
         self._encode = encode
+        self._why_missing = why_missing
         self._in_flight_max = in_flight_max
         self._pid = os.getpid()
         self._lock = threading.Lock()  # guards the three below
@@ -69,6 +77,7 @@ class LaneStream(Stream):
             borrow=options.get("borrow", False),
             timeout=options.get("timeout"),
             on_answer=self._on_answer,
+            why_missing=partial(self._why_missing, model, options),
         )
         self._take_room(future)
         try:
