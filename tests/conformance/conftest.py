@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from support.callers import Caller, NativeStream, NativeUnary, OverLane
+from support.callers import Caller, NativeStream, NativeUnary, OverBlockingLane, OverLane
 from support.kserve_callers import KServeStream, KServeUnary
 from support.models import add, constant, identity, model, tensor, write, write_standard_repository
 from support.server import RunningServer, running_server
@@ -19,6 +19,7 @@ OPEN: dict[str, Callable[[pytest.FixtureRequest], Caller]] = {
     "unary": lambda request: NativeUnary(request.getfixturevalue("versatile_server")),
     "stream": lambda request: NativeStream(request.getfixturevalue("versatile_server")),
     "lane": lambda request: OverLane(request.getfixturevalue("versatile_worker")),
+    "blocking-lane": lambda request: OverBlockingLane(request.getfixturevalue("versatile_worker")),
     "kserve-unary": lambda request: KServeUnary(request.getfixturevalue("versatile_server")),
     "kserve-stream": lambda request: KServeStream(request.getfixturevalue("versatile_server")),
 }
@@ -41,7 +42,7 @@ def versatile_server(
 
 @pytest.fixture(scope="session")
 def versatile_worker(versatile_repository: Path) -> Iterator[RunningWorker]:
-    with running_worker() as running:
+    with running_worker(lanes=2) as running:
         running.load(versatile_repository)
         yield running
 

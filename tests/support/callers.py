@@ -10,17 +10,22 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grpc
+import numpy as np
 
 from support.server import RunningServer
 from support.worker import RunningWorker
 from thirdrail.dtypes import BY_NAME, BY_VALUE, Buffer, dtype_of_array
-from thirdrail.errors import ThirdrailError
+from thirdrail.errors import Cancelled, ThirdrailError
 from thirdrail.lane.aio import AsyncLane
+from thirdrail.lane.calls import Call
+from thirdrail.lane.encoding import LargeInput
+from thirdrail.lane.hello import attach_lane
+from thirdrail.lane.results import release_outputs
 from thirdrail.statuses import REASON_KEY
 from thirdrail.tensors import (
     Array,
@@ -33,6 +38,8 @@ from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import inference_pb2_grpc, metrics_pb2, metrics_pb2_grpc, tensor_pb2
 
 ANSWER_S_MAX = 60
+INLINE_BYTES_MAX = 1 << 14
+WAITERS = 32  # threads that wait for a blocking lane's answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,3 +272,55 @@ class OverLane:
 
     def close(self) -> None:
         self._worker.loop.call_soon_threadsafe(self._lane.close)
+
+
+class OverBlockingLane:
+    """The blocking client's lane, below its arrays, so that requests can be wrong."""
+
+    is_kserve = False
+
+    def __init__(self, worker: RunningWorker) -> None:
+        self._worker = worker
+        self._lane = attach_lane(worker.sockets.pop(0))
+        self._waiting = ThreadPoolExecutor(WAITERS)
+
+    def submit(self, ask: Ask) -> Pending:
+        call = Call(borrow=True)
+        request = native_request(ask)
+        large: list[LargeInput] = []
+        for tensor in list(request.inputs):
+            if len(tensor.raw) > INLINE_BYTES_MAX:
+                raw = np.frombuffer(tensor.raw, np.uint8)
+                tensor.ClearField("raw")
+                large.append(LargeInput(tensor.name, tensor.SerializeToString(), raw))
+                request.inputs.remove(tensor)
+        fields = self._lane.talk.placer.place(call, large, None, None)
+        body = request.SerializeToString() + b"".join(fields)
+        try:
+            self._lane.talk.send_call(call, body, None, None)
+        except ThirdrailError as error:
+            self._lane.talk.withdraw(call)
+            refused = Failure(error.message, reason=error.reason)
+            return Pending(self._waiting.submit(lambda: refused), lambda: None)
+        future = self._waiting.submit(self._outcome, call)
+        return Pending(future, lambda: self._lane.abandon(call))
+
+    def _outcome(self, call: Call) -> Outcome:
+        self._lane.wait(call, None)
+        assert call.response is not None
+        if call.is_abandoned:  # its memory is not ours to read
+            return Failure("cancelled", reason=pb.REASON_CANCELLED)
+        memory, response = self._lane.talk.memory, call.response
+        data: list[Buffer | None] = []
+        for tensor in response.outputs:
+            is_leased = tensor.HasField("ref")
+            data.append(memory.output_bytes(tensor.ref).tobytes() if is_leased else None)
+        release_outputs(response, memory)
+        return native_outcome(response, data)
+
+    def counters(self, model: str) -> metrics_pb2.ModelCounters:
+        return self._worker.counters()[model]
+
+    def close(self) -> None:
+        self._lane.close(Cancelled("the tests are over"))
+        self._waiting.shutdown()
