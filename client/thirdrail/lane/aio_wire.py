@@ -137,8 +137,6 @@ class AsyncWire(ABC, Generic[P]):
                 packet, fds = packets.receive_with_fds(self._sock, self._limits.packet_bytes)
             except BlockingIOError:
                 return None
-            except ConnectionResetError:
-                continue  # told once, before what the worker had sent by then: its goodbye
             except OSError as error:
                 return self.close(f"the worker is gone: {error.strerror}")
             except packets.PacketTooLarge as error:

@@ -36,7 +36,10 @@ def receive(sock: socket.socket, size_max: int) -> bytes:
     room is offered for them. Raises PacketTooLarge for a longer packet or for one with descriptors,
     BlockingIOError when there is none.
     """
-    data, _, flags, _ = sock.recvmsg(size_max)
+    try:
+        data, _, flags, _ = sock.recvmsg(size_max)
+    except ConnectionResetError:  # see receive_with_fds
+        data, _, flags, _ = sock.recvmsg(size_max)
     if flags & _TRUNCATED:
         raise PacketTooLarge(f"a packet of more than {size_max} bytes, or with file descriptors")
     return data
@@ -47,7 +50,11 @@ def receive_with_fds(sock: socket.socket, size_max: int) -> tuple[bytes, list[in
 
     Raises PacketTooLarge, with nothing left open, for a longer packet or too many descriptors.
     """
-    data, ancillary, flags, _ = sock.recvmsg(size_max, _ANCILLARY_BYTES, _CLOSE_ON_EXEC)
+    try:
+        data, ancillary, flags, _ = sock.recvmsg(size_max, _ANCILLARY_BYTES, _CLOSE_ON_EXEC)
+    except ConnectionResetError:
+        # A peer that hung up without reading all of ours: told once, before its own last words.
+        data, ancillary, flags, _ = sock.recvmsg(size_max, _ANCILLARY_BYTES, _CLOSE_ON_EXEC)
     if not ancillary and not flags & _TRUNCATED:
         return data, []
     fds = array.array("i")
