@@ -151,6 +151,8 @@ def test_options_reach_the_worker(caller: Caller) -> None:
         "classifier", {"x": np.eye(3, dtype=np.float32)[:1]}, outputs=["scores"], classes=1
     )
     assert result["scores"].tolist() == [[b"1.000000:0:cat"]]
+    unsaid = caller.infer("identity_fp32", of(1, 4), outputs=None, parameters={}, classes=None)
+    assert unsaid["y"][0] == 1
     with pytest.raises(errors.InvalidArgument, match="unexpected inference output"):
         caller.infer("identity_fp32", of(1, 4), outputs=["z"])
     with pytest.raises(TypeError, match="unknown"):

@@ -142,7 +142,8 @@ def _key_of_options(model: str, options: InferOptions) -> object:
     outputs = options.get("outputs")
     if isinstance(outputs, str):
         return None  # refused when it is written
-    others = (item for item in options.items() if item[0] not in ("outputs", "request_id"))
+    apart = ("outputs", "request_id", "parameters")  # the last are none here
+    others = (item for item in options.items() if item[0] not in apart)
     return (model, tuple(outputs or ()), *others)
 
 
