@@ -133,8 +133,10 @@ class LanePeer:
 
     def read(self, ref: tensor_pb2.ArenaRef) -> Array:
         """A copy of what lies there, as float32."""
-        mapping = self.chunks[ref.epoch, ref.chunk]
-        return np.frombuffer(mapping[ref.offset : ref.offset + ref.size], np.float32)
+        return np.frombuffer(self.read_bytes(ref), np.float32)
+
+    def read_bytes(self, ref: tensor_pb2.ArenaRef) -> bytes:
+        return self.chunks[ref.epoch, ref.chunk][ref.offset : ref.offset + ref.size]
 
     def release(self, *refs: tensor_pb2.ArenaRef) -> None:
         self.send(Request(releases=[lease_of(ref) for ref in refs]))
