@@ -22,12 +22,12 @@ dynamic_batching {{ max_queue_delay_microseconds: {MLP_DELAY_US} }}
 """
 
 
-def write_identity(repository: Path, name: str = "identity") -> None:
+def write_identity(repository: Path, name: str = "identity", config: str = "") -> None:
     """y = x for FP32 [n]."""
     node = helper.make_node("Identity", ["x"], ["y"])
-    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in "xy"]
+    tensors = [helper.make_tensor_value_info(each, TensorProto.FLOAT, ["n"]) for each in "xy"]
     graph = helper.make_graph([node], "identity", tensors[:1], tensors[1:])
-    _write(repository, name, graph)
+    _write(repository, name, graph, config)
 
 
 def write_mlp(repository: Path, name: str = "mlp") -> Path:

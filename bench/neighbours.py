@@ -40,8 +40,8 @@ def run(options: Options) -> Iterator[Table]:
             f"64 B calls, 1 in flight, on a lane of its own (thirdrail.lane, asyncio). The "
             f"{LARGE_MIB} MiB messages go through a front in another process to the same worker.",
             lanes.caller.run,
-            _Noise(load, Job(lanes.address, large, 1)),
-            _Noise(load, Job(echo.unix, large, 1)),
+            Noise(load, Job(lanes.address, large, 1)),
+            Noise(load, Job(echo.unix, large, 1)),
             options,
         )
     with (
@@ -56,13 +56,13 @@ def run(options: Options) -> Iterator[Table]:
             "64 B unary calls, 1 in flight, UDS, generated synchronous stub in a process of its "
             "own. gRPC shares the front's one event loop: reported without a target.",
             lambda seconds: load.run(job, seconds),
-            _Noise(other_load, Job(server.unix, large, 1)),
-            _Noise(other_load, Job(echo.unix, large, 1)),
+            Noise(other_load, Job(server.unix, large, 1)),
+            Noise(other_load, Job(echo.unix, large, 1)),
             options,
         )
 
 
-class _Noise:
+class Noise:
     """Large messages beside whatever is measured."""
 
     def __init__(self, load: LoadGenerator, job: Job) -> None:
@@ -85,8 +85,8 @@ def _measure(
     title: str,
     includes: str,
     run_small: Callable[[float], Slice],
-    same: _Noise,
-    elsewhere: _Noise,
+    same: Noise,
+    elsewhere: Noise,
     options: Options,
 ) -> Table:
     contenders = [
