@@ -8,6 +8,7 @@ take waits here, up to a bound that a peer within its credit never reaches.
 import asyncio
 import os
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -35,6 +36,9 @@ class Outbox:
         self.packets_max = packets_max
         self._waiting: deque[tuple[bytes, Sequence[int]]] = deque()
         self._is_closed = False
+        # For `send_now`: held while the socket may be sent on beside the loop. Whoever must get
+        # packets out in a row holds it as well.
+        self.lock = threading.RLock()
 
     def send(self, packet: bytes, fds: Sequence[int] = ()) -> None:
         """Send in order. Takes over `fds` and closes them once they are sent or cannot be."""
@@ -50,6 +54,17 @@ class Outbox:
             self._fail(f"the peer is gone: {error.strerror}")
         else:
             _close_all(fds)
+
+    def send_now(self, packet: bytes) -> bool:
+        """Send from any thread, out of turn. False: it was not sent, and is left to the loop."""
+        with self.lock:
+            if self._is_closed or self._waiting:
+                return False
+            try:
+                packets.send(self._sock, packet)
+            except OSError:  # no room, or no peer: the loop will find the same
+                return False
+            return True
 
     def _keep(self, packet: bytes, fds: Sequence[int]) -> None:
         if self._is_closed:
@@ -75,7 +90,8 @@ class Outbox:
         """Forget what waits. The socket is the owner's to close, afterwards."""
         if self._is_closed:
             return
-        self._is_closed = True
+        with self.lock:  # afterwards no thread sends on what may be another socket's number
+            self._is_closed = True
         self._loop.remove_writer(self._sock)
         while self._waiting:
             _close_all(self._waiting.popleft()[1])

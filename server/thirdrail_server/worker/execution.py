@@ -34,6 +34,7 @@ class Execution:
     output_copy_ns: int
     is_one_run: bool = True  # else the members were run one by one
     has_failed: bool = False  # the run did, whoever's elements were to blame
+    is_answered: bool = False  # its one member, by the thread that ran it
 
     @property
     def total_ns(self) -> int:

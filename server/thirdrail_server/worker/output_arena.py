@@ -162,7 +162,8 @@ class OutputArena:
                 return
             self._settle_pins()  # while it is leased, or it would be freed here and below
             slot.is_leased = False
-            self.leases -= 1
+            if not self._is_closed:  # which has counted all of them off
+                self.leases -= 1
             if not slot.pins:
                 self._free(number)
 
@@ -226,6 +227,10 @@ class OutputArena:
                 self._free(pin.slot)
 
     # The client's side
+
+    @property
+    def has_new_chunks(self) -> bool:
+        return bool(self._new_chunks)
 
     def take_new_chunks(self) -> list[NewChunk]:
         """Chunks that must be sent before any response that refers to them."""

@@ -48,13 +48,27 @@ class Ending:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """A request on its way through a model version, and who is told of its end."""
+    """A request on its way through a model version, and who is told of its end.
+
+    on_run: called in place of on_ended on the thread that ran it alone, for those who can answer
+        there. One of the two is called, once.
+    """
 
     member: Member
     served: "ServedVersion"
     on_ended: Callable[["Call", Ending], None]
     arrived_ns: int
+    on_run: Callable[["Call", Ending], None] | None = None
     started_ns: int = field(default=0, init=False)
+    _rights: list[None] = field(default_factory=lambda: [None], init=False)
+
+    def claim(self) -> bool:
+        """True for the first who asks, on whatever thread: that one answers."""
+        try:
+            self._rights.pop()
+        except IndexError:
+            return False
+        return True
 
     def cancel(self) -> None:
         """End it with Cancelled, unless it has ended."""
@@ -150,9 +164,8 @@ class ServedVersion:
         rows = member.request.rows
         if execution.compute_ns:
             self.statistics.batch_ran(rows, execution)
-        return self._ending_of(
-            member, execution.outcomes[0], execution, rows, arrived_ns=now_ns, started_ns=started_ns
-        )
+        self._count(member, execution.outcomes[0], now_ns, started_ns)
+        return _ending(execution.outcomes[0], execution, rows, started_ns - now_ns)
 
     def cancel(self, call: Call) -> None:
         self._perform(self._scheduler.cancel(call, time.monotonic_ns()))
@@ -253,12 +266,20 @@ class ServedVersion:
                 cpu_ns // 1000,
             )
             self._place = RunPlace(on_loop=False)
-        self._tell_loop(batch, execution)
+        self._ran(batch, execution)
 
     def _run_on_thread(self, batch: Batch, members: list[Member]) -> None:
-        self._tell_loop(batch, execute(self._engine, self.spec, members))
+        self._ran(batch, execute(self._engine, self.spec, members))
 
-    def _tell_loop(self, batch: Batch, execution: Execution) -> None:
+    def _ran(self, batch: Batch, execution: Execution) -> None:
+        """On the thread that ran the batch."""
+        call: Call = batch.members[0].key
+        if len(batch.members) == 1 and call.on_run is not None and call.claim():
+            outcome = execution.outcomes[0]
+            execution.is_answered = True
+            self._count_run(batch, execution)
+            self._count(call.member, outcome, call.arrived_ns, call.started_ns)
+            call.on_run(call, _ending_of(call, outcome, execution, batch.rows))
         try:
             self._loop.call_soon_threadsafe(self._finished, batch, execution)
         except RuntimeError:  # the loop has ended, and with it everybody who waited
@@ -269,57 +290,56 @@ class ServedVersion:
         has_run = execution.compute_ns > 0
         run_ns = execution.compute_ns if has_run and execution.is_one_run else None
         owed, actions = self._scheduler.finished(batch, now_ns, run_ns)
-        if has_run:
-            self.statistics.batch_ran(batch.rows, execution)
-        owed_calls = {queued.key for queued in owed}
-        for queued, outcome in zip(batch.members, execution.outcomes, strict=True):
-            call: Call = queued.key
-            if call in owed_calls:
-                ending = self._ending_of(
-                    call.member,
-                    outcome,
-                    execution,
-                    batch.rows,
-                    arrived_ns=call.arrived_ns,
-                    started_ns=call.started_ns,
-                )
-                call.on_ended(call, ending)
-            else:
-                outcome.discard()
+        if not execution.is_answered:
+            self._count_run(batch, execution)
+            self._answer_all(batch, execution, {queued.key for queued in owed})
         self._perform(actions)
 
-    def _ending_of(
-        self,
-        member: Member,
-        outcome: Outcome,
-        execution: Execution,
-        batch_rows: int,
-        *,
-        arrived_ns: int,
-        started_ns: int,
-    ) -> Ending:
-        """Count the end of a request that ran, and say where its time went."""
-        queue_ns = started_ns - arrived_ns
+    def _answer_all(self, batch: Batch, execution: Execution, owed: set[Call]) -> None:
+        for queued, outcome in zip(batch.members, execution.outcomes, strict=True):
+            call: Call = queued.key
+            if call in owed and call.claim():
+                self._count(call.member, outcome, call.arrived_ns, call.started_ns)
+                call.on_ended(call, _ending_of(call, outcome, execution, batch.rows))
+            else:
+                outcome.discard()
+
+    def _count_run(self, batch: Batch, execution: Execution) -> None:
+        if execution.compute_ns > 0:
+            self.statistics.batch_ran(batch.rows, execution)
+
+    def _count(self, member: Member, outcome: Outcome, arrived_ns: int, started_ns: int) -> None:
+        """A request that ran has ended."""
         total_ns = time.monotonic_ns() - arrived_ns
         if outcome.error is None:
-            self.statistics.request_succeeded(member.request.rows, queue_ns, total_ns)
+            rows, queue_ns = member.request.rows, started_ns - arrived_ns
+            self.statistics.request_succeeded(rows, queue_ns, total_ns)
         else:
             self.statistics.request_failed(outcome.error, total_ns)
-        return Ending(
-            outcome,
-            queue_ns,
-            execution.input_copy_ns,
-            execution.compute_ns,
-            execution.output_copy_ns,
-            batch_rows,
-        )
 
     def _end(self, call: Call, error: ThirdrailError) -> None:
+        if not call.claim():  # the thread that ran it answers
+            return
         self.statistics.request_failed(error, time.monotonic_ns() - call.arrived_ns)
         call.on_ended(call, Ending(Outcome(call.member.arena, error=error)))
 
     def _on_alarm(self) -> None:
         self._perform(self._scheduler.tick(time.monotonic_ns()))
+
+
+def _ending_of(call: Call, outcome: Outcome, execution: Execution, batch_rows: int) -> Ending:
+    return _ending(outcome, execution, batch_rows, call.started_ns - call.arrived_ns)
+
+
+def _ending(outcome: Outcome, execution: Execution, batch_rows: int, queue_ns: int) -> Ending:
+    return Ending(
+        outcome,
+        queue_ns,
+        execution.input_copy_ns,
+        execution.compute_ns,
+        execution.output_copy_ns,
+        batch_rows,
+    )
 
 
 def _finish(future: asyncio.Future[None]) -> None:

@@ -3,6 +3,8 @@
 with a response, or with the session.
 """
 
+import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -55,6 +57,7 @@ class SessionCalls:
         self._outbox = outbox
         self._memory = memory
         self._is_front = is_front
+        self._loop = asyncio.get_running_loop()
         self._repeats = Repeats()
         self._in_flight: dict[int, Call] = {}
         self._model_ids: dict[int, _BoundModel] = {}
@@ -134,7 +137,7 @@ class SessionCalls:
         ending = served.run_now(member, priority=wishes.priority, now_ns=now_ns)
         if ending is not None:
             return self._respond(request, served.spec, ending)
-        call = Call(member, served, self._on_ended, now_ns)
+        call = Call(member, served, self._on_ended, now_ns, self._on_run)
         self._in_flight[request.call] = call
         served.submit(
             call,
@@ -171,12 +174,31 @@ class SessionCalls:
         self._in_flight.pop(request.call, None)
         self._respond(request, call.served.spec, ending)
 
+    def _on_run(self, call: Call, ending: Ending) -> None:
+        """On an instance thread: answer here and now. The way over the loop takes another switch
+        of threads, which is longer than many runs."""
+        if self._is_closed:
+            return ending.outcome.discard()
+        request = call.member.request
+        self._in_flight.pop(request.call, None)
+        packet = self._packet_of(request, call.served.spec, ending)
+        with self._outbox.lock:
+            is_sent = not self._memory.has_new_chunks and self._outbox.send_now(packet)
+        if not is_sent:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the session
+                self._loop.call_soon_threadsafe(self._send, packet)
+
     def _respond(self, request: Request, spec: VersionSpec, ending: Ending) -> None:
+        self._send(self._packet_of(request, spec, ending))
+
+    def _send(self, packet: bytes) -> None:
+        self._memory.send_new_chunks()
+        self._outbox.send(packet)
+
+    def _packet_of(self, request: Request, spec: VersionSpec, ending: Ending) -> bytes:
         outcome = ending.outcome
         if outcome.error is not None:
-            return self._respond_failure(
-                request.call, request.request_id, spec.model, outcome.error
-            )
+            return self._failure_of(request.call, request.request_id, spec.model, outcome.error)
         response = outcome.response
         response.call = request.call
         if request.request_id:
@@ -193,22 +215,24 @@ class SessionCalls:
             timing.batch_rows = ending.batch_rows
         timing.transport = "lane"
         timing.copies = outcome.copies
-        self._memory.send_new_chunks()
         # As a field of LaneResponse, without a copy of the response made for it.
         body = response.SerializeToString()
         packet = _INFER_KEY + packets.varint(len(body)) + body
-        if len(packet) > self._limits.packet_bytes_max:
-            outcome.discard()
-            error = ResourceExhausted(
-                f"the response without its tensors has {len(packet)} bytes, a packet of the lane "
-                f"takes {self._limits.packet_bytes_max}; ask for fewer outputs, or for raw ones"
-            )
-            return self._respond_failure(request.call, request.request_id, spec.model, error)
-        self._outbox.send(packet)
+        if len(packet) <= self._limits.packet_bytes_max:
+            return packet
+        outcome.discard()
+        error = ResourceExhausted(
+            f"the response without its tensors has {len(packet)} bytes, a packet of the lane "
+            f"takes {self._limits.packet_bytes_max}; ask for fewer outputs, or for raw ones"
+        )
+        return self._failure_of(request.call, request.request_id, spec.model, error)
 
     def _respond_failure(
         self, call: int, request_id: str, model: str, error: ThirdrailError
     ) -> None:
+        self._outbox.send(self._failure_of(call, request_id, model, error))
+
+    def _failure_of(self, call: int, request_id: str, model: str, error: ThirdrailError) -> bytes:
         request_id = request_id[:REQUEST_ID_CHARS_MAX]
         if not self._is_front:  # which logs its own callers' failures
             _log_failure(request_id, model, error)
@@ -217,7 +241,7 @@ class SessionCalls:
             message = f"{message[:ERROR_TEXT_CHARS_MAX]}..."
         status = pb.Status(reason=error.reason, message=message)
         response = pb.InferResponse(call=call, request_id=request_id, final=True, status=status)
-        self._outbox.send(lane_pb2.LaneResponse(infer=response).SerializeToString())
+        return lane_pb2.LaneResponse(infer=response).SerializeToString()
 
 
 def _log_failure(request_id: str, model: str, error: ThirdrailError) -> None:

@@ -123,8 +123,15 @@ class SessionMemory:
 
     def send_new_chunks(self) -> None:
         """Before any response that refers to them."""
-        for chunk in self.output.take_new_chunks():
-            self._send_chunk(chunk)
+        if not self.output.has_new_chunks:
+            return
+        with self._outbox.lock:  # no response gets out between taking them and sending them
+            for chunk in self.output.take_new_chunks():
+                self._send_chunk(chunk)
+
+    @property
+    def has_new_chunks(self) -> bool:
+        return self.output.has_new_chunks
 
     def _send_chunk(self, chunk: NewChunk) -> None:
         packet = lane_pb2.LaneResponse(chunk=chunk.message).SerializeToString()

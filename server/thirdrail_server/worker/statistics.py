@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one model version has done: sums that only grow, kept on the worker's loop."""
+"""What one model version has done: sums that only grow, kept by those who do it."""
 
 import dataclasses
+import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -40,11 +41,12 @@ class _BatchSums:
 
 
 class VersionStatistics:
-    """Counters of one model version. Times are nanoseconds."""
+    """Counters of one model version. Times are nanoseconds. Any thread may count."""
 
     def __init__(self, model: str, version: int) -> None:
         self._model, self._version = model, version
         self._sums = _Sums()
+        self._lock = threading.Lock()
         self._by_rows: defaultdict[int, _BatchSums] = defaultdict(_BatchSums)
 
     def continue_from(self, older: "VersionStatistics") -> None:
@@ -52,38 +54,41 @@ class VersionStatistics:
 
         What the older one still finishes is counted too: they share the sums from now on.
         """
-        self._sums, self._by_rows = older._sums, older._by_rows
+        self._sums, self._by_rows, self._lock = older._sums, older._by_rows, older._lock
 
     def batch_ran(self, rows: int, execution: Execution) -> None:
-        sums, batch = self._sums, self._by_rows[rows]
-        sums.batches += 1
-        sums.input_copy_ns += execution.input_copy_ns
-        sums.compute_ns += execution.compute_ns
-        sums.output_copy_ns += execution.output_copy_ns
-        batch.batches += 1
-        batch.input_copy_ns += execution.input_copy_ns
-        batch.compute_ns += execution.compute_ns
-        batch.output_copy_ns += execution.output_copy_ns
+        with self._lock:
+            sums, batch = self._sums, self._by_rows[rows]
+            sums.batches += 1
+            sums.input_copy_ns += execution.input_copy_ns
+            sums.compute_ns += execution.compute_ns
+            sums.output_copy_ns += execution.output_copy_ns
+            batch.batches += 1
+            batch.input_copy_ns += execution.input_copy_ns
+            batch.compute_ns += execution.compute_ns
+            batch.output_copy_ns += execution.output_copy_ns
 
     def request_succeeded(self, rows: int, queue_ns: int, total_ns: int) -> None:
-        sums = self._sums
-        sums.requests_ok += 1
-        sums.rows += rows
-        sums.queue_ns += queue_ns
-        sums.total_ns += total_ns
-        sums.last_request_unix_ms = time.time_ns() // 1_000_000
+        with self._lock:
+            sums = self._sums
+            sums.requests_ok += 1
+            sums.rows += rows
+            sums.queue_ns += queue_ns
+            sums.total_ns += total_ns
+            sums.last_request_unix_ms = time.time_ns() // 1_000_000
 
     def request_failed(self, error: ThirdrailError, total_ns: int) -> None:
-        sums = self._sums
-        if isinstance(error, QueueFull):
-            sums.requests_refused += 1
-        elif isinstance(error, TimedOut):
-            sums.requests_timed_out += 1
-        elif isinstance(error, Cancelled):
-            sums.requests_cancelled += 1
-        else:
-            sums.requests_failed += 1
-        sums.failed_ns += total_ns
+        with self._lock:
+            sums = self._sums
+            if isinstance(error, QueueFull):
+                sums.requests_refused += 1
+            elif isinstance(error, TimedOut):
+                sums.requests_timed_out += 1
+            elif isinstance(error, Cancelled):
+                sums.requests_cancelled += 1
+            else:
+                sums.requests_failed += 1
+            sums.failed_ns += total_ns
 
     def snapshot(self, *, queued: int, running: int) -> metrics_pb2.ModelCounters:
         counters = metrics_pb2.ModelCounters(
