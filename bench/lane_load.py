@@ -10,10 +10,10 @@ from typing import Any
 from bench.measure import Slice, as_latencies
 from thirdrail import Client
 
+RunSlice = Callable[[float], Slice]
 
-def timed(
-    action: Callable[[], Any], tidy: Callable[[], Any] | None = None
-) -> Callable[[float], Slice]:
+
+def timed(action: Callable[[], Any], tidy: Callable[[], Any] | None = None) -> RunSlice:
     """Slices of one action after another. tidy: what belongs to it but is not timed."""
 
     def run(seconds: float) -> Slice:
