@@ -104,7 +104,10 @@ class LaneSession:
         self._loop = asyncio.get_running_loop()
         # One response for each call in flight and each chunk asked for, and some room for refusals.
         self._outbox = Outbox(
-            sock, self._loop, packets_max=2 * self._limits.calls_in_flight_max, fail=self.end
+            sock,
+            self._loop,
+            packets_max=2 * self._limits.calls_in_flight_max,
+            fail=self._on_unreachable,
         )
         self.memory = SessionMemory(
             self._outbox, self._limits, host.ledger, host.make_chunk, host.exports
@@ -160,7 +163,7 @@ class LaneSession:
         """Take nothing new, cancel what is in flight, drop the results, give the memory back.
 
         has_let_go: the client does not use the memory any more.
-        may_answer: it was told why, and may still say that it has let go.
+        may_answer: it may still say, or have said, that it has let go.
         """
         if self.is_closed:
             return
@@ -200,6 +203,10 @@ class LaneSession:
     def _on_freed(self) -> None:
         self.memory.close_account()
         self._host.freed(self)
+
+    def _on_unreachable(self, reason: str) -> None:
+        """It takes nothing any more; before it hung up it may have said that it lets go."""
+        self.end(reason, may_answer=True)
 
     def _on_peer_dead(self) -> None:
         self.end(has_let_go=True)
