@@ -39,11 +39,20 @@ from thirdrail.requests import (
 )
 from thirdrail.stream import IN_FLIGHT_MAX
 from thirdrail.tensors import Array
-from thirdrail.transport import NOTHING_YET, LaneRule, Transport, TransportChoice
+from thirdrail.transport import (
+    LIFETIME_S,
+    NOTHING_YET,
+    LaneRule,
+    Transport,
+    TransportChoice,
+    needs_lane,
+)
 from thirdrail.v1 import inference_pb2, metrics_pb2, models_pb2
 
 if TYPE_CHECKING:  # needs Linux
+    from thirdrail.lane.aio_exports import AsyncExport
     from thirdrail.lane.aio_session import AsyncSession
+    from thirdrail.lane.exports import SharedTensor
 
 
 class AsyncClient:
@@ -140,6 +149,38 @@ class AsyncClient:
         if session is None:
             return np.empty(shape, dtype)
         return await session.empty(shape, dtype, alone=shared)
+
+    async def export(
+        self, tensor: Any, *, uid: int | None = None, lifetime: float = LIFETIME_S
+    ) -> "AsyncExport":
+        """Lets another process on this host have a tensor: pass the `token` of what this returns to
+        its `receive`, by whatever means.
+
+        An array of `empty(..., shared=True)`, whole, and one that was received are handed over
+        where they lie; a borrowed result, and any other array, is copied once. The tensor must not
+        be written any more: an array that is exported where it lies becomes read-only.
+
+        uid: the user that may receive it, our own by default.
+        lifetime: seconds until it must have been received.
+        Raises FailedPrecondition without the lane, InvalidArgument for what is no array of numbers,
+        ResourceExhausted when too much is shared already.
+        """
+        return await (await self._lane_session()).exports.export(tensor, uid, lifetime)
+
+    async def receive(self, token: str) -> "SharedTensor":
+        """The tensor that another process has exported, mapped and not copied.
+
+        Raises FailedPrecondition without the lane and for a token that is used up, expired, revoked
+        or unknown, PermissionDenied where it is for another user.
+        """
+        return await (await self._lane_session()).exports.receive(token)
+
+    async def _lane_session(self) -> "AsyncSession":
+        """Raises FailedPrecondition where there is no lane."""
+        session = await self._connected().access.session()
+        if session is None:
+            raise FailedPrecondition(needs_lane(self.transport))
+        return session
 
     @property
     def transport(self) -> Transport:

@@ -39,6 +39,14 @@ class Transport:
     reason: str
 
 
+LIFETIME_S = 60.0  # of an export that nobody has received
+
+
+def needs_lane(transport: Transport) -> str:
+    """Why tensors cannot be shared with other processes."""
+    return f"sharing tensors needs the lane, calls go over {transport.name}: {transport.reason}"
+
+
 NOTHING_YET = Transport("none", "", "nothing was called yet")
 
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from thirdrail.errors import Cancelled, ThirdrailError, Unavailable
 from thirdrail.failures import with_note
 from thirdrail.lane import forks, packets
+from thirdrail.lane.aio_exports import AsyncExports
 from thirdrail.lane.aio_room import Room
 from thirdrail.lane.aio_wire import AsyncWire
 from thirdrail.lane.calls import Checksum, NotSent
@@ -137,14 +138,21 @@ class AsyncSession(AsyncWire[_Call]):
         if wanted.hasobject or (nbytes <= self._limits.inline_bytes and not alone):
             return np.empty(shape, wanted)  # it travels in the packet
         if alone:
-            place = await self._room.grow(max(1, nbytes), alone=True)
-            assert place is not None
+            place = await self._reserve_alone(max(1, nbytes))
         else:
             [place] = await self._room.reserve([nbytes])
         shown = self._memory.shown.show(place, writable=True)
         self._watch_collected()
         array: Array = shown[:nbytes].view(wanted).reshape(shape)
         return array
+
+    async def _reserve_alone(self, size: int) -> Place:
+        """A chunk for one tensor. Raises like `empty`."""
+        self._collect()
+        self._flush()  # there may be so many such chunks and no more
+        place = await self._room.grow(size, alone=True)
+        assert place is not None
+        return place
 
     def leave(self) -> None:
         """End the session in good order. Calls in flight fail with Cancelled."""
@@ -215,6 +223,11 @@ class AsyncSession(AsyncWire[_Call]):
         self._collect()
         self._watch_collected()
 
+    def _settle_memory(self) -> None:
+        """Memory was shown, or is to go back."""
+        self._watch_collected()
+        self._flush_soon()
+
     def _flush_soon(self) -> None:
         """Behind whoever is woken now: the next request takes what goes back along."""
         if self._is_flushing or not (self._memory.releases or self._memory.drops):
@@ -248,9 +261,20 @@ class AsyncSession(AsyncWire[_Call]):
             is_debug=self._is_debug,
         )
         self._slots = asyncio.Semaphore(attached.limits.calls_in_flight)
+        self.exports = AsyncExports(
+            self._memory,
+            send=self._send,
+            reserve_alone=self._reserve_alone,
+            leave=self._leave,
+            give_back=self._give_back,
+            settle=self._settle_memory,
+        )
 
     def _request_growth(self, size: int, alone: bool) -> None:
         self._send(lane_pb2.LaneRequest(grow=lane_pb2.GrowRequest(size=size, alone=alone)))
+
+    def _on_answer(self, kind: str, message: lane_pb2.LaneResponse, fds: list[int]) -> list[int]:
+        return self.exports.on_answer(kind, message, fds)
 
     def _on_chunk(self, chunk: lane_pb2.Chunk, mapping: mmap.mmap) -> None:
         place = self._memory.add_chunk(chunk, np.frombuffer(mapping, np.uint8))
@@ -281,6 +305,7 @@ class AsyncSession(AsyncWire[_Call]):
         if self._collecting is not None:
             self._collecting.cancel()
         self._room.close(self._not_sent())
+        self.exports.close(self._not_sent())
         for call in pending:
             self._slots.release()
             if not call.future.done():

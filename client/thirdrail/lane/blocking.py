@@ -174,6 +174,7 @@ class BlockingLane:
             return np.empty(shape, wanted)  # it travels in the packet
         deadline_s = time.monotonic() + EMPTY_TIMEOUT_S
         if alone:
+            self._talk.give_back_unused()  # there may be so many such chunks and no more
             place = self._talk.placer.reserve_alone(nbytes, deadline_s, EMPTY_TIMEOUT_S)
         else:
             (place,) = self._talk.placer.reserve([nbytes], deadline_s, EMPTY_TIMEOUT_S)

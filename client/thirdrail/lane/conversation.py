@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from thirdrail.errors import ResourceExhausted, ThirdrailError, Unavailable
+from thirdrail.errors import ResourceExhausted, ThirdrailError, TimedOut, Unavailable
 from thirdrail.failures import with_note
 from thirdrail.lane.blocking_wire import BlockingWire, LaneBroken, close_all
 from thirdrail.lane.calls import Call, NotSent, timed_out
@@ -82,7 +82,7 @@ class Conversation:
             )
         self._register(call, deadline_s, timeout)
         if self.memory.drops:
-            self._send_drops()
+            self.send_drops()
         number = _CALL_KEY + varint(call.number)
         packet = b"".join((_INFER_KEY, varint(len(body) + len(number)), body, number))
         self._transmit(packet, deadline_s, timeout)
@@ -153,13 +153,30 @@ class Conversation:
         releases.put_back(taken)
         raise timed_out(timeout)
 
-    def _send_drops(self) -> None:
+    def give_back_unused(self) -> None:
+        """Imported tensors and chunks of one tensor that nobody has any more."""
+        with self.lock:
+            if self.memory.collect():
+                self.placer.room_freed()
+        if self.memory.drops:
+            self.send_drops()
+
+    def send_drops(self) -> None:
+        """Give back what goes back by itself: imported tensors, and chunks of one tensor."""
         with self.lock:
             drops, self.memory.drops = self.memory.drops, []
-        for epoch, chunk in drops:
-            drop = lane_pb2.DropRequest(epoch=epoch, chunk=chunk)
-            with contextlib.suppress(ThirdrailError):
-                self.send(lane_pb2.LaneRequest(drop=drop), 0.0)
+        while drops:
+            epoch, chunk = drops[-1]
+            drop = lane_pb2.LaneRequest(drop=lane_pb2.DropRequest(epoch=epoch, chunk=chunk))
+            try:
+                self.send(drop, 0.0)
+            except TimedOut:  # the worker is busy: with the next packet, then
+                with self.lock:
+                    self.memory.drops += drops
+                return
+            except ThirdrailError:
+                return  # it goes with the session
+            drops.pop()
 
     # Receiving: by one thread at a time, without the lock
 
@@ -225,12 +242,19 @@ class Conversation:
 
     def _on_other(self, message: lane_pb2.LaneResponse, fds: list[int]) -> None:
         kind = message.WhichOneof("message") or ""
+        if kind == "revoked" and message.revoked.epoch:
+            with self.lock:
+                self.memory.revoked.add(message.revoked.epoch)
+            return close_all(fds)
         if self.questions.answered(kind, message, fds):
-            return
+            return None
         close_all(fds)
         if kind == "grow_refused":
             with self.lock:
                 self.placer.refused(message.grow_refused.message)
+        elif kind == "imported" and not message.imported.status.reason:
+            with self.lock:  # who asked for it has given up
+                self.memory.drops.append((message.imported.epoch, 0))
         elif kind == "goodbye":
             raise LaneBroken(message.goodbye.status.message)
 

@@ -75,7 +75,7 @@ class Questions:
         return _checked(question.answer)
 
     def answered(self, kind: str, message: lane_pb2.LaneResponse, fds: list[int]) -> bool:
-        """A message came, to be called by whoever reads. False: it is no answer to a question.
+        """A message came, to be called by whoever reads. False: nobody waits for it.
 
         Takes over the descriptors of an answer.
         """
@@ -84,14 +84,15 @@ class Questions:
             return False
         with self._lock:
             question = self._open.pop((asked, getattr(message, kind).request), None)
-        if question is None or question.on_answer is None:
+        if question is None:
+            return False
+        if question.on_answer is None:
             close_all(fds)
         else:
             question.on_answer(message, fds)
-        if question is not None:
-            with self._lock:
-                question.answer = message
-                self._turns.complete(question)
+        with self._lock:
+            question.answer = message
+            self._turns.complete(question)
         return True
 
     def end(self, error: ThirdrailError) -> None:
