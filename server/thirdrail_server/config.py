@@ -120,7 +120,7 @@ class WorkerConfig:
     # A model runs on the worker's own loop, sparing a thread switch, if 99 of 100 trial runs take
     # no longer than this, and until a run takes longer than the second bound. CPU time, so that a
     # busy host counts not.
-    inline_run_us_max: int = 100
+    inline_run_us_max: int = 200  # about what two switches of threads cost on a virtual machine
     inline_overrun_us_max: int = 1000
 
     def __post_init__(self) -> None:
