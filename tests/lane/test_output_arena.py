@@ -170,6 +170,14 @@ def test_a_release_after_the_last_view_is_gone_frees_once() -> None:
     assert first.slot != second.slot
 
 
+def test_a_run_that_ends_after_the_session_gives_its_slot_back_uncounted() -> None:
+    arena = OutputArena(1 << 24)
+    ref, _ = arena.lease(1000)
+    arena.close()
+    arena.release(ref.epoch, ref.slot, ref.generation)
+    assert arena.leases == 0
+
+
 def test_released_slots_are_overwritten_where_that_is_wished() -> None:
     arena = OutputArena(1 << 24)
     (ref, memory), (kept, other) = arena.lease(1000), arena.lease(1000)
