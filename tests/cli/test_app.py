@@ -28,7 +28,8 @@ def test_help_teaches(typed: Thirdrail) -> None:
     assert done.code == 0
     for text in ("thirdrail infer digits --input", "3  no server answered", "THIRDRAIL_URL"):
         assert text in done.out
-    for name in ("models", "describe", "infer", "load", "unload", "health", "metrics", "top"):
+    commands = "models describe infer load unload health metrics top probe sessions"
+    for name in commands.split():
         assert "Usage" in typed(name, "-h").out
 
 
