@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from support.models import identity, write
-from support.recordings import LARGE, MODEL, SMALL, Packet, read_recording, use_lane
+from support.recordings import LARGE, MODEL, SESSIONS, SMALL, read_recording
 from support.replays import RecordedClient, RecordedWorker
 from support.worker import RunningWorker, running_worker
 from thirdrail.lane import wire
@@ -22,6 +22,18 @@ from thirdrail_server.worker import negotiation
 RECORDED = Path(__file__).parent / "recorded"
 RECORDINGS = sorted(RECORDED.glob("v*/*.hex"))
 LANES = 1 + len(RECORDINGS)
+
+_UNKNOWN = "Request for unknown model: 'unheard_of' is not found"
+_SMALL, _LARGE = SMALL.tolist(), LARGE.tolist()
+# What our client sees in each session.
+SEEN = {
+    "calls": [_SMALL, _LARGE, _LARGE, _UNKNOWN, _SMALL],
+    "handover": [0, _LARGE, _LARGE],
+}
+
+
+def _name(recording: Path) -> str:
+    return f"{recording.parent.name}-{recording.stem}"
 
 
 @pytest.fixture(scope="module")
@@ -33,33 +45,27 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningWorker]:
         yield running
 
 
-@pytest.fixture(params=RECORDINGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def packets(request: pytest.FixtureRequest) -> list[Packet]:
-    return read_recording(request.param)
-
-
 def test_every_version_that_we_speak_was_recorded() -> None:
     versions = {f"v{version}" for version in range(wire.VERSION_MIN, wire.VERSION_MAX + 1)}
     assert versions == {path.name for path in RECORDED.iterdir()}
     assert wire.VERSION_MAX == negotiation.VERSION_MAX
 
 
-def test_a_recorded_client_is_served_by_our_worker(
-    worker: RunningWorker, packets: list[Packet]
-) -> None:
+@pytest.mark.parametrize("recording", RECORDINGS, ids=_name)
+def test_a_recorded_client_is_served_by_our_worker(worker: RunningWorker, recording: Path) -> None:
     with worker.sockets.pop() as sock:
-        RecordedClient(sock).play(packets)
+        RecordedClient(sock).play(read_recording(recording))
 
 
-def test_our_client_is_served_by_a_recorded_worker(packets: list[Packet]) -> None:
+@pytest.mark.parametrize("recording", RECORDINGS, ids=_name)
+def test_our_client_is_served_by_a_recorded_worker(recording: Path) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    serving = threading.Thread(target=RecordedWorker(theirs, packets).serve)
+    worker = RecordedWorker(theirs, read_recording(recording))
+    serving = threading.Thread(target=worker.serve)
     serving.start()
     try:
-        seen = use_lane(ours)
+        seen = SESSIONS[recording.stem](ours)
     finally:
         ours.close()
         serving.join()
-    unknown = "Request for unknown model: 'unheard_of' is not found"
-    small, large = SMALL.tolist(), LARGE.tolist()
-    assert seen == [small, large, large, unknown, small]
+    assert seen == SEEN[recording.stem]

@@ -3,7 +3,7 @@
 
 `>` goes to the worker, `<` to the client, `<+` to the client with a descriptor of memory. A
 recording of an older version stands for a client, or a worker, of that version.
-`python -m support.recordings FILE` (in tests/) records a session of today.
+`python -m support.recordings FOLDER` (in tests/) records sessions of today.
 """
 
 import os
@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 from support.models import identity, write
 from support.worker import running_worker
 from thirdrail.errors import Cancelled, NotFound
+from thirdrail.lane.blocking_exports import export, receive
 from thirdrail.lane.encoding import Encoder
 from thirdrail.lane.hello import attach_lane
 from thirdrail.v1 import lane_pb2
@@ -57,7 +58,7 @@ def read_recording(path: Path) -> list[Packet]:
     ]
 
 
-def use_lane(sock: socket.socket) -> list[Any]:
+def make_calls(sock: socket.socket) -> list[Any]:
     """What a client of today does in one session, and what it sees: inline tensors, tensors in
     memory, a result as an input, an error, releases, a good end.
     """
@@ -73,6 +74,30 @@ def use_lane(sock: socket.socket) -> list[Any]:
     seen.append(lane.infer(options, {"x": SMALL}, timeout=ANSWER_S_MAX)["y"].tolist())
     lane.close(Cancelled("the recording is over"))
     return seen
+
+
+def hand_over(sock: socket.socket) -> list[Any]:
+    """The same for a tensor that is exported, received, used as an input, dropped and revoked."""
+    lane, options = attach_lane(sock, client_name="recording"), Encoder().options(MODEL, None, {})
+    array = lane.empty(LARGE.shape, LARGE.dtype, alone=True)
+    array[:] = LARGE
+    offer = export(lane, array, None, ANSWER_S_MAX)
+    with receive(lane, offer.token) as shared:
+        seen: list[Any] = [offer.copies, shared.array.tolist()]
+        again = lane.infer(options, {"x": shared.array}, timeout=ANSWER_S_MAX)
+        seen.append(again["y"].tolist())
+    lane.infer(options, {"x": SMALL}, timeout=ANSWER_S_MAX)
+    offer.revoke()
+    del array, shared
+    lane.close(Cancelled("the recording is over"))
+    return seen
+
+
+# By the name of the recording.
+SESSIONS: dict[str, Callable[[socket.socket], list[Any]]] = {
+    "calls": make_calls,
+    "handover": hand_over,
+}
 
 
 class Recorder:
@@ -103,14 +128,14 @@ class Recorder:
             thread.join()
 
 
-def record() -> list[Packet]:
+def record(use: Callable[[socket.socket], list[Any]]) -> list[Packet]:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), MODEL, identity())
         with running_worker(lanes=2) as worker:
             worker.load(Path(folder))
             worker.attach()  # the front's, as in a server
             recorder = Recorder(worker.sockets.pop())
-            use_lane(recorder.client)
+            use(recorder.client)
             recorder.join()
     return recorder.packets
 
@@ -125,7 +150,8 @@ def lines_of(packets: Sequence[Packet]) -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(
-        "# SPDX-License-Identifier: Apache-2.0\n"
-        f"# The session of support.recordings.use_lane.\n{lines_of(record())}"
-    )
+    for name, use in SESSIONS.items():
+        (Path(sys.argv[1]) / f"{name}.hex").write_text(
+            "# SPDX-License-Identifier: Apache-2.0\n"
+            f"# {use.__name__} in tests/support/recordings.py\n{lines_of(record(use))}"
+        )
