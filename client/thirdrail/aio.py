@@ -16,7 +16,7 @@ from thirdrail.aio_stream import AsyncStream
 from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_aio_channel
 from thirdrail.client import READY_POLL_SECONDS
 from thirdrail.discovery import find_address
-from thirdrail.errors import FailedPrecondition, NotFound, TimedOut, Unavailable
+from thirdrail.errors import FailedPrecondition, NotFound, ThirdrailError, TimedOut, Unavailable
 from thirdrail.failures import rpc_errors, with_note
 from thirdrail.lane.aio_lane_stream import AsyncLaneStream
 from thirdrail.lane.calls import NotSent, timed_out
@@ -313,13 +313,25 @@ class AsyncClient:
         head = self._encoder.options(model, description, options)
         arrays = named_arrays(inputs, description)
         timeout, borrow = options.get("timeout"), options.get("borrow", False)
-        if timeout is None:
-            return await session.infer(head, arrays, self._encoder, borrow=borrow)
         try:
             async with asyncio.timeout(timeout):
                 return await session.infer(head, arrays, self._encoder, borrow=borrow)
         except TimeoutError:
             raise timed_out(timeout) from None
+        except NotFound as error:
+            raise await self._why_missing(model, options, error) from None
+
+    async def _why_missing(
+        self, model: str, options: InferOptions, error: NotFound
+    ) -> ThirdrailError:
+        """What the server says of a model that its worker does not know. It may be on its way."""
+        try:
+            status = (await self.describe(model, version=options.get("version", 0))).status
+        except NotFound:
+            return error
+        except ThirdrailError as reason:
+            return reason
+        return with_note(models.error_of_missing(status))
 
     async def _infer_over_grpc(self, model: str, inputs: Inputs, options: InferOptions) -> Result:
         request = inference_pb2.InferRequest()

@@ -396,12 +396,12 @@ class Client:
     def _why_missing(self, model: str, options: InferOptions, error: NotFound) -> ThirdrailError:
         """What the server says of a model that its worker does not know. It may be on its way."""
         try:
-            self.describe(model, version=options.get("version", 0))
+            status = self.describe(model, version=options.get("version", 0)).status
         except NotFound:
             return error
         except ThirdrailError as reason:
             return reason
-        return with_note(Unavailable(f"model '{model}' was not loaded when the request came"))
+        return with_note(models.error_of_missing(status))
 
     def _on_lane(self, call: "Callable[[BlockingLane], T]") -> T:
         """Raises FailedPrecondition where there is no lane."""

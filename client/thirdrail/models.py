@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from thirdrail import dtypes
+from thirdrail.errors import NotFound, ThirdrailError, Unavailable
 from thirdrail.tensors import TensorSpec
 from thirdrail.v1 import models_pb2 as pb
 from thirdrail.v1 import tensor_pb2
@@ -26,6 +27,14 @@ class ModelStatus:
     @property
     def is_ready(self) -> bool:
         return self.state == "ready"
+
+
+def error_of_missing(status: ModelStatus) -> ThirdrailError:
+    """What it means that a worker did not find a model that the server knows: in the words that a
+    call over gRPC gets, where the front looks the same up."""
+    if status.state == "unavailable":
+        return NotFound(f"Request for unknown model: '{status.name}' has no available versions")
+    return Unavailable(f"model '{status.name}' was not ready when the request came")
 
 
 @dataclass(frozen=True, slots=True)

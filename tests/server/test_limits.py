@@ -34,6 +34,7 @@ SERVICES = {
     "thirdrail.v1.Inference",
     "thirdrail.v1.Models",
     "thirdrail.v1.Metrics",
+    "thirdrail.v1.Sessions",
     "inference.GRPCInferenceService",
     "grpc.health.v1.Health",
     "grpc.reflection.v1alpha.ServerReflection",
@@ -101,7 +102,7 @@ def test_compressed_requests_are_understood(
 
 
 def test_the_client_may_compress(server: RunningServer) -> None:
-    with Client(server.url, compression="gzip") as client:
+    with Client(server.url, compression="gzip", transport="grpc") as client:
         np.testing.assert_array_equal(client.infer("identity", {"x": X})["y"], X)
         with pytest.raises(ResourceExhausted):
             client.infer("identity", {"x": np.zeros(MIB, np.float32)})
