@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import helper
 
+from support.aio_caller import OverAsyncSession
 from support.callers import Caller, NativeStream, NativeUnary, OverBlockingLane, OverLane
 from support.kserve_callers import KServeStream, KServeUnary
 from support.models import add, constant, identity, model, tensor, write, write_standard_repository
@@ -20,6 +21,7 @@ OPEN: dict[str, Callable[[pytest.FixtureRequest], Caller]] = {
     "stream": lambda request: NativeStream(request.getfixturevalue("versatile_server")),
     "lane": lambda request: OverLane(request.getfixturevalue("versatile_worker")),
     "blocking-lane": lambda request: OverBlockingLane(request.getfixturevalue("versatile_worker")),
+    "asyncio-lane": lambda request: OverAsyncSession(request.getfixturevalue("versatile_worker")),
     "kserve-unary": lambda request: KServeUnary(request.getfixturevalue("versatile_server")),
     "kserve-stream": lambda request: KServeStream(request.getfixturevalue("versatile_server")),
 }
@@ -42,7 +44,7 @@ def versatile_server(
 
 @pytest.fixture(scope="session")
 def versatile_worker(versatile_repository: Path) -> Iterator[RunningWorker]:
-    with running_worker(lanes=2) as running:
+    with running_worker(lanes=3) as running:
         running.load(versatile_repository)
         yield running
 
