@@ -124,15 +124,18 @@ class AsyncExports:
         return shared
 
     async def revoke(self, number: int) -> None:
-        if self._ended is not None:
-            raise FailedPrecondition(session_has_ended(self._ended.message))
         revoke = lane_pb2.RevokeRequest(export_id=number)
-        await self._ask(lane_pb2.LaneRequest(revoke=revoke))
+        try:
+            await self._ask(lane_pb2.LaneRequest(revoke=revoke))
+        except ThirdrailError:
+            if self._ended is None:
+                raise
+            raise FailedPrecondition(session_has_ended(self._ended.message)) from None
 
     async def _ask(self, message: lane_pb2.LaneRequest) -> _Answer:
         """The answer, or the error that it is. Raises the session's error when it ends."""
         if self._ended is not None:
-            raise self._ended
+            raise type(self._ended)(self._ended.message)  # a copy: errors keep the frames they saw
         number = next(self._numbers)
         getattr(message, message.WhichOneof("message") or "").request = number
         future: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
@@ -186,7 +189,7 @@ class AsyncExports:
         self._ended = error
         for future in self._open.values():
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(type(error)(error.message))
 
     # The session of a tensor that was received: see `exports.Session`
 

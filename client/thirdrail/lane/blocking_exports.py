@@ -4,7 +4,7 @@
 import time
 from typing import TYPE_CHECKING, Any
 
-from thirdrail.errors import FailedPrecondition
+from thirdrail.errors import FailedPrecondition, ThirdrailError
 from thirdrail.lane.exports import (
     ANSWER_S_MAX,
     SharedTensor,
@@ -46,10 +46,13 @@ class Export:
 
         Raises FailedPrecondition when the session that exported it has ended.
         """
-        if self._lane.has_ended:
-            raise FailedPrecondition(session_has_ended(self._lane.end_reason))
         revoke = lane_pb2.RevokeRequest(export_id=self._number)
-        self._lane.talk.questions.ask(lane_pb2.LaneRequest(revoke=revoke), ANSWER_S_MAX)
+        try:
+            self._lane.talk.questions.ask(lane_pb2.LaneRequest(revoke=revoke), ANSWER_S_MAX)
+        except ThirdrailError:
+            if not self._lane.has_ended:
+                raise
+            raise FailedPrecondition(session_has_ended(self._lane.end_reason)) from None
 
     def __repr__(self) -> str:
         return f"<Export {self._number}, copies {self.copies}>"  # the token is a secret

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from thirdrail.errors import ThirdrailError, error_of_reason
 from thirdrail.failures import with_note
 from thirdrail.lane.blocking_wire import close_all
-from thirdrail.lane.calls import timed_out
+from thirdrail.lane.calls import NotSent, timed_out
 from thirdrail.lane.turns import Ticket, Turns
 from thirdrail.v1 import lane_pb2
 
@@ -52,14 +52,15 @@ class Questions:
 
         timeout: seconds.
         on_answer: called by the thread that reads, before it reads on; takes over the descriptors.
-        Raises the answer's status as an error, TimedOut, and the lane's error when it ends.
+        Raises the answer's status as an error, TimedOut, the lane's error when it ends, NotSent
+        when it had ended before.
         """
         kind = message.WhichOneof("message") or ""
         number = getattr(message, kind).request = next(self._numbers)
         question = _Question(on_answer)
         with self._lock:
             if self._ended is not None:
-                raise self._ended
+                raise NotSent(str(self._ended))
             self._open[kind, number] = question
         deadline_s = time.monotonic() + timeout
         try:
@@ -71,7 +72,8 @@ class Questions:
                 self._open.pop((kind, number), None)
         if question.answer is None:
             assert self._ended is not None
-            raise self._ended
+            # A copy: an error that is kept would keep the frames of whoever got it, and its arrays.
+            raise type(self._ended)(str(self._ended))
         return _checked(question.answer)
 
     def answered(self, kind: str, message: lane_pb2.LaneResponse, fds: list[int]) -> bool:
