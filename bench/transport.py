@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from bench import models, real_models, servers, session_costs
+from bench.flood import Flood, flood
 from bench.lane_load import raw_windowed, timed, windowed
 from bench.load import Job, LoadGenerator
 from bench.measure import Contender, Series, Slice, difference, interleave, ratio
@@ -22,6 +23,7 @@ SMALL_BYTES = 64
 WINDOW = 16
 SIZES_MIB = (1, 16)
 NOISE_MIB = 16
+FLOOD = 64
 # A model with more than one instance never runs on the worker's loop.
 THREADED, THREADED_CONFIG = "threaded", "instance_group { kind: KIND_CPU count: 2 }\n"
 CALLER = "thirdrail.Client, blocking, one thread of this process"
@@ -40,6 +42,7 @@ def run(options: Options) -> Iterator[Table]:
                 yield _in_place(server, lane, mib, options)
                 yield _ordinary(server, lane, mib, options)
             yield _beside_noise(server, lane, options)
+            yield _beside_flood(server, lane, options)
         yield from session_costs.run(server, options)
     yield from real_models.run(options)
 
@@ -156,6 +159,41 @@ def _beside_noise(server: servers.Server, lane: Client, options: Options) -> Tab
         f"{CALLER}. Target: p99 at most 3 times the one alone. The echo server has nothing to do "
         "with ours: what the calls suffer beside it is the machine's doing. Last column: p99 to "
         "the one alone, by round.",
+        COLUMNS,
+        [_row(each, "" if each is series[0] else _p99_to(each, series[0])) for each in series],
+    )
+
+
+def _beside_flood(server: servers.Server, lane: Client, options: Options) -> Table:
+    inputs = {"x": models.floats(SMALL_BYTES)}
+
+    def call() -> None:
+        lane.infer("identity", inputs)["y"]
+
+    run_small = timed(call)
+
+    def beside(source: Flood, seconds: float) -> Slice:
+        with source.on():
+            return run_small(seconds)
+
+    folder = options.folder / "other"
+    folder.mkdir()
+    with (
+        servers.thirdrail(options.folder / "models", folder) as other,
+        flood(server.unix, FLOOD) as same,
+        flood(other.unix, FLOOD) as elsewhere,
+    ):
+        contenders = [
+            Contender("alone", run_small),
+            Contender("beside a flood to this worker", lambda s: beside(same, s)),
+            Contender("beside a flood to another server", lambda s: beside(elsewhere, s)),
+        ]
+        series = interleave(contenders, options.seconds)
+    return Table(
+        f"identity {SMALL_BYTES} B on a lane while another client keeps {FLOOD} calls in flight",
+        f"{CALLER}. Target: p99 at most 3 times the one alone. The flood to another server takes "
+        "the same share of the machine and none of our worker. Last column: p99 to the one alone, "
+        "by round.",
         COLUMNS,
         [_row(each, "" if each is series[0] else _p99_to(each, series[0])) for each in series],
     )

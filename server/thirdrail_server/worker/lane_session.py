@@ -13,7 +13,6 @@ import mmap
 import socket
 import time
 from collections.abc import Sequence
-from typing import Protocol
 
 from google.protobuf.message import DecodeError
 
@@ -26,13 +25,7 @@ from thirdrail.lane import packets
 from thirdrail.lane.outbox import Outbox
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2, sessions_pb2
-from thirdrail_server.config import LaneLimits
-from thirdrail_server.worker.arena_ledger import ArenaLedger
-from thirdrail_server.worker.chunks import MakeChunk
-from thirdrail_server.worker.departure import Departure
-from thirdrail_server.worker.export_desk import ExportDesk
-from thirdrail_server.worker.janitor import Janitor
-from thirdrail_server.worker.models import ModelTable
+from thirdrail_server.worker.departure import Departure, hang_up
 from thirdrail_server.worker.negotiation import (
     DEBUG,
     agreed_features,
@@ -43,41 +36,22 @@ from thirdrail_server.worker.peers import Peer
 from thirdrail_server.worker.pings import Pings
 from thirdrail_server.worker.session_calls import SessionCalls
 from thirdrail_server.worker.session_exports import EXPORT_KINDS
+from thirdrail_server.worker.session_host import Host
 from thirdrail_server.worker.session_memory import SessionMemory
 from thirdrail_server.worker.session_states import Event, Life
 
 log = logging.getLogger(__name__)
 
-PACKETS_PER_WAKEUP_MAX = 64
+PACKETS_PER_WAKEUP_MAX = 8  # then it is the next session's turn: a call may run here at once
 CLIENT_NAME_CHARS_MAX = 128
 S = 1_000_000_000  # nanoseconds
-
-
-class Host(Protocol):
-    """The worker around its sessions."""
-
-    models: ModelTable
-    limits: LaneLimits
-    quarantine_s: float
-    janitor: Janitor
-    ledger: ArenaLedger
-    exports: ExportDesk
-    make_chunk: MakeChunk
-
-    def admit(self, session: "LaneSession", hello: lane_pb2.Hello) -> int:
-        """Let a client in: the session's number. Raises PermissionDenied or ResourceExhausted."""
-        ...
-
-    def freed(self, session: "LaneSession") -> None:
-        """Its memory is given back, and nothing of it is left."""
-        ...
 
 
 class LaneSession:
     """One client of the worker. Its end of file, its death, a broken rule or `end` ends it.
 
-    is_inherited: the socket came from the process that started the worker, which needs no token and
-        whose memory needs no quarantine.
+    is_inherited: the socket came from the process that started the worker, which needs no token,
+        counts for no limit and lets go of its memory when it hangs up.
     """
 
     def __init__(
@@ -175,8 +149,8 @@ class LaneSession:
         self._calls.close()
         mappings = self.memory.close()
         has_memory = bool(mappings) or self.memory.exports.holds_memory
-        is_harmless = has_let_go or self.is_inherited or not has_memory
-        self._depart(mappings, is_harmless, may_answer)
+        has_let_go |= not has_memory or (self.is_inherited and not may_answer)
+        self._depart(mappings, has_let_go, may_answer)
 
     def _depart(self, mappings: list[mmap.mmap], has_let_go: bool, may_answer: bool) -> None:
         pidfd = self.peer.pidfd
@@ -197,7 +171,7 @@ class LaneSession:
                 self._sock.shutdown(socket.SHUT_WR)
             departure.begin(mappings, self._host.janitor, self._sock)
         else:
-            self._sock.close()
+            hang_up(self._sock)
             departure.begin(mappings, self._host.janitor, None)
 
     def _on_freed(self) -> None:
