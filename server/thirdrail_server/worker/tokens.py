@@ -5,7 +5,7 @@ import hmac
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from thirdrail.errors import PermissionDenied, ResourceExhausted
+from thirdrail.errors import PermissionDenied
 
 TOKEN_BYTES = 16
 MS = 1_000_000  # nanoseconds
@@ -23,6 +23,9 @@ class Issued:
 class TokenTable:
     """Tokens that wait for their hello: a bounded number, each for a short time, each good once.
 
+    Where too many wait, the oldest is forgotten. Honest clients use theirs at once, so whoever asks
+    for many keeps nobody out.
+
     secret: makes so many random bytes.
     """
 
@@ -37,13 +40,10 @@ class TokenTable:
         return list(self._pending.values())
 
     def issue(self, session: int, now_ns: int) -> bytes:
-        """A token for this session. Raises ResourceExhausted while too many wait to be used."""
+        """A token for this session."""
         self._expire(now_ns)
         if len(self._pending) >= self._pending_max:
-            raise ResourceExhausted(
-                f"{len(self._pending)} sessions were opened and not attached to yet, the most that "
-                "may wait"
-            )
+            del self._pending[next(iter(self._pending))]
         token = self._secret(TOKEN_BYTES)
         self._pending[session] = Issued(session, token, now_ns)
         return token
@@ -51,8 +51,8 @@ class TokenTable:
     def redeem(self, token: bytes, now_ns: int) -> Issued:
         """The session that the token opens; it is used up.
 
-        Raises PermissionDenied, with one text for tokens that are unknown, used up or too old: who
-        has none learns nothing.
+        Raises PermissionDenied, with one text for tokens that are unknown, used up, forgotten or too
+        old: who has none learns nothing.
         """
         self._expire(now_ns)
         found = None
@@ -62,7 +62,8 @@ class TokenTable:
         if found is None:
             raise PermissionDenied(
                 "the hello's token is not one of a session that waits for it: each is good for one "
-                f"hello, within {self._life_ns // MS} ms of OpenSession"
+                f"hello, within {self._life_ns // MS} ms of OpenSession, and only the newest "
+                f"{self._pending_max} wait"
             )
         return self._pending.pop(found.session)
 
