@@ -16,7 +16,7 @@ from support.lane_peer import connect
 
 # Forked from one process that has imported everything and started no thread: 4 ms each.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["support.dying", "support.lane_peer"])
+_CONTEXT.set_forkserver_preload(["support.dying", "support.load", "support.lane_peer"])
 
 ANSWER_S_MAX = 30
 
@@ -73,11 +73,13 @@ class Anchor(Killable):
 
 
 def _connect_for_parent(pipe: Connection, path: str, uid: int | None) -> None:
+    folder, name = os.path.split(path)
+    os.chdir(folder)  # another user may not get there step by step
     if uid is not None:
         os.setgroups([])
         os.setgid(uid)
         os.setuid(uid)
-    with connect(path) as sock:
+    with connect(name) as sock:
         reduction.send_handle(pipe, sock.fileno(), None)
     pipe.poll(None)
 
