@@ -10,6 +10,7 @@ from support.lane_peer import LanePeer, Response
 from support.models import double, write
 from support.vectors import DOCUMENT, Message, Vector, rewritten, vectors_in
 from support.worker import running_worker
+from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2
 
 MARKDOWN = DOCUMENT.read_text()
@@ -56,6 +57,18 @@ def test_no_vector_is_overlooked() -> None:
 def test_there_is_one_for_every_message(kind: type[Message]) -> None:
     shown = {vector.decoded().WhichOneof("message") for vector in VECTORS.values()}
     assert {field.name for field in kind.DESCRIPTOR.oneofs_by_name["message"].fields} <= shown
+
+
+def test_the_reasons_have_their_numbers() -> None:
+    table = MARKDOWN.split("| Reason | | Whose turn |\n")[1].split("\n\n")[0].splitlines()[1:]
+    cells = [[cell.split(", ") for cell in line.strip("| ").split(" | ")] for line in table]
+    documented = {
+        name: int(number)
+        for names, numbers, _ in cells
+        for name, number in zip(names, numbers, strict=True)
+    }
+    reasons = {name.removeprefix("REASON_"): number for name, number in pb.Reason.items()}
+    assert documented == {name: number for name, number in reasons.items() if number}
 
 
 @pytest.fixture(scope="module")
