@@ -2,6 +2,7 @@
 """Users, numbers and patience: whom the worker lets in, and what it tells the others."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -38,7 +39,11 @@ def test_a_user_who_is_not_allowed_is_told_so(tmp_path: Path) -> None:
     with running_worker(config(uids=(STRANGER,)), listen=path) as worker:
         opened = worker.open_session()
         before = worker.fd_count()
+        os.kill(worker.process.pid, signal.SIGSTOP)
         peer = LanePeer(connect(path))
+        peer.send(hello(token=opened.token))  # not read any more
+        os.kill(worker.process.pid, signal.SIGCONT)
+        peer.wait_for_hang_up()
         status = peer.goodbye()
         assert status.reason == pb.REASON_PERMISSION_DENIED
         assert status.message == (

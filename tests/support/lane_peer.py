@@ -4,7 +4,9 @@
 import contextlib
 import mmap
 import os
+import select
 import socket
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -149,6 +151,13 @@ class LanePeer:
                 response = self.receive()
         assert response.WhichOneof("message") == "goodbye", response
         return response.goodbye.status
+
+    def wait_for_hang_up(self) -> None:
+        """Until the other end is closed, whatever there is still to read."""
+        poll = select.poll()
+        poll.register(self.sock, 0)
+        assert poll.poll(ANSWER_S_MAX * 1000)
+        time.sleep(0.05)  # shutting down is seen a moment before closing
 
     def is_cut_off(self) -> bool:
         try:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 
 from thirdrail.errors import PermissionDenied, ThirdrailError
 from thirdrail.v1 import inference_pb2, lane_pb2
+from thirdrail_server.worker.departure import hang_up
 from thirdrail_server.worker.peers import Peer, peer_of
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,6 @@ class Listener:
         client.setblocking(False)
         with contextlib.suppress(OSError):
             client.send(goodbye.SerializeToString())
-        client.close()
+        hang_up(client)
         if peer.pidfd is not None:
             os.close(peer.pidfd)

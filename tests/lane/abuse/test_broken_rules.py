@@ -4,6 +4,7 @@
 import array
 import contextlib
 import os
+import signal
 import socket
 
 import psutil
@@ -38,6 +39,18 @@ def test_a_broken_rule_ends_the_session_with_its_name(
     status = peer.goodbye()
     assert pb.Reason.Name(status.reason) == f"REASON_{reason}"
     assert status.message == text
+
+
+def test_the_reason_arrives_although_more_packets_were_on_their_way(
+    worker: RunningWorker, peer: LanePeer
+) -> None:
+    """A socket that is closed over unread packets takes its last words with it."""
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    peer.sock.send(b"\xff")
+    peer.send(*(infer(call) for call in range(20)))
+    os.kill(worker.process.pid, signal.SIGCONT)
+    peer.wait_for_hang_up()
+    assert peer.goodbye().message == "a packet of 1 bytes is not a LaneRequest"
 
 
 @pytest.mark.parametrize(
