@@ -36,7 +36,7 @@ class _Session(AsyncSession):
             for tensor in response.outputs
         ]
         release_outputs(response, memory)
-        self._flush_soon()
+        self._returns.flush_soon()
         return native_outcome(response, data)
 
 

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import mmap
 import socket
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +20,7 @@ from thirdrail.errors import Cancelled, ThirdrailError, Unavailable
 from thirdrail.failures import with_note
 from thirdrail.lane import forks, packets
 from thirdrail.lane.aio_exports import AsyncExports
+from thirdrail.lane.aio_returns import Returns
 from thirdrail.lane.aio_room import Room
 from thirdrail.lane.aio_wire import AsyncWire
 from thirdrail.lane.calls import Checksum, NotSent
@@ -33,10 +33,6 @@ from thirdrail.lane.wire import DEBUG_FEATURE
 from thirdrail.requests import Result
 from thirdrail.tensors import Array
 from thirdrail.v1 import inference_pb2, lane_pb2
-
-# Arrays that the collector takes are noted without a word to the loop, which looks this often while
-# there are any.
-COLLECT_INTERVAL_S = 0.1
 
 
 @dataclass(slots=True)
@@ -53,12 +49,9 @@ class AsyncSession(AsyncWire[_Call]):
         self, sock: socket.socket, loop: asyncio.AbstractEventLoop, *, is_debug: bool
     ) -> None:
         super().__init__(sock, loop)
-        self._thread = threading.get_ident()
         self._is_debug = is_debug
-        self._prepare(lane_pb2.Attached())
-        self._collecting: asyncio.TimerHandle | None = None
-        self._is_flushing = False
         self._is_leaving = False
+        self._prepare(lane_pb2.Attached())
 
     @classmethod
     async def open(
@@ -87,7 +80,7 @@ class AsyncSession(AsyncWire[_Call]):
         session has ended before the worker heard of the call, Unavailable when it ends afterwards.
         """
         if self._memory.shown.has_collected:
-            self._collect()
+            self._returns.collect()
         parts, large = encoder.inputs(arrays, self._limits.inline_bytes)
         await self._slots.acquire()
         call = _Call(self._loop.create_future())
@@ -99,7 +92,7 @@ class AsyncSession(AsyncWire[_Call]):
             number = self._begin(b"".join((head, *parts)), call)
         except BaseException:
             self._slots.release()
-            self._leave(call.places)
+            self._returns.leave(call.places)
             raise
         if call.future.done():  # the socket did not take it
             raise self._not_sent() from call.future.exception()
@@ -117,7 +110,7 @@ class AsyncSession(AsyncWire[_Call]):
                 self._cancel(number)
             elif future.exception() is None:  # it came in the very moment
                 release_outputs(future.result(), self._memory)
-                self._flush_soon()
+                self._returns.flush_soon()
             raise
         finally:
             # An error's traceback has our frames; one of them with the error in it would keep the
@@ -142,14 +135,14 @@ class AsyncSession(AsyncWire[_Call]):
         else:
             [place] = await self._room.reserve([nbytes])
         shown = self._memory.shown.show(place, writable=True)
-        self._watch_collected()
+        self._returns.settle()
         array: Array = shown[:nbytes].view(wanted).reshape(shape)
         return array
 
     async def _reserve_alone(self, size: int) -> Place:
         """A chunk for one tensor. Raises like `empty`."""
-        self._collect()
-        self._flush()  # there may be so many such chunks and no more
+        self._returns.collect()
+        self._returns.flush()  # there may be so many such chunks and no more
         place = await self._room.grow(size, alone=True)
         assert place is not None
         return place
@@ -175,75 +168,20 @@ class AsyncSession(AsyncWire[_Call]):
     async def _result(self, response: inference_pb2.InferResponse, *, borrow: bool) -> Result:
         try:
             if borrow:
-                return borrowed_result(response, self._memory, self._give_back)
+                return borrowed_result(response, self._memory, self._returns.give_back)
             size = sum(tensor.ref.size for tensor in response.outputs)
             if size <= COPY_ON_LOOP_BYTES_MAX:
                 return private_result(response, self._memory)
             # A copy that is cancelled goes on, and gives its slots back at its end.
             copying = self._loop.run_in_executor(None, private_result, response, self._memory)
             copying.add_done_callback(lambda done: done.cancelled() or done.exception())
-            copying.add_done_callback(lambda _: self._flush_soon())
+            copying.add_done_callback(lambda _: self._returns.flush_soon())
             return await asyncio.shield(copying)
         finally:
-            self._watch_collected()
-            self._flush_soon()
-
-    def _give_back(self, places: Sequence[Place]) -> None:
-        """Of a borrowed result that is released, in any thread."""
-        if threading.get_ident() != self._thread:
-            if not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._give_back, places)
-            return
-        shown = self._memory.shown
-        self._leave([place for place in places if shown.forget(place)])
-
-    # Giving memory back
-
-    def _leave(self, places: Sequence[Place]) -> None:
-        if places:
-            self._memory.leave_all(places)
-            self._room.wake()
-            self._flush_soon()
-
-    def _collect(self) -> bool:
-        """Give back what arrays showed that are gone."""
-        if not self._memory.collect():
-            return False
-        self._room.wake()
-        self._flush_soon()
-        return True
-
-    def _watch_collected(self) -> None:
-        if self._collecting is None and len(self._memory.shown) and not self.is_closed:
-            self._collecting = self._loop.call_later(COLLECT_INTERVAL_S, self._on_collect_time)
-
-    def _on_collect_time(self) -> None:
-        self._collecting = None
-        self._collect()
-        self._watch_collected()
-
-    def _settle_memory(self) -> None:
-        """Memory was shown, or is to go back."""
-        self._watch_collected()
-        self._flush_soon()
-
-    def _flush_soon(self) -> None:
-        """Behind whoever is woken now: the next request takes what goes back along."""
-        if self._is_flushing or not (self._memory.releases or self._memory.drops):
-            return
-        self._is_flushing = True
-        self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._is_flushing = False
-        while self._memory.releases and not self.is_closed:
-            self._outbox.send(self._take_releases(self._limits.packet_bytes))
-        drops, self._memory.drops = self._memory.drops, []
-        for epoch, chunk in drops:
-            self._send(lane_pb2.LaneRequest(drop=lane_pb2.DropRequest(epoch=epoch, chunk=chunk)))
+            self._returns.settle()
 
     def _take_releases(self, room: int) -> bytes:
-        return self._memory.releases.take(room)
+        return self._returns.take(room)
 
     # Receiving
 
@@ -252,11 +190,17 @@ class AsyncSession(AsyncWire[_Call]):
 
     def _prepare(self, attached: lane_pb2.Attached) -> None:
         self._memory = SessionMemory(attached, is_debug=self._is_debug)
+        self._returns = returns = Returns(
+            self._memory,
+            self._outbox.send,
+            self._limits.packet_bytes,
+            on_freed=self._on_freed,
+        )
         self._room = Room(
             self._memory,
             self._request_growth,
-            self._collect,
-            self._leave,
+            returns.collect,
+            returns.leave,
             is_debug=self._is_debug,
         )
         self._slots = asyncio.Semaphore(attached.limits.calls_in_flight)
@@ -264,10 +208,13 @@ class AsyncSession(AsyncWire[_Call]):
             self._memory,
             send=self._send,
             reserve_alone=self._reserve_alone,
-            leave=self._leave,
-            give_back=self._give_back,
-            settle=self._settle_memory,
+            leave=returns.leave,
+            give_back=returns.give_back,
+            settle=returns.settle,
         )
+
+    def _on_freed(self) -> None:
+        self._room.wake()
 
     def _request_growth(self, size: int, alone: bool) -> None:
         self._send(lane_pb2.LaneRequest(grow=lane_pb2.GrowRequest(size=size, alone=alone)))
@@ -292,17 +239,16 @@ class AsyncSession(AsyncWire[_Call]):
             call = self._pending.get(response.call)
         fault = None if call is None else _first_fault(call.checksums)
         if call is not None and response.final:
-            self._leave(call.places)
+            self._returns.leave(call.places)
         if call is not None and not call.future.done() and fault is None:
             return call.future.set_result(response)
         release_outputs(response, self._memory)
-        self._flush_soon()
+        self._returns.flush_soon()
         if call is not None and not call.future.done() and fault is not None:
             call.future.set_exception(fault)
 
     def _on_closed(self, error: Unavailable, pending: list[_Call]) -> None:
-        if self._collecting is not None:
-            self._collecting.cancel()
+        self._returns.close()
         self._room.close(self._not_sent())
         self.exports.close(self._not_sent())
         for call in pending:
