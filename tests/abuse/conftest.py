@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from support.anchored import Anchored
 from support.holdings import Watch
-from support.killable import Anchor
-from support.lane_peer import LanePeer
-from support.models import add, gather, identity, slow, write
+from support.models import BATCHED_CONFIG, add, gather, identity, slow, write
 from support.neighbours import Neighbour
 from support.server import RunningServer, running_server
 
@@ -22,7 +21,9 @@ def abused_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("abused")
     write(folder, "identity", identity())
     write(folder, "identity_fp32", identity())
-    write(folder, "plus_one", add(1))
+    write(folder, "identity_bytes", identity("BYTES"))
+    write(folder, "add", add())
+    write(folder, "batched", add(width=1 << 14), BATCHED_CONFIG)
     write(folder, "gather", gather())
     write(folder, "slow", slow())
     return folder
@@ -57,35 +58,6 @@ def watch(server: RunningServer, neighbour: Neighbour) -> Iterator[Watch]:
     log = server.log_text()
     assert "Traceback" not in log, log[log.index("Traceback") - 500 :][:3000]
     watch.close()
-
-
-class Anchored:
-    """Peers in the test's own hands whose processes are others."""
-
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
-        self._anchors: list[Anchor] = []
-
-    def connect(self, uid: int | None = None) -> LanePeer:
-        """Without a hello."""
-        anchor = Anchor(self._watch.opened().socket_path, uid)
-        self._anchors.append(anchor)
-        return LanePeer(anchor.sock)
-
-    def attach(self, **fields: str) -> LanePeer:
-        opened = self._watch.opened()
-        anchor = Anchor(opened.socket_path)
-        self._anchors.append(anchor)
-        peer = LanePeer(anchor.sock)
-        peer.attach(token=opened.token, **fields)
-        return peer
-
-    def kill(self) -> None:
-        for anchor in self._anchors:
-            anchor.kill()
-            anchor.pipe.close()
-            anchor.sock.close()
-        self._anchors.clear()
 
 
 @pytest.fixture
