@@ -56,6 +56,14 @@ def used(caller: Caller) -> int:
     return caller.lane.talk.memory.input_bytes_used
 
 
+class Foreign:
+    """A tensor of another library, which is known by DLPack alone."""
+
+    def __init__(self, array: Array) -> None:
+        self.__dlpack_device__ = array.__dlpack_device__
+        self.__dlpack__ = array.__dlpack__
+
+
 # Inputs
 
 
@@ -72,9 +80,10 @@ def test_views_count_as_what_they_show(caller: Caller) -> None:
     array[:] = np.arange(BIG, dtype=np.float32)
     half = BIG // 2
     views: tuple[Any, ...] = (array[1024:], array.data, array[:half], array.reshape(2, -1)[1])
-    for view in views:
+    for view in (*views, Foreign(array)):
         with echoed(caller, view) as result:
-            np.testing.assert_array_equal(result["y"], np.asarray(view).ravel())
+            shown = array if isinstance(view, Foreign) else np.asarray(view)
+            np.testing.assert_array_equal(result["y"], shown.ravel())
 
 
 def test_what_a_reference_cannot_name_is_copied(caller: Caller) -> None:

@@ -24,7 +24,7 @@ from thirdrail.tensors import Array
 from thirdrail.v1 import lane_pb2
 
 RELEASE_NOW_BYTES = 1 << 20  # so much waits for no packet to travel with
-POLL_EVERY_CALLS = 16  # in flight, of which nobody may be waiting for any
+POLL_EVERY_CALLS = 16  # of which nobody may be waiting for any
 EMPTY_TIMEOUT_S = 30.0  # of `empty`, while calls hold the whole input arena
 
 _OF_THE_PARENT = "this session belongs to the process that opened it, not to a forked child"
@@ -101,7 +101,7 @@ class BlockingLane:
         """
         future = LaneFuture(self, borrow=borrow, timeout=timeout, why_missing=why_missing)
         future.send(options, arrays)
-        if not self._talk.calls_in_flight % POLL_EVERY_CALLS:
+        if not future.call.number % POLL_EVERY_CALLS:
             self.poll()  # results that nobody asks for yet must not fill the output arena
         return future
 
