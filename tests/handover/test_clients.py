@@ -6,6 +6,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -371,3 +372,13 @@ def test_asyncio_refuses_what_is_refused(run_async: Callable[[AsyncBody], None])
             await export.revoke()
 
     run_async(body)
+
+
+def test_a_released_tensor_keeps_nothing_mapped(new_client: NewClient) -> None:
+    camera, detector = new_client(), new_client()
+    received = detector.receive(camera.export(X).token)
+    gc.collect()
+    before = Path("/proc/self/maps").read_text().count("memfd:thirdrail")
+    received.release()
+    assert Path("/proc/self/maps").read_text().count("memfd:thirdrail") == before - 1
+    assert "released" in repr(received)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from support.handover_peer import HandOverPeer, Ref, ref_to
-from support.lane_peer import Request, by_ref
+from support.lane_peer import Request, by_ref, infer
 from support.worker import RunningWorker, running_worker
+from thirdrail.tensors import tensor_of_array
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2, tensor_pb2
 from thirdrail_server.config import ExportLimits, WorkerConfig
@@ -359,3 +360,21 @@ def test_many_hand_overs_leave_nothing_behind(new_peer: NewPeer, worker: Running
         assert np.array_equal(detector.array_of(imported), SMALL)
         detector.drop(imported.epoch)
     wait_for(lambda: footprint(worker) == before, worker)
+
+
+def test_a_request_in_flight_finishes_on_what_is_revoked_and_dropped(new_peer: NewPeer) -> None:
+    camera, detector, other = new_peer(), new_peer(), new_peer()
+    exported = camera.export(camera.alone(SMALL), SMALL)
+    imported = detector.take(exported.token)
+    request = by_ref(1, ref_to(imported), "slow")
+    request.infer.inputs.append(tensor_of_array("turns", np.array(30_000, np.int64)))
+    detector.send(request)
+    other.answer(infer(1))  # the worker has read the one before
+    camera.ask("revoke", export_id=exported.export_id)
+    camera.end()
+    detector.drop(imported.epoch)
+    for _ in range(10):  # memory that could be in the place of it
+        other.export(other.alone(-SMALL), SMALL)
+    while (response := detector.receive()).WhichOneof("message") != "infer":
+        pass
+    assert response.infer.outputs[0].raw == SMALL.tobytes()

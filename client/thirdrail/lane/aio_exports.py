@@ -193,8 +193,8 @@ class AsyncExports:
 
     # The session of a tensor that was received: see `exports.Session`
 
-    def is_revoked(self, place: Place) -> bool:
-        return place.epoch in self._memory.revoked
+    def is_revoked(self, epoch: int) -> bool:
+        return epoch in self._memory.revoked
 
     def give_back(self, place: Place) -> None:
         self._give_back([place])

@@ -120,10 +120,10 @@ class _Importer:
     def __init__(self, lane: "BlockingLane") -> None:
         self._lane = lane
 
-    def is_revoked(self, place: Place) -> bool:
+    def is_revoked(self, epoch: int) -> bool:
         if not self._lane.has_ended:
             self._lane.poll()  # nobody may be reading
-        return place.epoch in self._lane.talk.memory.revoked
+        return epoch in self._lane.talk.memory.revoked
 
     def give_back(self, place: Place) -> None:
         talk = self._lane.talk

@@ -123,7 +123,7 @@ def session_has_ended(reason: str) -> str:
 class Session(Protocol):
     """What an importer's tensor needs of the session that it came by."""
 
-    def is_revoked(self, place: Place) -> bool: ...
+    def is_revoked(self, epoch: int) -> bool: ...
 
     def give_back(self, place: Place) -> None: ...
 
@@ -138,8 +138,8 @@ class SharedTensor:
     """
 
     def __init__(self, place: Place, array: Array, session: Session) -> None:
-        self._place = place
-        self._array: Array | None = array
+        self._epoch = place.epoch
+        self._held: tuple[Place, Array] | None = (place, array)  # None: released
         self._session = session
         self.shape: tuple[int, ...] = array.shape
         self.dtype: np.dtype[Any] = array.dtype
@@ -149,21 +149,21 @@ class SharedTensor:
     def array(self) -> Array:
         """A read-only view, without a copy. Raises FailedPrecondition after a revoke, or after
         `release`."""
-        if self._array is None:
+        if self._held is None:
             raise FailedPrecondition("this shared tensor was released")
         if self.is_revoked:
             raise FailedPrecondition("this shared tensor was revoked by the one who exported it")
-        return self._array
+        return self._held[1]
 
     @property
     def is_revoked(self) -> bool:
-        return self._session.is_revoked(self._place)
+        return self._session.is_revoked(self._epoch)
 
     def release(self) -> None:
         """Give the memory back; views that somebody has stay readable. May be called twice."""
-        if self._array is not None:
-            self._array = None
-            self._session.give_back(self._place)
+        if self._held is not None:
+            (place, _), self._held = self._held, None
+            self._session.give_back(place)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         array = self.array
@@ -191,7 +191,7 @@ class SharedTensor:
         self.release()
 
     def __repr__(self) -> str:
-        state = "released" if self._array is None else "revoked" if self.is_revoked else "held"
+        state = "released" if self._held is None else "revoked" if self.is_revoked else "held"
         return f"<SharedTensor {self.dtype} {list(self.shape)} {state}>"
 
 
