@@ -2,6 +2,7 @@
 """A session on an event loop with a real worker that has small limits: waits, cancels, memory."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,7 @@ async def test_borrowed_results(session: AsyncSession) -> None:
 
 @with_session
 async def test_a_result_is_released_in_another_thread(session: AsyncSession) -> None:
+    asyncio.get_running_loop().set_debug(True)  # complains of calls from other threads
     result = await infer(session, "identity_fp32", {"x": LARGE}, borrow=True)
     await asyncio.to_thread(result.release)
     await until(lambda: session.memory_held[1] == 0)
@@ -177,6 +179,19 @@ async def test_cancelled_calls_leave_nothing_behind(session: AsyncSession) -> No
     assert (await running)["y"].tolist() == [1.0]
     await until(lambda: session.calls_in_flight == 0)
     assert (await echoed(session, LARGE) == LARGE).all()
+
+
+@with_session
+async def test_results_that_come_after_a_cancel_go_back(session: AsyncSession) -> None:
+    """More of them than the session's output arena holds."""
+    for _ in range(2 * LIMITS.output_arena_bytes_max // MIDDLE.nbytes):
+        task = asyncio.ensure_future(echoed(session, MIDDLE))
+        await asyncio.sleep(0)
+        time.sleep(0.003)  # the answer is there, and not read yet
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert (await echoed(session, MIDDLE) == MIDDLE).all()
 
 
 @with_session
