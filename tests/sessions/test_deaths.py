@@ -24,10 +24,11 @@ from thirdrail.v1.sessions_pb2 import (
     SESSION_STATE_QUARANTINE,
     SessionInfo,
 )
-from thirdrail_server.config import WorkerConfig
+from thirdrail_server.config import SessionLimits, WorkerConfig
 
 TESTS = Path(__file__).parent.parent
 UNTIL_S_MAX = 20
+QUARANTINE_MS = 50
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,8 @@ def worker(
     standard_repository: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningWorker]:
     path = tmp_path_factory.mktemp("lane") / "cpu.lane"
-    with running_worker(WorkerConfig(), listen=path) as running:
+    config = WorkerConfig(sessions=SessionLimits(quarantine_ms=QUARANTINE_MS))
+    with running_worker(config, listen=path) as running:
         running.load(standard_repository, "identity_fp32", "slow")
         running.attach()  # as the front
         yield running
@@ -145,6 +147,7 @@ def test_memory_comes_back_with_a_close(worker: RunningWorker) -> None:
 def test_without_a_close_the_memory_waits_for_the_process(worker: RunningWorker) -> None:
     with child(worker, "gone") as (process, (number,)):
         until(lambda: _state(worker, number) == SESSION_STATE_QUARANTINE)
+        time.sleep(4 * QUARANTINE_MS / 1000)  # the grace is for those that cannot be watched
         info = session(worker, number)
         assert info is not None
         assert (info.leases, info.calls_in_flight) == (0, 0)
@@ -200,6 +203,7 @@ def test_memory_is_not_given_back_while_a_run_uses_it(worker: RunningWorker) -> 
     until(lambda: worker.counters()["slow"].running == 1)
     peer.send(Request(close=lane_pb2.Close()))
     until(lambda: _state(worker, number) != SESSION_STATE_ACTIVE)
+    time.sleep(0.1)  # the run takes longer: 100,000 turns of 5 us or more
     assert _state(worker, number) == SESSION_STATE_DRAINING
     assert worker.status().input_bytes == 1 << 20
     until(lambda: session(worker, number) is None)
