@@ -23,6 +23,7 @@ class ModelStatus:
     reason: str  # why it is not ready; empty when it is
     engine: str  # what runs it, e.g. "onnxruntime"
     worker: str  # which worker runs it, e.g. "cpu"
+    is_expected_back: bool = False  # not ready because its worker died; it will be loaded again
 
     @property
     def is_ready(self) -> bool:
@@ -32,7 +33,7 @@ class ModelStatus:
 def error_of_missing(status: ModelStatus) -> ThirdrailError:
     """What it means that a worker did not find a model that the server knows: in the words that a
     call over gRPC gets, where the front looks the same up."""
-    if status.state == "unavailable":
+    if status.state == "unavailable" and not status.is_expected_back:
         return NotFound(f"Request for unknown model: '{status.name}' has no available versions")
     return Unavailable(f"model '{status.name}' was not ready when the request came")
 
@@ -102,6 +103,7 @@ def status_of_message(message: pb.ModelStatus) -> ModelStatus:
         reason=message.reason,
         engine=message.engine,
         worker=message.worker,
+        is_expected_back=message.is_expected_back,
     )
 
 

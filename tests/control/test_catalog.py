@@ -6,6 +6,7 @@ import asyncio
 import pytest
 
 from thirdrail.errors import InvalidArgument, NotFound, ResourceExhausted, Unavailable
+from thirdrail.models import error_of_missing, status_of_message
 from thirdrail_server.control_messages import LoadedModel
 from thirdrail_server.front.control.catalog import (
     LOADING,
@@ -16,6 +17,7 @@ from thirdrail_server.front.control.catalog import (
     Catalog,
     VersionStatus,
 )
+from thirdrail_server.front.control.models_service import statuses_of
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 
 
@@ -130,6 +132,18 @@ def test_a_dead_worker_takes_its_own_models_only(catalog: Catalog) -> None:
     assert catalog.is_ready("elsewhere")
     serve(catalog, v1=None)
     assert catalog.is_ready("m")
+
+
+def test_callers_are_told_which_models_come_back(catalog: Catalog) -> None:
+    """On the lane the client asks, for the worker knows nothing of its predecessor's models."""
+    serve(catalog, v1=None)
+    serve(catalog, "broken", v1=None)
+    catalog.worker_died("cpu", ["m"])
+    for name, expected in (("m", Unavailable), ("broken", NotFound)):
+        model = catalog.get(name)
+        assert model is not None
+        (status,) = statuses_of(model)
+        assert type(error_of_missing(status_of_message(status))) is expected
 
 
 def test_readiness_is_every_startup_model_and_every_worker(catalog: Catalog) -> None:

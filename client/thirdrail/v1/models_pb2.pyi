@@ -54,6 +54,7 @@ class ModelStatus(google.protobuf.message.Message):
     REASON_FIELD_NUMBER: builtins.int
     ENGINE_FIELD_NUMBER: builtins.int
     WORKER_FIELD_NUMBER: builtins.int
+    IS_EXPECTED_BACK_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.int
     """0: no version is known"""
@@ -64,6 +65,8 @@ class ModelStatus(google.protobuf.message.Message):
     """what runs it, e.g. "onnxruntime" """
     worker: builtins.str
     """which worker runs it, e.g. "cpu" """
+    is_expected_back: builtins.bool
+    """not ready because its worker died; it will be loaded again"""
     def __init__(
         self,
         *,
@@ -73,8 +76,9 @@ class ModelStatus(google.protobuf.message.Message):
         reason: builtins.str = ...,
         engine: builtins.str = ...,
         worker: builtins.str = ...,
+        is_expected_back: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["engine", b"engine", "name", b"name", "reason", b"reason", "state", b"state", "version", b"version", "worker", b"worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["engine", b"engine", "is_expected_back", b"is_expected_back", "name", b"name", "reason", b"reason", "state", b"state", "version", b"version", "worker", b"worker"]) -> None: ...
 
 global___ModelStatus = ModelStatus
 

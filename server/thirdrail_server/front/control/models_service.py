@@ -143,6 +143,7 @@ def statuses_of(model: ServedModel) -> Iterator[pb.ModelStatus]:
             reason=each.reason,
             engine=model.engine,
             worker=model.worker,
+            is_expected_back=model.is_expected_back,
         )
 
 
