@@ -8,9 +8,12 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import reduction
+from multiprocessing import forkserver, reduction
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from support.lane_peer import connect
 
@@ -21,10 +24,19 @@ _CONTEXT.set_forkserver_preload(["support.dying", "support.load", "support.lane_
 ANSWER_S_MAX = 30
 
 
+def _start_forkserver() -> None:
+    """Python 3.11 imports the modules before it takes our sys.path over, and says nothing where it
+    finds none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+        forkserver.ensure_running()
+
+
 class Killable:
     """A process that does what it was told to and talks over a pipe."""
 
     def __init__(self, work: Callable[..., None], *arguments: Any) -> None:
+        _start_forkserver()
         self.pipe, theirs = _CONTEXT.Pipe()
         self.process = _CONTEXT.Process(target=work, args=(theirs, *arguments), daemon=True)
         self.process.start()
