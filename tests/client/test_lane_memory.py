@@ -13,7 +13,9 @@ import pytest
 from support.lanes import Caller, calling
 from support.worker import RunningWorker, running_worker
 from thirdrail import errors
+from thirdrail.lane.session_memory import SessionMemory
 from thirdrail.tensors import Array
+from thirdrail.v1 import lane_pb2
 from thirdrail_server.config import LaneLimits, WorkerConfig
 
 MIB = 1 << 20
@@ -141,11 +143,31 @@ def test_what_fits_no_piece_is_refused(caller: Caller) -> None:
 
 
 def test_requests_wait_for_each_others_room(caller: Caller) -> None:
-    """Sixteen times as many bytes as the arena has, all in flight at once."""
-    large = np.ones(SIZE, np.float32)
-    futures = [caller.submit("identity_fp32", {"x": large * n}) for n in range(256)]
+    """Twice as many bytes as the arena has, all asked for before the first answer is there."""
+    large, turns = np.ones(SIZE, np.float32), np.array(1000)
+    futures = [caller.submit("slow", {"x": large * n, "turns": turns}) for n in range(32)]
     assert all((future.result()["y"] == n).all() for n, future in enumerate(futures))
     assert used(caller) == 0
+
+
+def test_a_wait_for_room_ends_with_the_timeout(caller: Caller) -> None:
+    long = {"x": np.ones(12 * SIZE, np.float32), "turns": np.array(50_000)}
+    holding = caller.submit("slow", long)
+    with pytest.raises(errors.TimedOut):
+        caller.infer("identity_fp32", {"x": np.ones(12 * SIZE, np.float32)}, timeout=0.05)
+    holding.cancel()
+
+
+def test_a_request_gets_all_its_places_or_none() -> None:
+    limits = lane_pb2.Limits(input_arena_bytes=2 * MIB)
+    memory = SessionMemory(lane_pb2.Attached(limits=limits))
+    chunk = lane_pb2.Chunk(role=lane_pb2.ARENA_ROLE_INPUT, size=MIB)
+    memory.add_chunk(chunk, np.zeros(MIB, np.uint8))
+    assert memory.reserve([600_000, 600_000]) is None
+    assert memory.input_bytes_used == 0
+    places = memory.reserve([500_000, 500_000])
+    assert places is not None
+    assert places[1].offset >= 500_000
 
 
 def test_small_and_strange_arrays_are_ordinary(caller: Caller) -> None:

@@ -9,17 +9,19 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from support.lanes import ScriptedPeer
 from thirdrail import errors
+from thirdrail.lane.blocking import POLL_EVERY_CALLS
 from thirdrail.lane.calls import NotSent
+from thirdrail.lane.turns import Ticket, Turns
 from thirdrail.requests import Result
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2
@@ -83,6 +85,51 @@ def test_the_lead_is_handed_on_when_the_leader_runs_out_of_time(peer: ScriptedPe
     assert value_of(second.result(WAIT_S)) == 2
 
 
+class HookedLock:
+    """A lock that does something more before it is let go."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.before_release: list[Callable[[], None]] = []
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        while self.before_release:
+            self.before_release.pop()()
+        self._lock.release()
+
+
+def test_whoever_needs_the_lead_no_more_hands_it_on() -> None:
+    """In the moment in which the first sleeper is offered the lead, his thing has come."""
+    lock, go_on = HookedLock(), threading.Event()
+    tickets = [Ticket(), Ticket()]
+
+    def read(_deadline_s: float | None) -> bool:
+        go_on.wait(WAIT_S)
+        if go_on.is_set() and threading.current_thread() in sleepers:
+            with lock:
+                turns.complete(tickets[1])
+        return False
+
+    turns = Turns(cast(threading.Lock, lock), read)
+    leader = threading.Thread(target=turns.poll, daemon=True)
+    sleepers = [
+        threading.Thread(target=turns.wait, args=(each, None), daemon=True) for each in tickets
+    ]
+    for thread, asleep in zip((leader, *sleepers), (0, 1, 2), strict=True):
+        thread.start()
+        deadline = time.monotonic() + WAIT_S
+        while turns.sleepers < asleep:
+            assert time.monotonic() < deadline
+    lock.before_release = [lambda: turns.complete(tickets[0])]
+    go_on.set()
+    for thread in (leader, *sleepers):
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+
+
 def test_a_follower_that_runs_out_of_time_leaves_the_others_alone(peer: ScriptedPeer) -> None:
     first = peer.beside(lambda: peer.caller.infer("m", value(1)))
     [one] = peer.calls(1)
@@ -113,6 +160,17 @@ def test_done_looks_at_what_has_come(peer: ScriptedPeer) -> None:
     peer.answer(request)
     assert future.done()
     assert value_of(future.result(0)) == 5
+
+
+def test_answers_are_taken_in_while_more_is_asked(peer: ScriptedPeer) -> None:
+    """Else the results of many futures would fill the worker's memory before anybody looks."""
+    first = peer.caller.submit("m", value(1))
+    [request] = peer.calls(1)
+    peer.answer(request)
+    for number in range(POLL_EVERY_CALLS):
+        peer.caller.submit("m", value(number)).cancel()
+        peer.answer(*peer.calls(1))
+    assert Future.done(first)
 
 
 def test_waiting_for_several_needs_no_driver(peer: ScriptedPeer) -> None:
@@ -267,19 +325,19 @@ def test_memory_that_is_none_ends_the_lane(peer: ScriptedPeer) -> None:
         future.result(WAIT_S)
 
 
-def test_a_result_outside_the_arena_is_the_servers_fault(peer: ScriptedPeer) -> None:
-    for borrow in (False, True):
-        future = peer.caller.submit("m", value(1), borrow=borrow)
-        [request] = peer.calls(1)
-        output = request.inputs[0]
-        output.ref.epoch, output.ref.size, output.ref.slot = 2, 16, 3
-        peer.answer(request)
-        with pytest.raises(errors.Internal, match="outside its arena"):
-            future.result(WAIT_S)
-    ping = peer.caller.submit("m", value(1))
+@pytest.mark.parametrize("borrow", [False, True])
+def test_a_result_outside_the_arena_is_the_servers_fault(peer: ScriptedPeer, borrow: bool) -> None:
+    future = peer.caller.submit("m", value(1), borrow=borrow)
+    [request] = peer.calls(1)
+    output = request.inputs[0]
+    output.ref.epoch, output.ref.size, output.ref.slot = 2, 16, 3
+    peer.answer(request)
+    with pytest.raises(errors.Internal, match="outside its arena"):
+        future.result(WAIT_S)
+    following = peer.caller.submit("m", value(1))
     [lease] = peer.receive().releases
     assert lease.slot == 3, "what cannot be read is given back"
-    ping.cancel()
+    following.cancel()
 
 
 def test_closing_wakes_everybody_and_leaves_no_descriptor() -> None:

@@ -40,6 +40,11 @@ class Turns:
         self._asleep: dict[threading.Lock, None] = {}  # who waits, the longest first
         self._offered: threading.Lock | None = None  # whom the lead was handed to, until taken
 
+    @property
+    def sleepers(self) -> int:
+        """How many wait for somebody else's reading."""
+        return len(self._asleep)
+
     def wait(self, ticket: Ticket, deadline_s: float | None) -> bool:
         """Until the ticket is done; False: the deadline passed first, or there is nothing more to
         read.
