@@ -51,8 +51,8 @@ class TokenTable:
     def redeem(self, token: bytes, now_ns: int) -> Issued:
         """The session that the token opens; it is used up.
 
-        Raises PermissionDenied, with one text for tokens that are unknown, used up, forgotten or too
-        old: who has none learns nothing.
+        Raises PermissionDenied, with one text for tokens that are unknown, used up, forgotten or
+        too old: who has none learns nothing.
         """
         self._expire(now_ns)
         found = None
