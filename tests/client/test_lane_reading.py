@@ -164,12 +164,15 @@ def test_done_looks_at_what_has_come(peer: ScriptedPeer) -> None:
 
 def test_answers_are_taken_in_while_more_is_asked(peer: ScriptedPeer) -> None:
     """Else the results of many futures would fill the worker's memory before anybody looks."""
-    first = peer.caller.submit("m", value(1))
-    [request] = peer.calls(1)
-    peer.answer(request)
-    for number in range(POLL_EVERY_CALLS):
-        peer.caller.submit("m", value(number)).cancel()
+    for number in range(POLL_EVERY_CALLS - 4):
+        answered = peer.caller.submit("m", value(number))
         peer.answer(*peer.calls(1))
+        answered.result(WAIT_S)
+    first = peer.caller.submit("m", value(1))
+    peer.answer(*peer.calls(1))
+    for number in range(3):
+        assert not Future.done(first), "nobody has looked yet"
+        peer.caller.submit("m", value(number))
     assert Future.done(first)
 
 
