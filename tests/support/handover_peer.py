@@ -24,6 +24,13 @@ class HandOverPeer(LanePeer):
         self.imported_inodes: dict[int, int] = {}  # by epoch
         self._numbers = itertools.count(1)
 
+    @classmethod
+    def adopt(cls, peer: LanePeer) -> "HandOverPeer":
+        """One that has attached already."""
+        adopted = cls(peer.sock)
+        adopted.attachment = peer.attachment
+        return adopted
+
     def receive(self) -> Response:
         """As LanePeer's; maps what was imported, too."""
         try:
