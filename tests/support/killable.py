@@ -19,7 +19,9 @@ from support.lane_peer import connect
 
 # Forked from one process that has imported everything and started no thread: 4 ms each.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["support.dying", "support.killable", "support.load", "pytest"])
+_CONTEXT.set_forkserver_preload(
+    ["support.dying", "support.handing_over", "support.killable", "support.load", "pytest"]
+)
 
 ANSWER_S_MAX = 30
 
