@@ -21,7 +21,8 @@ from support.lanes import ScriptedPeer
 from thirdrail import errors
 from thirdrail.lane.blocking import POLL_EVERY_CALLS
 from thirdrail.lane.calls import NotSent
-from thirdrail.lane.turns import Ticket, Turns
+from thirdrail.lane.conversation import READ_AHEAD_CALLS_MIN
+from thirdrail.lane.turns import READ_AHEAD_PACKETS_MAX, Ticket, Turns
 from thirdrail.requests import Result
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2
@@ -60,6 +61,33 @@ def test_threads_get_their_own_answers_in_any_order(peer: ScriptedPeer) -> None:
         peer.answer(request)
     assert [value_of(future.result(WAIT_S)) for future in asked] == list(range(8))
     assert not watchers(), "whoever waits reads"
+
+
+def test_whoever_has_many_in_flight_takes_in_what_came_for_them(peer: ScriptedPeer) -> None:
+    futures = [peer.caller.submit("m", value(n)) for n in range(READ_AHEAD_CALLS_MIN + 2)]
+    requests = peer.calls(len(futures))
+    for request in requests[:3]:
+        peer.answer(request)
+    assert value_of(futures[0].result(WAIT_S)) == 0
+    assert futures[1].call.is_done, "read ahead, as enough was in flight"
+    assert futures[2].call.is_done
+    for request in requests[3:]:
+        peer.answer(request)
+    assert [value_of(each.result(WAIT_S)) for each in futures[1:]] == [1, 2, 3, 4, 5]
+
+
+def test_reading_ahead_has_a_bound() -> None:
+    """Or a leader whose answer has come would read for others without end."""
+    reads: list[float | None] = []
+    ticket = Ticket()
+
+    def read(deadline_s: float | None) -> bool:
+        reads.append(deadline_s)
+        ticket.is_done = True
+        return True
+
+    assert Turns(threading.Lock(), read, lambda: True).wait(ticket, None)
+    assert reads == [None] + [0.0] * READ_AHEAD_PACKETS_MAX
 
 
 def test_the_lead_is_handed_on_when_the_leader_goes(peer: ScriptedPeer) -> None:

@@ -30,6 +30,8 @@ from thirdrail.v1 import inference_pb2, lane_pb2
 # Keys of fields in the wire format: number << 3 | type.
 _INFER_KEY = bytes((2 << 3 | 2,))  # of LaneRequest
 _CALL_KEY = bytes((1 << 3 | 0,))  # of InferRequest
+# With fewer calls in flight than this, looking for early answers costs more than it saves.
+READ_AHEAD_CALLS_MIN = 4
 _HEADERS_BYTES_MAX = 20  # both keys, a length and a call's number
 
 
@@ -53,7 +55,7 @@ class Conversation:
 
     def _set_up_turns(self) -> None:
         self.lock = threading.Lock()  # guards the calls and the memory
-        self.turns = Turns(self.lock, self._read)
+        self.turns = Turns(self.lock, self._read, self._expects_more)
         self.watcher = Watcher(self.lock, self.turns)
         self.questions = Questions(self.lock, self.turns, self.send)
         self.placer = Placer(self.lock, self.turns, self.memory, self.send, is_debug=self._is_debug)
@@ -62,6 +64,9 @@ class Conversation:
     @property
     def calls_in_flight(self) -> int:
         return len(self._calls)
+
+    def _expects_more(self) -> bool:
+        return len(self._calls) >= READ_AHEAD_CALLS_MIN
 
     # Sending
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 # Longer waits are the same as waiting for ever to locks and poll(2), which refuse them.
 WAIT_S_MAX = 1_000_000.0
+READ_AHEAD_PACKETS_MAX = 64
 
 
 class Ticket:
@@ -31,11 +32,18 @@ class Turns:
     lock: the owner's, for all that the reading changes.
     read: reads one packet and acts on it; called by one thread at a time, without the lock. Takes a
         monotonic deadline in seconds or None, and returns False when it passed.
+    expects_more: whether enough is still to come to look for it before it is waited for.
     """
 
-    def __init__(self, lock: threading.Lock, read: Callable[[float | None], bool]) -> None:
+    def __init__(
+        self,
+        lock: threading.Lock,
+        read: Callable[[float | None], bool],
+        expects_more: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._lock = lock
         self._read = read
+        self._expects_more = expects_more
         self._is_led = False
         self._asleep: dict[threading.Lock, None] = {}  # who waits, the longest first
         self._offered: threading.Lock | None = None  # whom the lead was handed to, until taken
@@ -89,12 +97,20 @@ class Turns:
         try:
             while not ticket.is_done and self._read(deadline_s):
                 pass
+            self._read_ahead()
             return ticket.is_done
         finally:
             with self._lock:
                 self._is_led = False
                 if self._asleep:
                     self._offer()
+
+    def _read_ahead(self) -> None:
+        """Take in what has come for others. Who keeps many calls in flight would otherwise read one
+        answer for each request, and the worker wake up for each: half as many calls a second."""
+        for _ in range(READ_AHEAD_PACKETS_MAX):
+            if not self._expects_more() or not self._read(0.0):
+                return
 
     def _lie_down(self, ticket: Ticket) -> threading.Lock:
         bell = threading.Lock()
