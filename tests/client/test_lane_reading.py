@@ -22,6 +22,7 @@ from thirdrail import errors
 from thirdrail.lane.blocking import POLL_EVERY_CALLS
 from thirdrail.lane.calls import NotSent
 from thirdrail.lane.conversation import READ_AHEAD_CALLS_MIN
+from thirdrail.lane.futures import LaneFuture
 from thirdrail.lane.turns import READ_AHEAD_PACKETS_MAX, Ticket, Turns
 from thirdrail.requests import Result
 from thirdrail.v1 import inference_pb2 as pb
@@ -64,7 +65,8 @@ def test_threads_get_their_own_answers_in_any_order(peer: ScriptedPeer) -> None:
 
 
 def test_whoever_has_many_in_flight_takes_in_what_came_for_them(peer: ScriptedPeer) -> None:
-    futures = [peer.caller.submit("m", value(n)) for n in range(READ_AHEAD_CALLS_MIN + 2)]
+    submitted = [peer.caller.submit("m", value(n)) for n in range(READ_AHEAD_CALLS_MIN + 2)]
+    futures = [cast(LaneFuture, each) for each in submitted]
     requests = peer.calls(len(futures))
     for request in requests[:3]:
         peer.answer(request)
