@@ -47,7 +47,7 @@ def listen(server: grpc.aio.Server, config: ServerConfig) -> str | None:
     if config.address is not None:
         bound = _listen_tcp(server, config.address, config.tls)
     if config.socket is not None:
-        _listen_unix(server, config.socket)
+        _listen_unix(server, config.socket, socket_mode(config))
     return bound
 
 
@@ -122,7 +122,14 @@ def _read(path: Path, what: str) -> bytes:
         raise ConfigError(f"the {what} '{path}' cannot be read: {error.strerror}") from None
 
 
-def _listen_unix(server: grpc.aio.Server, path: Path) -> None:
+def socket_mode(config: ServerConfig) -> int:
+    """Of both Unix sockets: its own user's alone, unless others may attach. Then the folder's mode
+    says who reaches them, and the lane's list of uids who may attach."""
+    uids = config.worker.sessions.uids
+    return 0o600 if uids is not None and set(uids) <= {os.geteuid()} else 0o666
+
+
+def _listen_unix(server: grpc.aio.Server, path: Path, mode: int) -> None:
     """gRPC would silently take over the socket of a running server, so look before it binds."""
     if len(os.fsencode(path)) > 107:
         raise ConfigError(f"the socket's path is longer than 107 bytes: '{path}'")
@@ -134,7 +141,7 @@ def _listen_unix(server: grpc.aio.Server, path: Path) -> None:
                     f"another server listens on '{path}'; choose another --socket, or --no-socket"
                 )
             path.unlink(missing_ok=True)
-            before = os.umask(0o177)
+            before = os.umask(0o777 & ~mode)
             try:
                 server.add_insecure_port(f"unix:{path}")
             finally:

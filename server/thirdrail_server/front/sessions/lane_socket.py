@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from thirdrail_server.config import ConfigError, ServerConfig
-from thirdrail_server.front.listeners import locked
+from thirdrail_server.front.listeners import locked, socket_mode
 
 PATH_BYTES_MAX = 107  # struct sockaddr_un
 BACKLOG = 128
@@ -54,7 +54,7 @@ def bind_lane(config: ServerConfig) -> LaneSocket | None:
                 raise ConfigError(
                     f"another server listens on '{path}'; choose another --socket, or --no-lane"
                 )
-            return LaneSocket(path, _bind(path, _mode(config)))
+            return LaneSocket(path, _bind(path, socket_mode(config)))
     except OSError as error:
         raise ConfigError(
             f"cannot listen on the lane's socket '{path}': {error.strerror}; choose another "
@@ -75,12 +75,6 @@ def _bind(path: Path, mode: int) -> socket.socket:
     finally:
         os.umask(before)
     return sock
-
-
-def _mode(config: ServerConfig) -> int:
-    """Only its own user, where nobody else may attach anyway."""
-    uids = config.worker.sessions.uids
-    return 0o600 if uids is not None and set(uids) <= {os.geteuid()} else 0o666
 
 
 def _is_answered_for_long(path: Path) -> bool:
