@@ -2,6 +2,7 @@
 """Users, numbers and patience: whom the worker lets in, and what it tells the others."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from support.worker import running_worker
 from thirdrail.errors import ResourceExhausted
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail_server.config import ConfigError, SessionLimits, WorkerConfig
+from thirdrail_server.worker.farewells import LINGERING_MAX
 
 TESTS = Path(__file__).parent.parent
 STRANGER = 54321
@@ -54,8 +56,36 @@ def test_a_user_who_is_not_allowed_is_told_so(tmp_path: Path) -> None:
         peer.close()
         (refused,) = worker.status().attach_refusals
         assert (refused.reason, refused.clients) == ("PERMISSION_DENIED", 1)
-        assert worker.fd_count() == before
+        until(lambda: worker.fd_count() == before)
         assert opened.session in worker.sessions(), "its token was not used up"
+
+
+def test_who_is_refused_before_the_hello_still_reads_why(tmp_path: Path) -> None:
+    """A client whose hello fails (EPIPE) would not look for the answer."""
+    path = tmp_path / "cpu.lane"
+    with running_worker(config(uids=(STRANGER,)), listen=path) as worker:
+        peer = LanePeer(connect(path))
+        select.select([peer.sock], [], [])  # the refusal is there
+        peer.send(hello(token=worker.open_session().token), infer(1))
+        assert "may not attach to this server" in peer.goodbye().message
+        peer.close()
+
+
+def test_those_who_are_refused_and_stay_are_bounded(tmp_path: Path) -> None:
+    path, log = tmp_path / "cpu.lane", tmp_path / "log.txt"
+    with running_worker(config(uids=(STRANGER,)), listen=path, log=log) as worker:
+        assert worker.status().sessions == 1  # it is up
+        before = worker.fd_count()
+        peers = [LanePeer(connect(path)) for _ in range(2 * LINGERING_MAX)]
+        for peer in peers:
+            peer.goodbye()
+        (refused,) = worker.status().attach_refusals
+        assert refused.clients == len(peers)
+        assert worker.fd_count() <= before + LINGERING_MAX
+        assert log.read_text().count("was refused") == 1, "nobody fills the log"
+        until(lambda: worker.fd_count() == before)
+        for peer in peers:
+            peer.close()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

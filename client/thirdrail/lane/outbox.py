@@ -40,6 +40,11 @@ class Outbox:
         # packets out in a row holds it as well.
         self.lock = threading.RLock()
 
+    @property
+    def waiting(self) -> int:
+        """Packets that the kernel has not taken yet."""
+        return len(self._waiting)
+
     def send(self, packet: bytes, fds: Sequence[int] = ()) -> None:
         """Send in order. Takes over `fds` and closes them once they are sent or cannot be."""
         if self._is_closed or self._waiting:

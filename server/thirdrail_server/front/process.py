@@ -17,6 +17,7 @@ from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from thirdrail.errors import ThirdrailError
 from thirdrail.lane.aio import AsyncLane
 from thirdrail.v1 import inference_pb2, metrics_pb2, models_pb2, sessions_pb2
 from thirdrail_server.config import ConfigError, ServerConfig
@@ -149,7 +150,7 @@ class Front:
         self._native.begin_stop()
         self._kserve.begin_stop()
         ends_at = time.monotonic() + self._config.shutdown_s_max
-        await self._until_answered()
+        await asyncio.gather(self._until_answered(), self._stop_sessions())
         await self._server.stop(max(0.0, ends_at - time.monotonic()))
         await self._metrics_endpoint.stop()
         await self._control.stop()
@@ -167,6 +168,13 @@ class Front:
                 while self.dispatcher.calls_in_flight:
                     await asyncio.sleep(LAST_WORDS_S / 5)
         await asyncio.sleep(LAST_WORDS_S)
+
+    async def _stop_sessions(self) -> None:
+        """The lane's own clients finish what is in flight, too."""
+        drain_s_max = self._config.shutdown_s_max
+        with contextlib.suppress(ThirdrailError, TimeoutError):
+            async with asyncio.timeout(drain_s_max + LAST_WORDS_S):
+                await self._worker.call("stop sessions", {"drain_s_max": drain_s_max})
 
     def _start_worker(self) -> WorkerProcess:
         arguments = ["--front-pid", str(os.getpid()), "--config", self._config.worker.to_json()]

@@ -52,6 +52,8 @@ class Sessions(Protocol):
 
     def open(self) -> OpenedSession: ...
 
+    async def stop(self, drain_s_max: float) -> None: ...
+
     def infos(self) -> list[sessions_pb2.SessionInfo]: ...
 
 
@@ -78,6 +80,9 @@ class _Desk:
                 return self.sessions.open().to_fields()
             case "list sessions" if self.sessions is not None:
                 return {"sessions": [message_to_text(each) for each in self.sessions.infos()]}
+            case "stop sessions" if self.sessions is not None:
+                await self.sessions.stop(float(fields["drain_s_max"]))
+                return {}
         raise Internal(f"the worker does not do '{do}'")
 
     async def _load(self, command: LoadCommand, on_progress: OnProgress) -> Fields:

@@ -117,17 +117,6 @@ class Departure:
             self._grace.cancel()
 
 
-def hang_up(sock: socket.socket) -> None:
-    """Close a socket whose peer has still to read our last packet: it would not get that if we left
-    packets of its own unread (ECONNRESET)."""
-    with contextlib.suppress(OSError):
-        sock.setblocking(False)
-        sock.shutdown(socket.SHUT_RDWR)  # nothing more can come
-        while sock.recv(1):
-            pass
-    sock.close()
-
-
 def _is_close(packet: bytes) -> bool:
     with contextlib.suppress(DecodeError):
         return lane_pb2.LaneRequest.FromString(packet).WhichOneof("message") == "close"

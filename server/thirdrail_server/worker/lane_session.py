@@ -25,7 +25,7 @@ from thirdrail.lane import packets
 from thirdrail.lane.outbox import Outbox
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2, sessions_pb2
-from thirdrail_server.worker.departure import Departure, hang_up
+from thirdrail_server.worker.departure import Departure
 from thirdrail_server.worker.negotiation import (
     DEBUG,
     agreed_features,
@@ -127,6 +127,15 @@ class LaneSession:
 
     # Ending
 
+    def stop(self) -> None:
+        """Refuse new calls. Those in flight finish: see `is_idle`."""
+        self._calls.stop()
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is in flight, and everything is told."""
+        return self.is_closed or not (len(self._calls) or self._outbox.waiting)
+
     def goodbye(self, error: ThirdrailError) -> None:
         """Say why, then end."""
         status = pb.Status(reason=error.reason, message=error.message)
@@ -166,13 +175,15 @@ class LaneSession:
         self.life.on(Event.END)
         if has_let_go:
             departure.let_go()
-        if may_answer and not has_let_go:
+        is_listened_to = may_answer and not has_let_go
+        if may_answer and has_let_go:
+            self._host.farewells.linger(self._sock)
+        elif is_listened_to:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_WR)
-            departure.begin(mappings, self._host.janitor, self._sock)
         else:
-            hang_up(self._sock)
-            departure.begin(mappings, self._host.janitor, None)
+            self._sock.close()
+        departure.begin(mappings, self._host.janitor, self._sock if is_listened_to else None)
 
     def _on_freed(self) -> None:
         self.memory.close_account()

@@ -11,12 +11,13 @@ from collections.abc import Callable, Collection
 
 from thirdrail.errors import PermissionDenied, ThirdrailError
 from thirdrail.v1 import inference_pb2, lane_pb2
-from thirdrail_server.worker.departure import hang_up
+from thirdrail_server.worker.farewells import Farewells
 from thirdrail_server.worker.peers import Peer, peer_of
 
 log = logging.getLogger(__name__)
 
 ACCEPTS_PER_WAKEUP_MAX = 16
+SILENCE_S = 60.0  # between two lines in the log about clients that are refused; all are counted
 PAUSE_S = 0.2  # after the process has run out of descriptors
 
 _NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
@@ -36,13 +37,16 @@ class Listener:
         uids: Collection[int] | None,
         on_client: Callable[[socket.socket, Peer], None],
         on_refused: Callable[[ThirdrailError], None],
+        farewells: Farewells,
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._uids = uids
         self._on_client = on_client
         self._on_refused = on_refused
+        self._farewells = farewells
         self._loop = asyncio.get_running_loop()
+        self._silent_until_s = 0.0
         self._pause: asyncio.TimerHandle | None = None
         self._loop.add_reader(sock, self._on_readable)
 
@@ -89,13 +93,15 @@ class Listener:
 
     def refuse(self, client: socket.socket, peer: Peer, error: ThirdrailError) -> None:
         """Say why, and hang up."""
-        log.warning("a client (%s) was refused: %s", peer, error.message)
         self._on_refused(error)
+        if self._loop.time() >= self._silent_until_s:  # whoever is refused shall not fill the log
+            self._silent_until_s = self._loop.time() + SILENCE_S
+            log.warning("a client (%s) was refused: %s", peer, error.message)
         status = inference_pb2.Status(reason=error.reason, message=error.message)
         goodbye = lane_pb2.LaneResponse(goodbye=lane_pb2.Goodbye(status=status))
         client.setblocking(False)
         with contextlib.suppress(OSError):
             client.send(goodbye.SerializeToString())
-        hang_up(client)
+        self._farewells.linger(client)
         if peer.pidfd is not None:
             os.close(peer.pidfd)

@@ -9,7 +9,14 @@ import logging
 import time
 from dataclasses import dataclass
 
-from thirdrail.errors import Internal, InvalidArgument, NotFound, ResourceExhausted, ThirdrailError
+from thirdrail.errors import (
+    Internal,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    ThirdrailError,
+    Unavailable,
+)
 from thirdrail.lane import packets
 from thirdrail.lane.outbox import Outbox
 from thirdrail.v1 import inference_pb2 as pb
@@ -28,6 +35,7 @@ _INFER_KEY = bytes((2 << 3 | 2,))  # of LaneResponse's field `infer` in the wire
 # A response that carries nothing but these two fits a packet, whatever characters they consist of.
 ERROR_TEXT_CHARS_MAX = 4096
 REQUEST_ID_CHARS_MAX = 1024
+STOPPING = "the server is stopping"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,8 @@ class SessionCalls:
         self._repeats = Repeats()
         self._in_flight: dict[int, Call] = {}
         self._model_ids: dict[int, _BoundModel] = {}
+        self._in_flight_max = limits.calls_in_flight_max
+        self._is_stopping = False
         self._is_closed = False
 
     def __len__(self) -> int:
@@ -71,6 +81,11 @@ class SessionCalls:
         call = self._in_flight.get(number)
         if call is not None:
             call.cancel()
+
+    def stop(self) -> None:
+        """Refuse new ones; those in flight finish."""
+        self._is_stopping = True
+        self._in_flight_max = 0  # so that a call costs no further look
 
     def close(self) -> None:
         """Cancel what is in flight; nobody will be answered."""
@@ -120,7 +135,9 @@ class SessionCalls:
         self.total += 1
         if number in self._in_flight:
             raise InvalidArgument(f"call {number} is in flight already")
-        if len(self._in_flight) >= self._limits.calls_in_flight_max:
+        if len(self._in_flight) >= self._in_flight_max:
+            if self._is_stopping:
+                raise Unavailable(STOPPING)
             raise ResourceExhausted(
                 f"{len(self._in_flight)} calls are in flight in this session, the most it may have"
             )

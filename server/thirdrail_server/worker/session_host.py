@@ -8,6 +8,7 @@ from thirdrail_server.config import LaneLimits
 from thirdrail_server.worker.arena_ledger import ArenaLedger
 from thirdrail_server.worker.chunks import MakeChunk
 from thirdrail_server.worker.export_desk import ExportDesk
+from thirdrail_server.worker.farewells import Farewells
 from thirdrail_server.worker.janitor import Janitor
 from thirdrail_server.worker.models import ModelTable
 
@@ -22,6 +23,7 @@ class Host(Protocol):
     limits: LaneLimits
     quarantine_s: float
     janitor: Janitor
+    farewells: Farewells
     ledger: ArenaLedger
     exports: ExportDesk
     make_chunk: MakeChunk

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
-from thirdrail.errors import ResourceExhausted, ThirdrailError, TimedOut
+from thirdrail.errors import ResourceExhausted, ThirdrailError, TimedOut, Unavailable
 from thirdrail.lane.memory import create_chunk
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2, metrics_pb2, sessions_pb2
@@ -19,15 +19,18 @@ from thirdrail_server.control_messages import OpenedSession
 from thirdrail_server.worker.arena_ledger import ArenaLedger
 from thirdrail_server.worker.chunks import MakeChunk
 from thirdrail_server.worker.export_desk import ExportDesk
+from thirdrail_server.worker.farewells import Farewells
 from thirdrail_server.worker.huge_pages import HugePages
 from thirdrail_server.worker.janitor import Janitor
 from thirdrail_server.worker.lane_session import LaneSession
 from thirdrail_server.worker.listener import Listener
 from thirdrail_server.worker.models import ModelTable
 from thirdrail_server.worker.peers import Peer, credentials_of
+from thirdrail_server.worker.session_calls import STOPPING
 from thirdrail_server.worker.tokens import TokenTable
 
 S = 1_000_000_000  # nanoseconds
+DRAIN_LOOK_S = 0.01
 
 
 class SessionTable:
@@ -38,6 +41,7 @@ class SessionTable:
         self.limits = config.lane
         self.quarantine_s = config.sessions.quarantine_ms / 1000
         self.janitor = Janitor()
+        self.farewells = Farewells()
         self.ledger = ArenaLedger(config.sessions)
         self.exports = ExportDesk(config.exports, self.janitor, self._tell, self._charge_shared)
         self.make_chunk: MakeChunk = create_chunk
@@ -52,6 +56,7 @@ class SessionTable:
         self._connecting: dict[LaneSession, asyncio.TimerHandle | None] = {}  # no hello yet
         self._refused: Counter[int] = Counter()  # attaches, by reason
         self._listener: Listener | None = None
+        self._is_stopping = False
 
     # Clients that come
 
@@ -64,10 +69,12 @@ class SessionTable:
     def listen(self, sock: socket.socket) -> None:
         """Take clients from a listening socket."""
         uids = (os.geteuid(),) if self._config.uids == () else self._config.uids
-        self._listener = Listener(sock, uids, self._on_client, self._count_refusal)
+        self._listener = Listener(sock, uids, self._on_client, self._count_refusal, self.farewells)
 
     def open(self) -> OpenedSession:
         """Expect a client. Raises ResourceExhausted when there are too many already."""
+        if self._is_stopping:
+            raise Unavailable(STOPPING)
         self._require_room()
         number = next(self._numbers)
         token = self._tokens.issue(number, time.monotonic_ns())
@@ -173,10 +180,30 @@ class SessionTable:
             name = pb.Reason.Name(pb.Reason.ValueType(reason)).removeprefix("REASON_")
             status.attach_refusals.add(reason=name, clients=clients)
 
+    async def stop(self, drain_s_max: float) -> None:
+        """Take no new clients and calls, let what is in flight finish within the bound, and say
+        goodbye. The front's own lane goes on.
+        """
+        self._is_stopping = True
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        leaving = [each for each in self._sessions.values() if not each.is_inherited]
+        for session in leaving:
+            session.stop()
+        ends_s = time.monotonic() + drain_s_max
+        while leaving:
+            is_over = time.monotonic() >= ends_s
+            for session in [each for each in leaving if is_over or each.is_idle]:
+                session.goodbye(Unavailable(STOPPING))
+                leaving.remove(session)
+            await asyncio.sleep(DRAIN_LOOK_S if leaving else 0)
+
     def close(self) -> None:
         """End all of them; nobody waits for anything."""
         if self._listener is not None:
             self._listener.close()
         self.exports.close()
+        self.farewells.close()
         for session in [*self._sessions.values(), *self._connecting]:
             session.end(has_let_go=True)
