@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a running server holds for its clients: sessions, memory, leases, descriptors, mappings."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,15 @@ class Watch:
 
 
 def _fds(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    """Without pipes, which the lane has none of: those of model files' inspector come and go."""
+    links = [_link(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+    return sum(not link.startswith("pipe:") for link in links)
+
+
+def _link(path: str) -> str:
+    with contextlib.suppress(FileNotFoundError):  # closed by now
+        return os.readlink(path)
+    return "pipe:"
 
 
 def _size(span: str) -> int:
