@@ -54,7 +54,7 @@ def test_a_servers_metrics_follow_its_sessions(
     text = MetricsStub(channel).Scrape(ScrapeRequest()).text
     refused = 'thirdrail_worker_attach_refusals_total{reason="PERMISSION_DENIED",worker="cpu"}'
     assert figure(text, refused) >= 1
-    peer.close()
+    peer.leave()
     stranger.close()
 
 

@@ -9,9 +9,8 @@ import grpc
 import numpy as np
 import pytest
 
-from support.lane_peer import LanePeer, Request, X, by_ref, infer
+from support.lane_peer import LanePeer, X, by_ref, infer
 from support.server import RunningServer
-from thirdrail.v1 import lane_pb2
 from thirdrail.v1.sessions_pb2 import (
     SESSION_STATE_ACTIVE,
     SESSION_STATE_OPENING,
@@ -39,8 +38,7 @@ def test_a_token_opens_a_session_that_infers(sessions: SessionsStub) -> None:
     assert (mine.client_name, mine.pid, mine.uid) == ("a test", os.getpid(), os.geteuid())
     assert (mine.worker, mine.calls, mine.leases, mine.is_front) == ("cpu", 2, 1, False)
     assert mine.leased_bytes == LARGE.nbytes
-    peer.send(Request(close=lane_pb2.Close()))
-    peer.close()
+    peer.leave()
 
 
 def test_the_socket_lies_beside_the_servers_own(

@@ -166,6 +166,11 @@ class LanePeer:
             return True
         return False
 
+    def leave(self) -> None:
+        """In good order: the memory comes back at once, although this process lives on."""
+        self.send(Request(close=lane_pb2.Close()))
+        self.close()
+
     def close(self) -> None:
         """Break off, without a word."""
         self.sock.close()
