@@ -30,6 +30,14 @@ def _extra(record: logging.LogRecord) -> dict[str, object]:
     return {key: value for key, value in vars(record).items() if key not in _STANDARD_FIELDS}
 
 
+def printable(text: str) -> str:
+    """With an escape for every character that is no letter, digit, sign or plain space: whoever
+    names things writes no lines of his own, and reaches no terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class _TextFormatter(logging.Formatter):
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -40,7 +48,7 @@ class _TextFormatter(logging.Formatter):
         fields = "".join(f" {key}={value!r}" for key, value in _extra(record).items())
         line = (
             f"{clock}.{int(record.msecs):03d} {record.levelname.lower():7} {self._process}: "
-            f"{record.getMessage()}{fields}"
+            f"{printable(record.getMessage())}{fields}"
         )
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 

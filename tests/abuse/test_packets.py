@@ -16,6 +16,7 @@ from support.anchored import Anchored
 from support.holdings import Watch
 from support.killable import until
 from support.lane_peer import PACKET_BYTES_MAX, Request, hello, infer
+from support.server import RunningServer
 from thirdrail.tensors import tensor_of_array
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2
@@ -123,3 +124,21 @@ def test_the_same_packet_again_and_again(anchored: Anchored) -> None:
     peer = anchored.attach()
     for _ in range(50):
         assert not peer.answer(infer(1)).status.reason
+
+
+def test_a_name_writes_no_line_of_its_own_into_the_log(
+    server: RunningServer, anchored: Anchored, watch: Watch
+) -> None:
+    """Nor does it reach the terminal of whoever lists the sessions."""
+    name = "nobody\n00:00:00.000 error   front: all is lost\r\x1b[2J\x00\u202e"
+    peer = anchored.attach(client_name=name)
+    peer.grow(GRANTED)
+    (listed,) = watch.others()
+    assert listed.client_name.isprintable()
+    assert listed.client_name.startswith("nobody")
+    peer.sock.send(b"\xff")
+    peer.goodbye()
+    until(lambda: "all is lost" in server.log_text())
+    lines = server.log_text().splitlines()
+    assert not [line for line in lines if line.startswith("00:00:00.000")]
+    assert "\x1b" not in server.log_text()

@@ -25,6 +25,7 @@ from thirdrail.lane import packets
 from thirdrail.lane.outbox import Outbox
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2, sessions_pb2
+from thirdrail_server.logs import printable
 from thirdrail_server.worker.departure import Departure
 from thirdrail_server.worker.negotiation import (
     DEBUG,
@@ -260,7 +261,7 @@ class LaneSession:
             return self.goodbye(InvalidArgument("the lane is attached already"))
         try:
             version = agreed_version(hello)
-            self.client_name = hello.client_name[:CLIENT_NAME_CHARS_MAX]
+            self.client_name = printable(hello.client_name[:CLIENT_NAME_CHARS_MAX])
             self.number = self._host.admit(self, hello)
         except ThirdrailError as error:
             return self.goodbye(error)
