@@ -364,6 +364,7 @@ class AsyncClient:
         description = self._descriptions.get(model, version, now_ns)
         if description is None:
             description = await self.describe(model, version=version)
+            models.require_declaration(description)
             self._descriptions.put(model, version, description, now_ns)
         return description
 

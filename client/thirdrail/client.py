@@ -422,6 +422,7 @@ class Client:
         description = self._descriptions.get(model, version, now_ns)
         if description is None:
             description = self.describe(model, version=version)
+            models.require_declaration(description)
             self._descriptions.put(model, version, description, now_ns)
         return description
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from thirdrail import dtypes
 from thirdrail.errors import NotFound, ThirdrailError, Unavailable
+from thirdrail.failures import with_note
 from thirdrail.tensors import TensorSpec
 from thirdrail.v1 import models_pb2 as pb
 from thirdrail.v1 import tensor_pb2
@@ -68,6 +69,15 @@ class LoadProgress:
     phase: str
     step: int
     steps: int
+
+
+def require_declaration(description: ModelDescription) -> None:
+    """For who needs the inputs: a model that is not loaded may have none to tell.
+
+    Raises what `error_of_missing` says.
+    """
+    if not description.inputs and not description.status.is_ready:
+        raise with_note(error_of_missing(description.status))
 
 
 class DescriptionCache:

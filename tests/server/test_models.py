@@ -115,6 +115,8 @@ def test_a_load_tells_its_progress(controlled: RunningServer) -> None:
         assert state_of(client, "plus") == "unavailable"
         with pytest.raises(NotFound, match="'plus' has no available versions"):
             value_of(client)
+        with pytest.raises(NotFound, match="'plus' has no available versions"):
+            client.infer("plus", [1.0])  # for which the model's declaration is needed
         progress: list[LoadProgress] = []
         assert client.load("plus", progress=progress.append) == [1]
         phases = [each.phase for each in progress]
