@@ -61,7 +61,7 @@ def leaves_nothing(server: RunningServer, watch: Watch, count: int) -> None:
 
 
 def test_some_hundred_sessions_leave_nothing(server: RunningServer, watch: Watch) -> None:
-    leaves_nothing(server, watch, 300)
+    leaves_nothing(server, watch, 200)
 
 
 @pytest.mark.slow

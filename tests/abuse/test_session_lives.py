@@ -204,7 +204,7 @@ def run(watch: Watch, neighbour: Neighbour, examples: int) -> None:
 
 
 def test_sessions_in_any_order(watch: Watch, neighbour: Neighbour) -> None:
-    run(watch, neighbour, 15)
+    run(watch, neighbour, 12)
 
 
 @pytest.mark.slow

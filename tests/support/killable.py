@@ -102,4 +102,4 @@ def until(is_so: Callable[[], bool], what: Callable[[], object] = lambda: "") ->
     deadline_s = time.monotonic() + ANSWER_S_MAX
     while not is_so():
         assert time.monotonic() < deadline_s, what()
-        time.sleep(0.005)
+        time.sleep(0.01)

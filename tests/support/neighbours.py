@@ -8,7 +8,7 @@ import numpy as np
 
 from thirdrail import Client
 
-BETWEEN_CALLS_S = 0.004
+BETWEEN_CALLS_S = 0.008
 SIZES = (16, 1 << 16)  # inline, and by reference
 
 
