@@ -266,13 +266,13 @@ class Conversation:
     # Ending
 
     def hang_up(self, error: ThirdrailError) -> None:
-        """End the session in good order; calls in flight fail with the error."""
-        with self.lock:
-            self.memory.collect()
-            has_let_go = not len(self.memory.shown)
-        if has_let_go:  # else the worker waits until our arrays are gone with us
-            with contextlib.suppress(ThirdrailError):
-                self.send(lane_pb2.LaneRequest(close=lane_pb2.Close()), 0.0)
+        """End the session in good order; calls in flight fail with the error.
+
+        Arrays that somebody still has stay readable: their memory is never used again. Without a
+        Close the worker would count it until this process ends, whenever they go.
+        """
+        with contextlib.suppress(ThirdrailError):
+            self.send(lane_pb2.LaneRequest(close=lane_pb2.Close()), 0.0)
         self.end(error)
 
     def forget(self, error: ThirdrailError) -> None:
