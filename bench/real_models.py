@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real models over the lane, beside ONNX Runtime in the caller's own process."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def _inputs(model: str) -> dict[str, Array]:
 
 def _bare(folder: Path, inputs: Mapping[str, Array]) -> Callable[[], object]:
     (path,) = folder.glob("*/model.onnx")
-    session = open_session(path, EngineOptions())
+    session = open_session(path, EngineOptions(threads_max=os.cpu_count() or 1))
     names = [output.name for output in session.get_outputs()]
     return lambda: session.run(names, dict(inputs))
 
