@@ -57,6 +57,7 @@ def test_garbage_ends_the_session_which_is_told_why(
     watch.until_back()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", [*GARBAGE, "a call", "memory", "nothing"])
 def test_garbage_before_the_hello(anchored: Anchored, watch: Watch, what: str) -> None:
     peer = anchored.connect()

@@ -74,6 +74,7 @@ def test_of_several_with_the_same_token_one_gets_in(watch: Watch) -> None:
         peer.close()
 
 
+@pytest.mark.slow
 def test_tokens_and_clients_that_wait_too_long(server: RunningServer, watch: Watch) -> None:
     """A token's client is killed, another never uses his; one connects and says nothing."""
     opened = watch.opened()

@@ -56,6 +56,7 @@ def test_probe_for_people(thirdrail: Thirdrail) -> None:
     assert lines[6].startswith("shared memory: this process writes ")
 
 
+@pytest.mark.slow
 def test_probe_says_why_not(
     start_server: StartServer, typed: Thirdrail, standard_repository: Path
 ) -> None:

@@ -21,6 +21,8 @@ from support.models import identity, write
 from support.server import RunningServer, running_server
 from support.services import Refused, Service
 
+pytestmark = pytest.mark.slow  # tests/server and tests/client kill fewer at a time
+
 SIZE = 1 << 20  # elements: 4 MiB
 BYTES = 4 * SIZE
 

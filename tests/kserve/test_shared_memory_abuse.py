@@ -240,7 +240,14 @@ def test_a_region_that_became_shorter_is_an_error(
     assert list(regions.stub.ModelInfer(request).raw_output_contents) == [b""]
 
 
-@pytest.mark.parametrize(("size", "calls"), [(100, 4000), (100_000, 2000), (2 * MIB, 400)])
+@pytest.mark.parametrize(
+    ("size", "calls"),
+    [
+        pytest.param(100, 4000, marks=pytest.mark.slow),
+        pytest.param(100_000, 2000, marks=pytest.mark.slow),
+        (2 * MIB, 400),
+    ],
+)
 def test_a_region_that_is_shortened_again_and_again(
     region_server: RunningServer, regions: Regions, size: int, calls: int
 ) -> None:

@@ -175,6 +175,7 @@ def test_other_users_reach_it_where_they_may_attach(
     # Who is not told apart does not control models: see ControlAccess.
 
 
+@pytest.mark.slow
 def test_a_setting_that_makes_no_sense_is_refused_with_its_flag(
     start_server: StartServer, standard_repository: Path
 ) -> None:
@@ -207,6 +208,7 @@ def test_a_file_that_a_dead_server_left_is_taken_over(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_another_servers_socket_is_left_alone(tmp_path: Path) -> None:
     first = bind_lane(config(tmp_path, "a.sock"))
     assert first is not None
