@@ -16,7 +16,7 @@ from support.killable import Killable, killable, until
 from support.load import LOADS, Report
 from support.server import RunningServer, running_server, wait_until_settled
 
-pytestmark = pytest.mark.slow  # tests/server and tests/client kill fewer at a time
+pytestmark = pytest.mark.slow  # services that were killed take long to start again
 
 KILLS = 3
 

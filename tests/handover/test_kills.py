@@ -21,7 +21,7 @@ from support.models import identity, write
 from support.server import RunningServer, running_server
 from support.services import Refused, Service
 
-pytestmark = pytest.mark.slow  # tests/server and tests/client kill fewer at a time
+pytestmark = pytest.mark.slow  # services that were killed take long to start again
 
 SIZE = 1 << 20  # elements: 4 MiB
 BYTES = 4 * SIZE

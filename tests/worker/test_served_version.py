@@ -31,6 +31,7 @@ from thirdrail_server.worker.served_version import (
     INLINE_INPUT_BYTES_MAX,
     Call,
     Ending,
+    LargeRuns,
     RunPlace,
     ServedVersion,
 )
@@ -144,6 +145,33 @@ async def test_large_inputs_of_a_tiny_model_go_to_a_thread(serving: Serving) -> 
         large = np.zeros(INLINE_INPUT_BYTES_MAX // 4 + 1, np.float32)
         served.release(await served.call({"x": large}), await served.call())
         assert served.ran_on_loop() == [False, True]
+
+
+async def test_large_inputs_come_to_the_loop_once_their_runs_were_short(serving: Serving) -> None:
+    place = RunPlace(on_loop=True, overrun_ns_max=BOUND_NS, large_run_ns_max=BOUND_NS)
+    async with serving(identity(), place=place) as served:
+        large = {"x": np.zeros(INLINE_INPUT_BYTES_MAX // 4 + 1, np.float32)}
+        for _ in range(2):
+            served.release(await served.call(large))
+        served.engine.sleep_s = 2 * TOO_LONG_S
+        served.release(await served.call(large))
+        served.engine.sleep_s = 0
+        served.release(await served.call(large), await served.call())
+        assert served.ran_on_loop() == [False, True, True, False, True]
+        assert served.version.runs_on_loop, "what large inputs take says nothing of small ones"
+
+
+def test_runs_are_foretold_by_the_byte() -> None:
+    runs = LargeRuns(run_ns_max=1000)
+    assert not runs.are_short(1)
+    runs.note(100, 100)
+    assert runs.are_short(1000)
+    assert not runs.are_short(1001)
+    runs.note(100, 200)
+    assert not runs.are_short(501)
+    for _ in range(40):
+        runs.note(100, 100)
+    assert runs.are_short(980)
 
 
 async def test_a_run_that_was_only_interrupted_costs_one_trial(serving: Serving) -> None:

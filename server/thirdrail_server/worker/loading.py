@@ -135,7 +135,11 @@ def _run_place(engine: Engine, options: ModelOptions, config: WorkerConfig) -> R
             return on_threads
     except EngineError:  # random values need not make sense to a model
         return on_threads
-    return RunPlace(on_loop=True, overrun_ns_max=config.inline_overrun_us_max * 1000)
+    return RunPlace(
+        on_loop=True,
+        overrun_ns_max=config.inline_overrun_us_max * 1000,
+        large_run_ns_max=bound_ns,
+    )
 
 
 def _slowest_but_one_ns(engine: Engine, inputs: Mapping[str, Array]) -> int:

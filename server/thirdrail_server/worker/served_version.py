@@ -30,7 +30,7 @@ from thirdrail_server.worker.statistics import VersionStatistics
 log = logging.getLogger(__name__)
 
 # A request of a model that runs on the loop goes to a thread all the same when its inputs are
-# larger.
+# larger, unless earlier ones of its kind were short.
 INLINE_INPUT_BYTES_MAX = 64 << 10
 
 
@@ -87,6 +87,25 @@ class RunPlace:
 
     on_loop: bool
     overrun_ns_max: int = 0
+    large_run_ns_max: int = 0  # of a run with large inputs, as far as it can be foretold
+
+
+class LargeRuns:
+    """How long runs with large inputs take, by the byte: longer ones are followed at once, shorter
+    ones slowly."""
+
+    def __init__(self, run_ns_max: int) -> None:
+        self._run_ns_max = run_ns_max
+        self._ns_per_byte = 0.0
+
+    def note(self, input_bytes: int, run_ns: int) -> None:
+        seen = run_ns / input_bytes
+        more = seen - self._ns_per_byte
+        self._ns_per_byte = seen if more > 0 else self._ns_per_byte + more / 8
+
+    def are_short(self, input_bytes: int) -> bool:
+        """False also before any was seen."""
+        return 0 < self._ns_per_byte * input_bytes <= self._run_ns_max
 
 
 class ServedVersion:
@@ -109,6 +128,7 @@ class ServedVersion:
         self._threads = InstanceThreads(f"{spec.model}/{spec.version}", instances)
         self._place = place
         self._is_suspect = False
+        self._large_runs = LargeRuns(place.large_run_ns_max)
         self._loop = asyncio.get_running_loop()
         self._alarm = Alarm(self._loop, self._on_alarm)
         self._idle: asyncio.Future[None] | None = None
@@ -148,7 +168,7 @@ class ServedVersion:
         if (
             not self._place.on_loop
             or self._is_suspect
-            or member.request.input_bytes > INLINE_INPUT_BYTES_MAX
+            or not self._is_short(member.request.input_bytes)
             or not self._scheduler.starts_newcomers
         ):
             return None
@@ -160,7 +180,7 @@ class ServedVersion:
                 return Ending(Outcome(member.arena, error=error))
         started_ns = time.monotonic_ns()
         execution = execute(self._engine, self.spec, (member,))
-        self._is_suspect = execution.total_ns > self._place.overrun_ns_max
+        self._note_on_loop(member.request.input_bytes, execution)
         rows = member.request.rows
         if execution.compute_ns:
             self.statistics.batch_ran(rows, execution)
@@ -241,8 +261,7 @@ class ServedVersion:
             call: Call = queued.key
             call.started_ns = started_ns
             members.append(call.member)
-        is_small = members[0].request.input_bytes <= INLINE_INPUT_BYTES_MAX
-        if self._place.on_loop and is_small:
+        if self._place.on_loop and self._is_short(members[0].request.input_bytes):
             if not self._is_suspect:
                 return self._run_on_loop(batch, members)
             self._is_suspect = False
@@ -251,8 +270,17 @@ class ServedVersion:
 
     def _run_on_loop(self, batch: Batch, members: list[Member]) -> None:
         execution = execute(self._engine, self.spec, members)
-        self._is_suspect = execution.total_ns > self._place.overrun_ns_max
+        self._note_on_loop(members[0].request.input_bytes, execution)
         self._finished(batch, execution)
+
+    def _is_short(self, input_bytes: int) -> bool:
+        return input_bytes <= INLINE_INPUT_BYTES_MAX or self._large_runs.are_short(input_bytes)
+
+    def _note_on_loop(self, input_bytes: int, execution: Execution) -> None:
+        if input_bytes <= INLINE_INPUT_BYTES_MAX:
+            self._is_suspect = execution.total_ns > self._place.overrun_ns_max
+        else:  # which says nothing of smaller ones
+            self._large_runs.note(input_bytes, execution.total_ns)
 
     def _run_on_trial(self, batch: Batch, members: list[Member]) -> None:
         started_ns = time.thread_time_ns()
@@ -287,6 +315,9 @@ class ServedVersion:
 
     def _finished(self, batch: Batch, execution: Execution) -> None:
         now_ns = time.monotonic_ns()
+        input_bytes = batch.members[0].key.member.request.input_bytes
+        if self._place.on_loop and input_bytes > INLINE_INPUT_BYTES_MAX:
+            self._large_runs.note(input_bytes, execution.total_ns)
         has_run = execution.compute_ns > 0
         run_ns = execution.compute_ns if has_run and execution.is_one_run else None
         owed, actions = self._scheduler.finished(batch, now_ns, run_ns)
