@@ -61,3 +61,16 @@ def test_pieces_never_overlap_and_all_come_back(steps: list[tuple[bool, int]]) -
         arena.free(*place)
     assert arena.used_bytes == 0
     assert {arena.allocate(CHUNK), arena.allocate(CHUNK)} == {(0, 0), (1, 0)}
+
+
+def test_the_largest_free_piece() -> None:
+    allocator = ArenaAllocator()
+    assert allocator.largest_free_bytes == 0
+    allocator.add_chunk(256)
+    allocator.add_chunk(512)
+    assert allocator.largest_free_bytes == 512
+    place = allocator.allocate(512)
+    assert place == (1, 0)
+    assert allocator.largest_free_bytes == 256
+    allocator.free(*place)
+    assert allocator.largest_free_bytes == 512

@@ -31,6 +31,11 @@ class ArenaAllocator:
         """How many pieces are allocated."""
         return len(self._used)
 
+    @property
+    def largest_free_bytes(self) -> int:
+        """The largest piece that could be allocated now."""
+        return max((size for free in self._free for _, size in free), default=0)
+
     def add_chunk(self, size: int) -> int:
         """A new chunk of `size` bytes, all free. Returns its number."""
         self._chunk_bytes.append(size)

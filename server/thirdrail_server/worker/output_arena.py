@@ -136,7 +136,8 @@ class OutputArena:
             raise ResourceExhausted(
                 f"a result of {size} bytes does not fit: {self._allocator.used_bytes} of "
                 f"{self._bytes_max} bytes of this session's output memory hold results that were "
-                "not released yet"
+                f"not released yet, and the largest free piece has "
+                f"{self._allocator.largest_free_bytes}"
             )
         try:
             fd, mapping = self._make_chunk(chunk_bytes, client_writes=False)
