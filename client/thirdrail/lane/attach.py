@@ -18,6 +18,7 @@ import grpc
 
 from thirdrail import errors
 from thirdrail.failures import Unreachable, error_of_ended_call
+from thirdrail.lane.long_paths import socket_address
 from thirdrail.transport import CannotAttach
 from thirdrail.v1 import inference_pb2, sessions_pb2
 
@@ -133,7 +134,8 @@ def queue_is_full(opened: sessions_pb2.OpenSessionResponse) -> CannotAttach:
 def _connect(path: str, trusted: set[int]) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     try:
-        sock.connect(path)
+        with socket_address(path) as address:
+            sock.connect(address)
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
         uid = _PEER_CREDENTIALS.unpack(credentials)[1]
         if uid not in trusted:

@@ -11,10 +11,10 @@ import socket
 import time
 from pathlib import Path
 
+from thirdrail.lane.long_paths import socket_address
 from thirdrail_server.config import ConfigError, ServerConfig
 from thirdrail_server.front.listeners import locked, socket_mode
 
-PATH_BYTES_MAX = 107  # struct sockaddr_un
 BACKLOG = 128
 # The worker of a front that was killed holds its socket a moment longer.
 TAKEOVER_S_MAX = 2.0
@@ -43,11 +43,6 @@ def bind_lane(config: ServerConfig) -> LaneSocket | None:
     if config.socket is None or not config.lane:
         return None
     path = lane_path(config.socket, config.worker.name)
-    if len(os.fsencode(path)) > PATH_BYTES_MAX:
-        raise ConfigError(
-            f"the path of the lane's socket is longer than {PATH_BYTES_MAX} bytes: '{path}'; "
-            "choose another --socket, or --no-lane"
-        )
     try:
         with locked(path.parent):
             if _is_answered_for_long(path):
@@ -67,7 +62,8 @@ def _bind(path: Path, mode: int) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     before = os.umask(0o777 & ~mode)
     try:
-        sock.bind(str(path))
+        with socket_address(path) as address:
+            sock.bind(address)
         sock.listen(BACKLOG)
     except BaseException:
         sock.close()
@@ -89,7 +85,8 @@ def _is_answered_for_long(path: Path) -> bool:
 def _is_answered(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as probe:
         try:
-            probe.connect(str(path))
+            with socket_address(path) as address:
+                probe.connect(address)
         except BlockingIOError:
             return True  # more wait there than its queue takes
         except (ConnectionRefusedError, FileNotFoundError):
