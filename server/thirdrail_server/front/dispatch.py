@@ -107,13 +107,22 @@ class Dispatcher:
 
     def _failed(self, error: ThirdrailError, request: pb.InferRequest) -> Result:
         if isinstance(error, NotFound | Unavailable):
-            try:
-                self._catalog.find(request.model_name, request.model_version)
-            except ThirdrailError as exact:
-                error = exact
+            error = self._exact(error, request)
         status = pb.Status(reason=error.reason, message=error.message)
         response = pb.InferResponse(request_id=request.request_id, final=True, status=status)
         return Reply(response, [])
+
+    def _exact(self, error: ThirdrailError, request: pb.InferRequest) -> ThirdrailError:
+        try:
+            self._catalog.find(request.model_name, request.model_version)
+        except ThirdrailError as exact:
+            return exact
+        if isinstance(error, NotFound):  # its answer crossed with the news that a load ended
+            return Unavailable(
+                f"Request for model: '{request.model_name}' came before the model was ready; "
+                "it is now"
+            )
+        return error
 
 
 def _logged(result: Result, request: pb.InferRequest) -> Result:
