@@ -13,7 +13,14 @@ import pytest
 from support.models import write_standard_repository
 from support.server import RunningServer, running_server
 
-NEEDS_ALL = ("slow", "needs_gcc", "needs_node", "needs_packages")
+NEEDS_ALL = (
+    "slow",
+    "needs_gcc",
+    "needs_node",
+    "needs_packages",
+    "needs_tensorrt",
+    "needs_torch",
+)
 
 StartServer = Callable[..., RunningServer]
 
