@@ -22,31 +22,34 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from thirdrail.v1 import models_pb2 as thirdrail_dot_v1_dot_models__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1athirdrail/v1/metrics.proto\x12\x0cthirdrail.v1\"\x0f\n\rScrapeRequest\"\x1e\n\x0eScrapeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fSnapshotRequest\"\xbe\x01\n\x10SnapshotResponse\x12\x11\n\tuptime_ns\x18\x01 \x01(\x04\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12+\n\x06models\x18\x03 \x03(\x0b\x32\x1b.thirdrail.v1.ModelCounters\x12+\n\x07workers\x18\x04 \x03(\x0b\x32\x1a.thirdrail.v1.WorkerStatus\x12\x0f\n\x07regions\x18\x05 \x01(\r\x12\x14\n\x0cregion_bytes\x18\x06 \x01(\x04\"\xb8\x03\n\rModelCounters\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x13\n\x0brequests_ok\x18\x03 \x01(\x04\x12\x17\n\x0frequests_failed\x18\x04 \x01(\x04\x12\x18\n\x10requests_refused\x18\x05 \x01(\x04\x12\x1a\n\x12requests_timed_out\x18\x06 \x01(\x04\x12\x1a\n\x12requests_cancelled\x18\x07 \x01(\x04\x12\x0c\n\x04rows\x18\x08 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\t \x01(\x04\x12\x10\n\x08queue_ns\x18\n \x01(\x04\x12\x15\n\rinput_copy_ns\x18\x0b \x01(\x04\x12\x12\n\ncompute_ns\x18\x0c \x01(\x04\x12\x16\n\x0eoutput_copy_ns\x18\r \x01(\x04\x12\x10\n\x08total_ns\x18\x0e \x01(\x04\x12\x11\n\tfailed_ns\x18\x0f \x01(\x04\x12\x1c\n\x14last_request_unix_ms\x18\x10 \x01(\x04\x12\x0e\n\x06queued\x18\x11 \x01(\r\x12\x0f\n\x07running\x18\x12 \x01(\r\x12\x30\n\x0b\x62\x61tch_sizes\x18\x13 \x03(\x0b\x32\x1b.thirdrail.v1.BatchCounters\"q\n\rBatchCounters\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07\x62\x61tches\x18\x02 \x01(\x04\x12\x15\n\rinput_copy_ns\x18\x03 \x01(\x04\x12\x12\n\ncompute_ns\x18\x04 \x01(\x04\x12\x16\n\x0eoutput_copy_ns\x18\x05 \x01(\x04\"\xc4\x02\n\x0cWorkerStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x12\n\nis_serving\x18\x03 \x01(\x08\x12\x10\n\x08restarts\x18\x04 \x01(\r\x12\x16\n\x0eresident_bytes\x18\x05 \x01(\x04\x12\x10\n\x08sessions\x18\x06 \x01(\r\x12\x13\n\x0b\x61rena_bytes\x18\x07 \x01(\x04\x12\x13\n\x0binput_bytes\x18\x08 \x01(\x04\x12\x14\n\x0coutput_bytes\x18\t \x01(\x04\x12\x14\n\x0cleased_bytes\x18\n \x01(\x04\x12\x0e\n\x06leases\x18\x0b \x01(\r\x12\x16\n\x0esessions_ended\x18\x0c \x01(\r\x12\x35\n\x0f\x61ttach_refusals\x18\r \x03(\x0b\x32\x1c.thirdrail.v1.AttachRefusals\x12\x14\n\x0cshared_bytes\x18\x0e \x01(\x04\"1\n\x0e\x41ttachRefusals\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07\x63lients\x18\x02 \x01(\x04\x32\x99\x01\n\x07Metrics\x12\x43\n\x06Scrape\x12\x1b.thirdrail.v1.ScrapeRequest\x1a\x1c.thirdrail.v1.ScrapeResponse\x12I\n\x08Snapshot\x12\x1d.thirdrail.v1.SnapshotRequest\x1a\x1e.thirdrail.v1.SnapshotResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1athirdrail/v1/metrics.proto\x12\x0cthirdrail.v1\x1a\x19thirdrail/v1/models.proto\"\x0f\n\rScrapeRequest\"\x1e\n\x0eScrapeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fSnapshotRequest\"\xed\x01\n\x10SnapshotResponse\x12\x11\n\tuptime_ns\x18\x01 \x01(\x04\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12+\n\x06models\x18\x03 \x03(\x0b\x32\x1b.thirdrail.v1.ModelCounters\x12+\n\x07workers\x18\x04 \x03(\x0b\x32\x1a.thirdrail.v1.WorkerStatus\x12\x0f\n\x07regions\x18\x05 \x01(\r\x12\x14\n\x0cregion_bytes\x18\x06 \x01(\x04\x12-\n\x07\x65ngines\x18\x07 \x03(\x0b\x32\x1c.thirdrail.v1.EngineCounters\"\xa9\x01\n\x0e\x45ngineCounters\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x12\n\ncache_hits\x18\x03 \x01(\x04\x12\x14\n\x0c\x63\x61\x63he_misses\x18\x04 \x01(\x04\x12\x10\n\x08\x62uild_ns\x18\x05 \x01(\x04\x12\x11\n\tfallbacks\x18\x06 \x01(\x04\x12)\n\x06proofs\x18\x07 \x03(\x0b\x32\x19.thirdrail.v1.OutputProof\"\xb8\x03\n\rModelCounters\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x13\n\x0brequests_ok\x18\x03 \x01(\x04\x12\x17\n\x0frequests_failed\x18\x04 \x01(\x04\x12\x18\n\x10requests_refused\x18\x05 \x01(\x04\x12\x1a\n\x12requests_timed_out\x18\x06 \x01(\x04\x12\x1a\n\x12requests_cancelled\x18\x07 \x01(\x04\x12\x0c\n\x04rows\x18\x08 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\t \x01(\x04\x12\x10\n\x08queue_ns\x18\n \x01(\x04\x12\x15\n\rinput_copy_ns\x18\x0b \x01(\x04\x12\x12\n\ncompute_ns\x18\x0c \x01(\x04\x12\x16\n\x0eoutput_copy_ns\x18\r \x01(\x04\x12\x10\n\x08total_ns\x18\x0e \x01(\x04\x12\x11\n\tfailed_ns\x18\x0f \x01(\x04\x12\x1c\n\x14last_request_unix_ms\x18\x10 \x01(\x04\x12\x0e\n\x06queued\x18\x11 \x01(\r\x12\x0f\n\x07running\x18\x12 \x01(\r\x12\x30\n\x0b\x62\x61tch_sizes\x18\x13 \x03(\x0b\x32\x1b.thirdrail.v1.BatchCounters\"q\n\rBatchCounters\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07\x62\x61tches\x18\x02 \x01(\x04\x12\x15\n\rinput_copy_ns\x18\x03 \x01(\x04\x12\x12\n\ncompute_ns\x18\x04 \x01(\x04\x12\x16\n\x0eoutput_copy_ns\x18\x05 \x01(\x04\"\xc4\x02\n\x0cWorkerStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x12\n\nis_serving\x18\x03 \x01(\x08\x12\x10\n\x08restarts\x18\x04 \x01(\r\x12\x16\n\x0eresident_bytes\x18\x05 \x01(\x04\x12\x10\n\x08sessions\x18\x06 \x01(\r\x12\x13\n\x0b\x61rena_bytes\x18\x07 \x01(\x04\x12\x13\n\x0binput_bytes\x18\x08 \x01(\x04\x12\x14\n\x0coutput_bytes\x18\t \x01(\x04\x12\x14\n\x0cleased_bytes\x18\n \x01(\x04\x12\x0e\n\x06leases\x18\x0b \x01(\r\x12\x16\n\x0esessions_ended\x18\x0c \x01(\r\x12\x35\n\x0f\x61ttach_refusals\x18\r \x03(\x0b\x32\x1c.thirdrail.v1.AttachRefusals\x12\x14\n\x0cshared_bytes\x18\x0e \x01(\x04\"1\n\x0e\x41ttachRefusals\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07\x63lients\x18\x02 \x01(\x04\x32\x99\x01\n\x07Metrics\x12\x43\n\x06Scrape\x12\x1b.thirdrail.v1.ScrapeRequest\x1a\x1c.thirdrail.v1.ScrapeResponse\x12I\n\x08Snapshot\x12\x1d.thirdrail.v1.SnapshotRequest\x1a\x1e.thirdrail.v1.SnapshotResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'thirdrail.v1.metrics_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SCRAPEREQUEST']._serialized_start=44
-  _globals['_SCRAPEREQUEST']._serialized_end=59
-  _globals['_SCRAPERESPONSE']._serialized_start=61
-  _globals['_SCRAPERESPONSE']._serialized_end=91
-  _globals['_SNAPSHOTREQUEST']._serialized_start=93
-  _globals['_SNAPSHOTREQUEST']._serialized_end=110
-  _globals['_SNAPSHOTRESPONSE']._serialized_start=113
-  _globals['_SNAPSHOTRESPONSE']._serialized_end=303
-  _globals['_MODELCOUNTERS']._serialized_start=306
-  _globals['_MODELCOUNTERS']._serialized_end=746
-  _globals['_BATCHCOUNTERS']._serialized_start=748
-  _globals['_BATCHCOUNTERS']._serialized_end=861
-  _globals['_WORKERSTATUS']._serialized_start=864
-  _globals['_WORKERSTATUS']._serialized_end=1188
-  _globals['_ATTACHREFUSALS']._serialized_start=1190
-  _globals['_ATTACHREFUSALS']._serialized_end=1239
-  _globals['_METRICS']._serialized_start=1242
-  _globals['_METRICS']._serialized_end=1395
+  _globals['_SCRAPEREQUEST']._serialized_start=71
+  _globals['_SCRAPEREQUEST']._serialized_end=86
+  _globals['_SCRAPERESPONSE']._serialized_start=88
+  _globals['_SCRAPERESPONSE']._serialized_end=118
+  _globals['_SNAPSHOTREQUEST']._serialized_start=120
+  _globals['_SNAPSHOTREQUEST']._serialized_end=137
+  _globals['_SNAPSHOTRESPONSE']._serialized_start=140
+  _globals['_SNAPSHOTRESPONSE']._serialized_end=377
+  _globals['_ENGINECOUNTERS']._serialized_start=380
+  _globals['_ENGINECOUNTERS']._serialized_end=549
+  _globals['_MODELCOUNTERS']._serialized_start=552
+  _globals['_MODELCOUNTERS']._serialized_end=992
+  _globals['_BATCHCOUNTERS']._serialized_start=994
+  _globals['_BATCHCOUNTERS']._serialized_end=1107
+  _globals['_WORKERSTATUS']._serialized_start=1110
+  _globals['_WORKERSTATUS']._serialized_end=1434
+  _globals['_ATTACHREFUSALS']._serialized_start=1436
+  _globals['_ATTACHREFUSALS']._serialized_end=1485
+  _globals['_METRICS']._serialized_start=1488
+  _globals['_METRICS']._serialized_end=1641
 # @@protoc_insertion_point(module_scope)

@@ -11,6 +11,7 @@ import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
+import thirdrail.v1.models_pb2
 import typing
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
@@ -60,6 +61,7 @@ class SnapshotResponse(google.protobuf.message.Message):
     WORKERS_FIELD_NUMBER: builtins.int
     REGIONS_FIELD_NUMBER: builtins.int
     REGION_BYTES_FIELD_NUMBER: builtins.int
+    ENGINES_FIELD_NUMBER: builtins.int
     uptime_ns: builtins.int
     server_version: builtins.str
     regions: builtins.int
@@ -69,6 +71,8 @@ class SnapshotResponse(google.protobuf.message.Message):
     def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ModelCounters]: ...
     @property
     def workers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___WorkerStatus]: ...
+    @property
+    def engines(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___EngineCounters]: ...
     def __init__(
         self,
         *,
@@ -78,10 +82,53 @@ class SnapshotResponse(google.protobuf.message.Message):
         workers: collections.abc.Iterable[global___WorkerStatus] | None = ...,
         regions: builtins.int = ...,
         region_bytes: builtins.int = ...,
+        engines: collections.abc.Iterable[global___EngineCounters] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["models", b"models", "region_bytes", b"region_bytes", "regions", b"regions", "server_version", b"server_version", "uptime_ns", b"uptime_ns", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["engines", b"engines", "models", b"models", "region_bytes", b"region_bytes", "regions", b"regions", "server_version", b"server_version", "uptime_ns", b"uptime_ns", "workers", b"workers"]) -> None: ...
 
 global___SnapshotResponse = SnapshotResponse
+
+@typing.final
+class EngineCounters(google.protobuf.message.Message):
+    """Of engines, since the server started: sums, like those of ModelCounters, and the proof of the present one."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    CACHE_HITS_FIELD_NUMBER: builtins.int
+    CACHE_MISSES_FIELD_NUMBER: builtins.int
+    BUILD_NS_FIELD_NUMBER: builtins.int
+    FALLBACKS_FIELD_NUMBER: builtins.int
+    PROOFS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    version: builtins.int
+    cache_hits: builtins.int
+    """loads that found their plan in the cache"""
+    cache_misses: builtins.int
+    """loads that had it built"""
+    build_ns: builtins.int
+    """of these builds"""
+    fallbacks: builtins.int
+    """loads that came to another engine than that of first choice"""
+    @property
+    def proofs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[thirdrail.v1.models_pb2.OutputProof]:
+        """now"""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        version: builtins.int = ...,
+        cache_hits: builtins.int = ...,
+        cache_misses: builtins.int = ...,
+        build_ns: builtins.int = ...,
+        fallbacks: builtins.int = ...,
+        proofs: collections.abc.Iterable[thirdrail.v1.models_pb2.OutputProof] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["build_ns", b"build_ns", "cache_hits", b"cache_hits", "cache_misses", b"cache_misses", "fallbacks", b"fallbacks", "name", b"name", "proofs", b"proofs", "version", b"version"]) -> None: ...
+
+global___EngineCounters = EngineCounters
 
 @typing.final
 class ModelCounters(google.protobuf.message.Message):

@@ -55,6 +55,8 @@ class ModelStatus(google.protobuf.message.Message):
     ENGINE_FIELD_NUMBER: builtins.int
     WORKER_FIELD_NUMBER: builtins.int
     IS_EXPECTED_BACK_FIELD_NUMBER: builtins.int
+    ENGINE_REASON_FIELD_NUMBER: builtins.int
+    LOAD_PHASE_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.int
     """0: no version is known"""
@@ -67,6 +69,10 @@ class ModelStatus(google.protobuf.message.Message):
     """which worker runs it, e.g. "cpu" """
     is_expected_back: builtins.bool
     """not ready because its worker died; it will be loaded again"""
+    engine_reason: builtins.str
+    """why it is not the engine of first choice; empty when it is"""
+    load_phase: builtins.str
+    """of a load under way, e.g. "building"; another engine may be serving meanwhile"""
     def __init__(
         self,
         *,
@@ -77,8 +83,10 @@ class ModelStatus(google.protobuf.message.Message):
         engine: builtins.str = ...,
         worker: builtins.str = ...,
         is_expected_back: builtins.bool = ...,
+        engine_reason: builtins.str = ...,
+        load_phase: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["engine", b"engine", "is_expected_back", b"is_expected_back", "name", b"name", "reason", b"reason", "state", b"state", "version", b"version", "worker", b"worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["engine", b"engine", "engine_reason", b"engine_reason", "is_expected_back", b"is_expected_back", "load_phase", b"load_phase", "name", b"name", "reason", b"reason", "state", b"state", "version", b"version", "worker", b"worker"]) -> None: ...
 
 global___ModelStatus = ModelStatus
 
@@ -145,6 +153,7 @@ class DescribeResponse(google.protobuf.message.Message):
     CONFIG_PBTXT_FIELD_NUMBER: builtins.int
     WARNINGS_FIELD_NUMBER: builtins.int
     INPUTS_IN_PLACE_FIELD_NUMBER: builtins.int
+    ENGINE_REPORT_FIELD_NUMBER: builtins.int
     batch_rows_max: builtins.int
     """0: the model does not batch"""
     instances: builtins.int
@@ -166,6 +175,8 @@ class DescribeResponse(google.protobuf.message.Message):
     def inputs_in_place(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """inputs that the engine may read where the caller put them"""
 
+    @property
+    def engine_report(self) -> global___EngineReport: ...
     def __init__(
         self,
         *,
@@ -178,11 +189,75 @@ class DescribeResponse(google.protobuf.message.Message):
         config_pbtxt: builtins.str = ...,
         warnings: collections.abc.Iterable[builtins.str] | None = ...,
         inputs_in_place: collections.abc.Iterable[builtins.str] | None = ...,
+        engine_report: global___EngineReport | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["status", b"status"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["batch_rows_max", b"batch_rows_max", "config_pbtxt", b"config_pbtxt", "inputs", b"inputs", "inputs_in_place", b"inputs_in_place", "instances", b"instances", "outputs", b"outputs", "ready_versions", b"ready_versions", "status", b"status", "warnings", b"warnings"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["engine_report", b"engine_report", "status", b"status"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["batch_rows_max", b"batch_rows_max", "config_pbtxt", b"config_pbtxt", "engine_report", b"engine_report", "inputs", b"inputs", "inputs_in_place", b"inputs_in_place", "instances", b"instances", "outputs", b"outputs", "ready_versions", b"ready_versions", "status", b"status", "warnings", b"warnings"]) -> None: ...
 
 global___DescribeResponse = DescribeResponse
+
+@typing.final
+class EngineReport(google.protobuf.message.Message):
+    """How the engine of a version came to be."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PLAN_KEY_FIELD_NUMBER: builtins.int
+    IS_CACHE_HIT_FIELD_NUMBER: builtins.int
+    BUILD_NS_FIELD_NUMBER: builtins.int
+    PRECISION_FIELD_NUMBER: builtins.int
+    PROOFS_FIELD_NUMBER: builtins.int
+    plan_key: builtins.str
+    """of its plan in the cache; empty: it runs the model file itself"""
+    is_cache_hit: builtins.bool
+    """else the plan was built for this load"""
+    build_ns: builtins.int
+    """of the build, whenever that was"""
+    precision: builtins.str
+    """what the graph was converted to before, e.g. "fp16"; empty: nothing"""
+    @property
+    def proofs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___OutputProof]:
+        """none: there is nothing to compare it with"""
+
+    def __init__(
+        self,
+        *,
+        plan_key: builtins.str = ...,
+        is_cache_hit: builtins.bool = ...,
+        build_ns: builtins.int = ...,
+        precision: builtins.str = ...,
+        proofs: collections.abc.Iterable[global___OutputProof] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["build_ns", b"build_ns", "is_cache_hit", b"is_cache_hit", "plan_key", b"plan_key", "precision", b"precision", "proofs", b"proofs"]) -> None: ...
+
+global___EngineReport = EngineReport
+
+@typing.final
+class OutputProof(google.protobuf.message.Message):
+    """How far an output was from that of ONNX Runtime on the CPU, for seeded inputs."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OUTPUT_FIELD_NUMBER: builtins.int
+    MAX_ABS_ERROR_FIELD_NUMBER: builtins.int
+    MEAN_ABS_ERROR_FIELD_NUMBER: builtins.int
+    COSINE_FIELD_NUMBER: builtins.int
+    output: builtins.str
+    max_abs_error: builtins.float
+    mean_abs_error: builtins.float
+    cosine: builtins.float
+    """1: the same direction"""
+    def __init__(
+        self,
+        *,
+        output: builtins.str = ...,
+        max_abs_error: builtins.float = ...,
+        mean_abs_error: builtins.float = ...,
+        cosine: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cosine", b"cosine", "max_abs_error", b"max_abs_error", "mean_abs_error", b"mean_abs_error", "output", b"output"]) -> None: ...
+
+global___OutputProof = OutputProof
 
 @typing.final
 class LoadRequest(google.protobuf.message.Message):
@@ -212,12 +287,18 @@ class LoadResponse(google.protobuf.message.Message):
     STEPS_FIELD_NUMBER: builtins.int
     DONE_FIELD_NUMBER: builtins.int
     VERSIONS_FIELD_NUMBER: builtins.int
+    PHASE_STEP_FIELD_NUMBER: builtins.int
+    PHASE_STEPS_FIELD_NUMBER: builtins.int
     phase: builtins.str
     """"reading", "building", "proving", "warming up", "ready" """
     step: builtins.int
     """of `steps`"""
     steps: builtins.int
     done: builtins.bool
+    phase_step: builtins.int
+    """within the phase, of `phase_steps`"""
+    phase_steps: builtins.int
+    """0: nobody knows"""
     @property
     def versions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """ready ones, when done"""
@@ -230,8 +311,10 @@ class LoadResponse(google.protobuf.message.Message):
         steps: builtins.int = ...,
         done: builtins.bool = ...,
         versions: collections.abc.Iterable[builtins.int] | None = ...,
+        phase_step: builtins.int = ...,
+        phase_steps: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["done", b"done", "phase", b"phase", "step", b"step", "steps", b"steps", "versions", b"versions"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["done", b"done", "phase", b"phase", "phase_step", b"phase_step", "phase_steps", b"phase_steps", "step", b"step", "steps", b"steps", "versions", b"versions"]) -> None: ...
 
 global___LoadResponse = LoadResponse
 
