@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from thirdrail.client import Client
     from thirdrail.errors import CallerError, NotNow, ServerFault, ThirdrailError
     from thirdrail.failures import Unreachable
-    from thirdrail.models import LoadProgress, ModelChange, ModelDescription, ModelStatus
+    from thirdrail.models import (
+        EngineReport,
+        LoadProgress,
+        ModelChange,
+        ModelDescription,
+        ModelStatus,
+        OutputProof,
+    )
     from thirdrail.requests import Result
     from thirdrail.stream import Stream
     from thirdrail.tensors import TensorSpec
@@ -29,11 +36,13 @@ if TYPE_CHECKING:
 __all__ = [
     "CallerError",
     "Client",
+    "EngineReport",
     "LoadProgress",
     "ModelChange",
     "ModelDescription",
     "ModelStatus",
     "NotNow",
+    "OutputProof",
     "Result",
     "ServerFault",
     "Stream",
@@ -50,11 +59,13 @@ __all__ = [
 _HOMES = {
     "CallerError": "errors",
     "Client": "client",
+    "EngineReport": "models",
     "LoadProgress": "models",
     "ModelChange": "models",
     "ModelDescription": "models",
     "ModelStatus": "models",
     "NotNow": "errors",
+    "OutputProof": "models",
     "Result": "requests",
     "ServerFault": "errors",
     "Stream": "stream",

@@ -25,6 +25,7 @@ from thirdrail.errors import (
     Unavailable,
 )
 from thirdrail.failures import rpc_errors, with_note
+from thirdrail.lane.busy_poll import LONGEST_US, BusyWindow
 from thirdrail.lane.calls import NotSent
 from thirdrail.lane.encoding import Encoder
 from thirdrail.models import (
@@ -76,6 +77,8 @@ class Client:
     transport: "auto" attaches to the lane of a server on this host, where tensors go through shared
         memory, and uses gRPC elsewhere; `client.transport` says which and why. "lane" raises where
         it cannot attach, "grpc" never does.
+    busy_poll_us: how long a thread that waits for the lane looks at most before it sleeps; 0 never
+        looks. It adapts, and looks only where answers have come within this time.
     debug: find misuse of shared memory: released results are overwritten, and inputs that are
         written while a request reads them fail it with FailedPrecondition.
 
@@ -91,12 +94,15 @@ class Client:
         tls: TlsOptions | None = None,
         compression: Compression | None = None,
         transport: TransportChoice = "auto",
+        busy_poll_us: int = LONGEST_US,
         debug: bool = False,
     ) -> None:
         self._url = url
         self._tls = tls
         self._compression = grpc_compression(compression)
         self._rule = LaneRule(transport)
+        BusyWindow(busy_poll_us)  # raises for what makes no sense, here and not at the first call
+        self._busy_poll_us = busy_poll_us
         self._is_debug = debug
         self._is_closed = False
         self._connection: Connection | None = None
@@ -344,7 +350,13 @@ class Client:
             self._inherited.append(connection)
         address = find_address(self._url, sockets=self._tls is None)
         channel = open_channel(address, self._tls, self._compression)
-        self._connection = Connection(address, channel, self._rule, is_debug=self._is_debug)
+        self._connection = Connection(
+            address,
+            channel,
+            self._rule,
+            busy_poll_us=self._busy_poll_us,
+            is_debug=self._is_debug,
+        )
         return self._connection
 
     def _request(

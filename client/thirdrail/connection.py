@@ -16,7 +16,13 @@ class Connection:
     """Belongs to the process that made it."""
 
     def __init__(
-        self, address: str, channel: grpc.Channel, rule: LaneRule, *, is_debug: bool
+        self,
+        address: str,
+        channel: grpc.Channel,
+        rule: LaneRule,
+        *,
+        busy_poll_us: int,
+        is_debug: bool,
     ) -> None:
         self.pid = os.getpid()
         self.address = address
@@ -28,7 +34,9 @@ class Connection:
             health.CHECK_METHOD, health.encode_request, health.decode_response
         )
         sessions = sessions_pb2_grpc.SessionsStub(channel)
-        self.access = LaneAccess(rule, address, sessions, is_debug=is_debug)
+        self.access = LaneAccess(
+            rule, address, sessions, busy_poll_us=busy_poll_us, is_debug=is_debug
+        )
 
     def close(self) -> None:
         """Calls in flight end with Cancelled."""

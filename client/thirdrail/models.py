@@ -2,7 +2,7 @@
 """What the server says about its models, as plain values."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from thirdrail import dtypes
 from thirdrail.errors import NotFound, ThirdrailError, Unavailable
@@ -12,6 +12,7 @@ from thirdrail.v1 import models_pb2 as pb
 from thirdrail.v1 import tensor_pb2
 
 _STATE_PREFIX = "MODEL_STATE_"
+NS_PER_S = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class ModelStatus:
     engine: str  # what runs it, e.g. "onnxruntime"
     worker: str  # which worker runs it, e.g. "cpu"
     is_expected_back: bool = False  # not ready because its worker died; it will be loaded again
+    engine_reason: str = ""  # why it is not the engine of first choice; empty when it is
+    load_phase: str = ""  # of a load under way, e.g. "building"
 
     @property
     def is_ready(self) -> bool:
@@ -48,6 +51,27 @@ class ModelChange:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputProof:
+    """How far an output was from that of ONNX Runtime on the CPU, for seeded inputs."""
+
+    output: str
+    max_abs_error: float
+    mean_abs_error: float
+    cosine: float  # 1: the same direction
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """How the engine of a version came to be."""
+
+    plan_key: str = ""  # of its plan in the cache; empty: it runs the model file itself
+    is_cache_hit: bool = False  # else the plan was built for this load
+    build_s: float = 0.0  # of the build, whenever that was
+    precision: str = ""  # what the graph was converted to before; empty: nothing
+    proofs: tuple[OutputProof, ...] = ()  # none: there is nothing to compare it with
+
+
+@dataclass(frozen=True, slots=True)
 class ModelDescription:
     """A model as its callers need to know it."""
 
@@ -60,15 +84,18 @@ class ModelDescription:
     config_pbtxt: str  # the whole configuration in force, derived fields included
     warnings: tuple[str, ...]  # configuration fields that have no effect
     inputs_in_place: tuple[str, ...]  # read by the engine where the caller put them
+    engine_report: EngineReport = field(default_factory=EngineReport)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """How far a load has come: `step` of `steps`, called `phase`."""
+    """How far a load has come: `step` of `steps`, called `phase`, and how far within that."""
 
     phase: str
     step: int
     steps: int
+    phase_step: int = 0
+    phase_steps: int = 0  # 0: nobody knows
 
 
 def require_declaration(description: ModelDescription) -> None:
@@ -114,6 +141,8 @@ def status_of_message(message: pb.ModelStatus) -> ModelStatus:
         engine=message.engine,
         worker=message.worker,
         is_expected_back=message.is_expected_back,
+        engine_reason=message.engine_reason,
+        load_phase=message.load_phase,
     )
 
 
@@ -132,6 +161,20 @@ def description_of_message(message: pb.DescribeResponse) -> ModelDescription:
         config_pbtxt=message.config_pbtxt,
         warnings=tuple(message.warnings),
         inputs_in_place=tuple(message.inputs_in_place),
+        engine_report=report_of_message(message.engine_report),
+    )
+
+
+def report_of_message(message: pb.EngineReport) -> EngineReport:
+    return EngineReport(
+        plan_key=message.plan_key,
+        is_cache_hit=message.is_cache_hit,
+        build_s=message.build_ns / NS_PER_S,
+        precision=message.precision,
+        proofs=tuple(
+            OutputProof(each.output, each.max_abs_error, each.mean_abs_error, each.cosine)
+            for each in message.proofs
+        ),
     )
 
 
@@ -141,7 +184,9 @@ def spec_of_message(message: tensor_pb2.TensorSpec) -> TensorSpec:
 
 
 def progress_of_message(message: pb.LoadResponse) -> LoadProgress:
-    return LoadProgress(message.phase, message.step, message.steps)
+    return LoadProgress(
+        message.phase, message.step, message.steps, message.phase_step, message.phase_steps
+    )
 
 
 def _state_name(state: int) -> str:

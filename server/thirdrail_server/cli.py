@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from thirdrail.lane.busy_poll import LONGEST_US
+from thirdrail_server.busy_poll import new_loop
 from thirdrail_server.config import (
     MIB,
     ConfigError,
@@ -38,6 +40,7 @@ NEEDED_MODULES = (
 _FLAGS = {
     "arena_bytes_per_uid_max": "--lane-memory-mib",
     "arena_bytes_total_max": "--lane-memory-mib",
+    "busy_poll_us": "--busy-poll-us",
     "concurrent_calls_max": "--max-calls",
     "connections_max": "--max-connections",
     "derive_batch_rows": "--derive-batching",
@@ -214,6 +217,15 @@ def serve(
             panel=Limits,
         ),
     ] = 1024,
+    busy_poll_us: Annotated[
+        int,
+        _option(
+            "How long a process looks for news before it sleeps, where news has come that fast; "
+            "0 never looks. Saves wake-ups, costs at most this much of a core for each wait.",
+            "--busy-poll-us",
+            panel=Operation,
+        ),
+    ] = LONGEST_US,
     shutdown_seconds: Annotated[
         float,
         _option(
@@ -303,7 +315,9 @@ def serve(
             connections_max=max_connections,
             stream_requests_in_flight_max=max_stream_requests,
             shutdown_s_max=shutdown_seconds,
+            busy_poll_us=busy_poll_us,
             worker=WorkerConfig(
+                busy_poll_us=busy_poll_us,
                 threads_max=threads,
                 queue_requests_max=max_queue,
                 derive_batch_rows=derive_batching,
@@ -342,7 +356,8 @@ def _run(config: ServerConfig, *, suggest: bool) -> None:
             return
         from thirdrail_server.front.process import run_front
 
-        asyncio.run(run_front(config))
+        with asyncio.Runner(loop_factory=lambda: new_loop(config.busy_poll_us)) as runner:
+            runner.run(run_front(config))
     except (ConfigError, RepositoryError) as error:
         typer.echo(f"thirdrail serve: {error}", err=True)
         raise typer.Exit(EXIT_CANNOT_START) from None

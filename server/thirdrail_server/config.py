@@ -14,6 +14,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from thirdrail.lane.busy_poll import LONGEST_US
+
 MIB = 1 << 20
 PORT_MAX = 65535
 UID_MAX = 2**32 - 1  # this one means "none" to the kernel
@@ -122,9 +124,11 @@ class WorkerConfig:
     # busy host counts not.
     inline_run_us_max: int = 200  # about what two switches of threads cost on a virtual machine
     inline_overrun_us_max: int = 1000
+    busy_poll_us: int = LONGEST_US  # how long the loop looks for news before it sleeps; 0: never
 
     def __post_init__(self) -> None:
         _require(self, "threads_max", 0)
+        _require(self, "busy_poll_us", 0)
         _require(self, "queue_requests_max", 1)
         _require(self, "loads_at_once_max", 1)
         if self.derive_batch_rows < 0 or self.derive_batch_rows == 1:
@@ -226,6 +230,7 @@ class ServerConfig:
     stream_requests_in_flight_max: int = 64
     upload_bytes_max: int = 64 * MIB  # all `file:` overrides of one load
     shutdown_s_max: float = 30.0
+    busy_poll_us: int = LONGEST_US  # as in WorkerConfig
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     control: ControlLimits = field(default_factory=ControlLimits)
     regions: RegionLimits = field(default_factory=RegionLimits)
@@ -246,6 +251,7 @@ class ServerConfig:
         ):
             _require(self, name, 1)
         _require(self, "shutdown_s_max", 0)
+        _require(self, "busy_poll_us", 0)
         if not self.poll_interval_s > 0:
             raise ConfigError(f"poll_interval_s must be above 0, got {self.poll_interval_s}")
         if self.message_bytes_max > 2**31 - 1:

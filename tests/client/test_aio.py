@@ -51,7 +51,9 @@ def test_twins_match_method_by_method(blocking: type, awaited: type) -> None:
     ours, theirs = own_methods(blocking), own_methods(awaited)
     assert list(ours) == list(theirs)
     for name in ("__init__", *ours):
-        mine = inspect.signature(getattr(blocking, name)).parameters
+        mine = dict(inspect.signature(getattr(blocking, name)).parameters)
+        if blocking is Client and name == "__init__":
+            del mine["busy_poll_us"]  # how a coroutine waits is its loop's business
         other = inspect.signature(getattr(awaited, name)).parameters
         assert list(mine) == list(other), name
         for parameter in mine:

@@ -7,16 +7,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
 
 from thirdrail.cli import EXIT_REFUSED
+from thirdrail.cli.bars import load_bars
 from thirdrail.cli.figures import dict_of_message
 from thirdrail.cli.session import console, new_table, print_json, session_of
-from thirdrail.models import LoadProgress, ModelDescription
+from thirdrail.models import EngineReport, ModelDescription, ModelStatus
 from thirdrail.tensors import TensorSpec
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name.")]
 
+_PROOF_COLUMNS = ("MAX ERROR", "MEAN ERROR", "COSINE")
 _STATE_STYLES = {"ready": "green", "unavailable": "red"}
 
 
@@ -24,7 +25,7 @@ def models(
     ctx: typer.Context,
     ready: Annotated[bool, typer.Option("--ready", help="Only those that can serve.")] = False,
 ) -> None:
-    """List the models, their versions and states, and why one is not ready."""
+    """List the models, their versions, states and engines, and why one is not as it should be."""
     session = session_of(ctx)
     with session.client() as client:
         found = client.models(ready_only=ready)
@@ -35,9 +36,16 @@ def models(
     for status in found:
         state = f"[{_STATE_STYLES.get(status.state, 'yellow')}]{status.state}[/]"
         version = str(status.version or "-")
-        cells = map(escape, (status.engine, status.worker, status.reason))
+        cells = map(escape, (status.engine, status.worker, _reason(status)))
         table.add_row(escape(status.name), version, state, *cells)
     console().print(table if found else "The server has no models.")
+
+
+def _reason(status: ModelStatus) -> str:
+    """Why it does not serve, or not with the engine of first choice, and what is done about it."""
+    loading = f"loading: {status.load_phase}" if status.load_phase else ""
+    why = "" if loading and status.state == "loading" else status.reason
+    return "; ".join(filter(None, (why, status.engine_reason, loading)))
 
 
 def describe(
@@ -63,6 +71,7 @@ def describe(
 def _description_json(found: ModelDescription) -> dict[str, Any]:
     fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
     fields["status"] = dataclasses.asdict(found.status)
+    fields["engine_report"] = dataclasses.asdict(found.engine_report)
     for kind in ("inputs", "outputs"):
         fields[kind] = [
             {"name": s.name, "datatype": s.dtype.name, "shape": s.shape, "optional": s.optional}
@@ -87,8 +96,29 @@ def _print_description(found: ModelDescription) -> None:
             shape = escape(str(list(spec.shape)))
             table.add_row(kind, escape(spec.name), spec.dtype.name, shape, _remarks(spec, found))
     out.print(table)
+    _print_engine(found.engine_report, status)
     for warning in found.warnings:
         out.print(f"[yellow]warning[/] {escape(warning)}")
+
+
+def _print_engine(report: EngineReport, status: ModelStatus) -> None:
+    out = console()
+    if status.engine_reason:
+        out.print(
+            f"[yellow]engine[/] {escape(status.engine)}, because {escape(status.engine_reason)}"
+        )
+    if report.plan_key:
+        origin = "found in the cache, built" if report.is_cache_hit else "built for this load"
+        precision = f", {report.precision}" if report.precision else ""
+        out.print(f"plan {report.plan_key[:12]}: {origin} in {report.build_s:.1f} s{precision}")
+    if report.proofs:
+        table = new_table("OUTPUT", *_PROOF_COLUMNS, right=_PROOF_COLUMNS)
+        for each in report.proofs:
+            figures = (each.max_abs_error, each.mean_abs_error)
+            table.add_row(
+                escape(each.output), *(f"{figure:.2g}" for figure in figures), f"{each.cosine:.6f}"
+            )
+        out.print("against ONNX Runtime on the CPU:", table)
 
 
 def _remarks(spec: TensorSpec, found: ModelDescription) -> str:
@@ -109,15 +139,7 @@ def load(
     """Load a model, or load it anew. Needs a server with --model-control explicit."""
     session = session_of(ctx)
     text = config.read_text(encoding="utf-8") if config else ""
-    columns = (TextColumn("{task.fields[model]}"), BarColumn(), TextColumn("{task.description}"))
-    err = console(stderr=True)
-    bars = Progress(*columns, console=err, disable=not err.is_terminal)
-    with session.client() as client, bars:
-        bar = bars.add_task("", model=model, total=None)
-
-        def show(at: LoadProgress) -> None:
-            bars.update(bar, description=at.phase, completed=at.step, total=at.steps or None)
-
+    with session.client() as client, load_bars(model) as show:
         versions = client.load(model, config_pbtxt=text, progress=show)
     if session.as_json:
         print_json({"model": model, "versions": versions})

@@ -24,11 +24,18 @@ class LaneAccess:
     """
 
     def __init__(
-        self, rule: LaneRule, address: str, service: SessionsStub, *, is_debug: bool
+        self,
+        rule: LaneRule,
+        address: str,
+        service: SessionsStub,
+        *,
+        busy_poll_us: int,
+        is_debug: bool,
     ) -> None:
         self._rule = rule
         self._address = address
         self._service = service
+        self._busy_poll_us = busy_poll_us
         self._is_debug = is_debug
         self._lane: BlockingLane | None = None
         self._path = ""
@@ -88,5 +95,9 @@ class LaneAccess:
         sock = attach.connect(self._address, opened)
         self._path = sock.getpeername()
         return attach_lane(
-            sock, opened.token, client_name=attach.client_name(), is_debug=self._is_debug
+            sock,
+            opened.token,
+            client_name=attach.client_name(),
+            busy_poll_us=self._busy_poll_us,
+            is_debug=self._is_debug,
         )

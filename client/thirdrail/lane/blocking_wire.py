@@ -16,6 +16,7 @@ from collections import deque
 from google.protobuf.message import DecodeError
 
 from thirdrail.lane import packets
+from thirdrail.lane.busy_poll import LONGEST_US, BusyWindow
 from thirdrail.lane.turns import WAIT_S_MAX
 from thirdrail.v1 import lane_pb2
 
@@ -29,14 +30,18 @@ class LaneBroken(Exception):
 
 
 class BlockingWire:
-    """Takes over a connected SOCK_SEQPACKET socket. `receive` is for one thread at a time."""
+    """Takes over a connected SOCK_SEQPACKET socket. `receive` is for one thread at a time.
 
-    def __init__(self, sock: socket.socket) -> None:
+    busy_poll_us: how long `receive` looks at most before it sleeps.
+    """
+
+    def __init__(self, sock: socket.socket, *, busy_poll_us: int = LONGEST_US) -> None:
         sock.setblocking(True)
         self._sock = sock
         self._fd = sock.fileno()
         self._readable = select.poll()
         self._readable.register(self._fd, select.POLLIN)
+        self._window = BusyWindow(busy_poll_us)
         # One entry for each thread that uses the socket. A deque's operations are atomic, which
         # spares a lock on the way of every packet.
         self._users: deque[None] = deque()
@@ -67,9 +72,12 @@ class BlockingWire:
         try:
             if self._is_closed:
                 raise LaneBroken("the lane was closed")
-            if deadline_s is not None and not self._readable.poll(_milliseconds_until(deadline_s)):
+            started_ns = time.perf_counter_ns()
+            if not self._await_packet(started_ns, deadline_s):
                 return None
             packet, fds = self._receive(packet_bytes_max)
+            if deadline_s != 0:
+                self._window.waited(time.perf_counter_ns() - started_ns)
         except OSError as error:
             raise LaneBroken(f"the worker is gone: {error.strerror}") from None
         except packets.PacketTooLarge as error:
@@ -100,6 +108,21 @@ class BlockingWire:
         """In a forked child: close what was inherited, without a word to the worker."""
         self._is_closed = True
         self._sock.close()
+
+    def _await_packet(self, started_ns: int, deadline_s: float | None) -> bool:
+        """False: none came until the deadline. Without one, it may be yet to come."""
+        if deadline_s != 0 and self._window.ns and self._look(started_ns):
+            return True
+        return deadline_s is None or bool(self._readable.poll(_milliseconds_until(deadline_s)))
+
+    def _look(self, started_ns: int) -> bool:
+        until_ns = started_ns + self._window.ns
+        poll = self._readable.poll
+        while not poll(0):
+            if time.perf_counter_ns() >= until_ns:
+                return False
+            os.sched_yield()  # whoever has work to do on this core goes first
+        return True
 
     def _receive(self, packet_bytes_max: int) -> tuple[bytes, list[int]]:
         try:

@@ -7,12 +7,18 @@ import time
 from thirdrail.lane.attach import HELLO_TIMEOUT_S, not_answered, refused
 from thirdrail.lane.blocking import BlockingLane
 from thirdrail.lane.blocking_wire import BlockingWire, LaneBroken, close_all
+from thirdrail.lane.busy_poll import LONGEST_US
 from thirdrail.lane.wire import ATTACH_PACKET_BYTES_MAX, DEBUG_FEATURE, VERSION_MAX, VERSION_MIN
 from thirdrail.v1 import lane_pb2
 
 
 def attach_lane(
-    sock: socket.socket, token: bytes = b"", *, client_name: str = "", is_debug: bool = False
+    sock: socket.socket,
+    token: bytes = b"",
+    *,
+    client_name: str = "",
+    busy_poll_us: int = LONGEST_US,
+    is_debug: bool = False,
 ) -> BlockingLane:
     """Say hello on a connected socket, which the lane then owns.
 
@@ -26,7 +32,7 @@ def attach_lane(
         token=token,
         client_name=client_name,
     )
-    wire = BlockingWire(sock)
+    wire = BlockingWire(sock, busy_poll_us=busy_poll_us)
     try:
         return BlockingLane(wire, _attached(wire, hello), is_debug=is_debug)
     except BaseException:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from thirdrail.v1 import metrics_pb2
 from thirdrail_engines import use_one_arena
+from thirdrail_server.busy_poll import new_loop
 from thirdrail_server.config import WorkerConfig
 from thirdrail_server.control_channel import ChannelLimits
 from thirdrail_server.logs import configure_logging
@@ -58,7 +59,8 @@ def run_worker(config: WorkerConfig, inherited: InheritedSockets) -> int:
     # the service: the front decides how its workers end, which may still have requests to answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    asyncio.run(_serve(config, inherited))
+    with asyncio.Runner(loop_factory=lambda: new_loop(config.busy_poll_us)) as runner:
+        runner.run(_serve(config, inherited))
     # A dying front's sockets close a moment before its death is known: then this is its death, and
     # the watch has something to remove.
     watch.join(FRONT_DEATH_S_MAX)
