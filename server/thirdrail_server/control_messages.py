@@ -3,6 +3,7 @@
 
 import base64
 import binascii
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from thirdrail.errors import Internal
+from thirdrail.v1 import models_pb2
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 
 Fields = dict[str, Any]
@@ -46,6 +48,34 @@ class LoadCommand:
 
 
 @dataclass(frozen=True, slots=True)
+class VersionEngine:
+    """What runs one version, and how it came to be."""
+
+    name: str  # "onnxruntime"
+    reason: str = ""  # why it is not the engine of first choice; empty when it is
+    report: models_pb2.EngineReport = field(default_factory=models_pb2.EngineReport)
+    is_stopgap: bool = False  # it serves until the engine of first choice is built and proven
+
+    def to_fields(self) -> Fields:
+        return {
+            "name": self.name,
+            "reason": self.reason,
+            "report": message_to_text(self.report),
+            "is_stopgap": self.is_stopgap,
+        }
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> "VersionEngine":
+        """Raises KeyError, TypeError or ValueError when the fields are not those of `to_fields`."""
+        return cls(
+            str(fields["name"]),
+            str(fields["reason"]),
+            message_of_text(models_pb2.EngineReport, fields["report"]),
+            bool(fields["is_stopgap"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """What came of a load."""
 
@@ -53,7 +83,7 @@ class LoadedModel:
     versions: dict[int, str | None]  # version -> why it failed; None: it is ready
     in_place: dict[int, list[str]] = field(default_factory=dict)  # version -> inputs bound in place
     warnings: list[str] = field(default_factory=list)
-    engine: str = ""  # what runs it, e.g. "onnxruntime"
+    engines: dict[int, VersionEngine] = field(default_factory=dict)  # version -> what runs it
 
     def to_fields(self) -> Fields:
         return {
@@ -61,7 +91,7 @@ class LoadedModel:
             "versions": [[version, failure] for version, failure in self.versions.items()],
             "in_place": [[version, names] for version, names in self.in_place.items()],
             "warnings": self.warnings,
-            "engine": self.engine,
+            "engines": [[version, each.to_fields()] for version, each in self.engines.items()],
         }
 
     @classmethod
@@ -73,7 +103,7 @@ class LoadedModel:
                 {int(v): None if text is None else str(text) for v, text in fields["versions"]},
                 {int(v): [str(name) for name in names] for v, names in fields["in_place"]},
                 [str(warning) for warning in fields["warnings"]],
-                str(fields["engine"]),
+                {int(v): VersionEngine.from_fields(each) for v, each in fields["engines"]},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise Internal(f"a loaded model that cannot be read: {error!r}") from None
@@ -81,20 +111,22 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """How far a load has come."""
+    """How far a load has come: as a whole, and within its phase. 0 steps: nobody knows."""
 
-    phase: str  # "reading", "building", "proving", "warming up", "ready"
-    step: int
-    steps: int
+    phase: str  # "reading", "building", "proving", "warming up", "ready", and words of builders
+    step: int = 0
+    steps: int = 0
+    phase_step: int = 0
+    phase_steps: int = 0
 
     def to_fields(self) -> Fields:
-        return {"phase": self.phase, "step": self.step, "steps": self.steps}
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_fields(cls, fields: Fields) -> "LoadProgress":
         """Never fails: a report that makes no sense is one without content."""
-        phase, step, steps = (fields.get(key) for key in ("phase", "step", "steps"))
-        counts = [n if isinstance(n, int) and 0 <= n < 1 << 32 else 0 for n in (step, steps)]
+        phase, *numbers = (fields.get(each.name) for each in dataclasses.fields(cls))
+        counts = [n if isinstance(n, int) and 0 <= n < 1 << 32 else 0 for n in numbers]
         return cls(phase if isinstance(phase, str) else "", *counts)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from thirdrail.errors import InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from thirdrail.models import error_of_missing, status_of_message
-from thirdrail_server.control_messages import LoadedModel
+from thirdrail_server.control_messages import LoadedModel, VersionEngine
 from thirdrail_server.front.control.catalog import (
     LOADING,
     READY,
@@ -24,7 +24,9 @@ from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 def loaded(**versions: str | None) -> LoadedModel:
     """loaded(v1=None, v2="why it failed")"""
     numbers = {int(name[1:]): failure for name, failure in versions.items()}
-    return LoadedModel(ModelConfig(name="m"), numbers, {1: ["x"]}, ["w"], "onnxruntime")
+    return LoadedModel(
+        ModelConfig(name="m"), numbers, {1: ["x"]}, ["w"], {2: VersionEngine("onnxruntime")}
+    )
 
 
 @pytest.fixture
@@ -48,7 +50,11 @@ def test_no_version_means_the_newest_ready_one(catalog: Catalog) -> None:
     assert catalog.find("m", "")[1] == 10
     assert catalog.find("m", 0)[1] == 10
     model, version = catalog.find("m", "2")
-    assert (version, model.config, model.engine) == (2, ModelConfig(name="m"), "onnxruntime")
+    assert (version, model.config, model.engines[2].name) == (
+        2,
+        ModelConfig(name="m"),
+        "onnxruntime",
+    )
     assert model.in_place == {1: ("x",)}
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from thirdrail.errors import Internal, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from thirdrail_server.config import ControlLimits, WorkerConfig
+from thirdrail_server.control_messages import LoadProgress
 from thirdrail_server.front.control.access import ControlIsOff
 from thirdrail_server.front.control.catalog import RELOAD_FAILED
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
@@ -54,9 +55,9 @@ async def test_explicit_mode_loads_what_is_asked_for(repository: Any, open_plane
     async with open_plane(load_models=("a",), **EXPLICIT) as plane:
         await plane.until(plane.catalog.all_ready)
         assert plane.reason("b") == "unloaded"
-        told: list[tuple[str, int, int]] = []
-        assert await plane.control.load("b", None, {}, lambda *p: told.append(p)) == [1]
-        assert told == [("reading", 0, 0), ("building", 1, 2)]
+        told: list[LoadProgress] = []
+        assert await plane.control.load("b", None, {}, told.append) == [1]
+        assert told == [LoadProgress("reading"), LoadProgress("building", 1, 2)]
         await plane.control.unload("b")
         assert not plane.catalog.is_ready("b")
         await plane.control.unload("b")

@@ -13,7 +13,7 @@ from thirdrail.errors import NotFound
 from thirdrail.v1 import metrics_pb2
 from thirdrail_engines.engine import ModelFileError
 from thirdrail_server.control_channel import ChannelLimits
-from thirdrail_server.control_messages import LoadedModel
+from thirdrail_server.control_messages import LoadedModel, LoadProgress, VersionEngine
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.worker.control import serve_control
 
@@ -30,12 +30,12 @@ class Models:
         name: str,
         config: ModelConfig | None,
         versions: Sequence[tuple[int, Path]],
-        progress: Callable[[str, int, int], None],
+        progress: Callable[[LoadProgress], None],
     ) -> LoadedModel:
         self.loads += 1
         for _version, path in versions:
             # From another thread, as an engine's loader does.
-            await asyncio.to_thread(progress, "building", 1, 2)
+            await asyncio.to_thread(progress, LoadProgress("building", 1, 2))
             await _obey(path.read_text().strip())
         self.names.add(name)
         complete = ModelConfig(name=name, max_batch_size=4)
@@ -45,7 +45,7 @@ class Models:
             {version: None for version, _path in versions},
             {version: ["x"] for version, _path in versions},
             ["a field has no effect"],
-            "nothing",
+            {version: VersionEngine("nothing") for version, _path in versions},
         )
 
     async def unload(self, name: str) -> None:

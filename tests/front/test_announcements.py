@@ -30,7 +30,7 @@ def config(**settings: Any) -> ServerConfig:
 def serve(catalog: Catalog, *names: str) -> None:
     for name in names:
         catalog.begin_load(name, [1], "cpu")
-        loaded = LoadedModel(ModelConfig(name=name), {1: None}, {}, [], "onnxruntime")
+        loaded = LoadedModel(ModelConfig(name=name), {1: None})
         catalog.end_load(name, loaded, "cpu")
 
 

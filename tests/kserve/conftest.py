@@ -111,7 +111,7 @@ class RecordingControl(ModelControl):
         name: str,
         config: kserve.ModelConfig | None = None,
         files: Mapping[str, bytes] | None = None,
-        progress: TellProgress = lambda _phase, _step, _steps: None,
+        progress: TellProgress = lambda _progress: None,
     ) -> list[int]:
         if self.failure is not None:
             raise self.failure

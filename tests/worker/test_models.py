@@ -17,7 +17,7 @@ from support.sessions import Session
 from thirdrail.errors import InvalidArgument, NotFound, ThirdrailError, Unavailable
 from thirdrail_engines import ModelFileError
 from thirdrail_server.config import WorkerConfig
-from thirdrail_server.control_messages import LoadedModel
+from thirdrail_server.control_messages import LoadedModel, LoadProgress
 from thirdrail_server.repository.errors import RepositoryError
 from thirdrail_server.repository.layout import scan
 from thirdrail_server.repository.model_config import read_config
@@ -54,7 +54,10 @@ class Table:
         folder = scan(self.repository)["m"]
         versions = [(v, folder.path / str(v) / "model.onnx") for v in sorted(folder.versions)]
         config = read_config(folder)
-        return await self.models.load("m", config, versions, lambda *p: self.progress.append(p))
+        return await self.models.load("m", config, versions, self._note)
+
+    def _note(self, told: LoadProgress) -> None:
+        self.progress.append((told.phase, told.step, told.steps))
 
     def submit(self, served: ServedVersion) -> "asyncio.Future[Ending]":
         ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
@@ -100,7 +103,7 @@ async def test_a_model_is_found_by_its_version_or_the_newest(open_table: OpenTab
         loaded = await table.load()
         assert loaded.versions == {2: None, 9: None, 10: None}
         assert loaded.in_place == {2: ["a"], 9: ["a"], 10: ["a"]}
-        assert loaded.engine == "onnxruntime"
+        assert {each.name for each in loaded.engines.values()} == {"onnxruntime"}
         assert [await table.c(version) for version in (0, 2, 9, 10)] == [10, 2, 9, 10]
 
 

@@ -28,7 +28,7 @@ from thirdrail_server.control_messages import (
 )
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 
-TellProgress = Callable[[str, int, int], None]
+TellProgress = Callable[[LoadProgress], None]
 
 
 class Models(Protocol):
@@ -86,9 +86,7 @@ class _Desk:
         raise Internal(f"the worker does not do '{do}'")
 
     async def _load(self, command: LoadCommand, on_progress: OnProgress) -> Fields:
-        tell = _on_this_loop(
-            lambda *progress: on_progress(LoadProgress(*progress).to_fields()),
-        )
+        tell = _on_this_loop(lambda progress: on_progress(progress.to_fields()))
         try:
             loaded = await self.models.load(command.name, command.config, command.versions, tell)
         except ModelFileError as error:
@@ -100,11 +98,11 @@ def _on_this_loop(tell: TellProgress) -> TellProgress:
     """Progress may be told by the thread that builds the engine; the channel lives on the loop."""
     loop, thread = asyncio.get_running_loop(), threading.get_ident()
 
-    def tell_from_anywhere(phase: str, step: int, steps: int) -> None:
+    def tell_from_anywhere(progress: LoadProgress) -> None:
         if threading.get_ident() == thread:
-            tell(phase, step, steps)
+            tell(progress)
         else:
-            loop.call_soon_threadsafe(tell, phase, step, steps)
+            loop.call_soon_threadsafe(tell, progress)
 
     return tell_from_anywhere
 

@@ -18,7 +18,7 @@ from thirdrail.v1 import metrics_pb2
 from thirdrail_engines import Inspector
 from thirdrail_engines.engine import ModelFileError
 from thirdrail_server.config import WorkerConfig
-from thirdrail_server.control_messages import LoadedModel
+from thirdrail_server.control_messages import LoadedModel, LoadProgress, VersionEngine
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.worker.loading import PreparedVersion, prepare_version
 from thirdrail_server.worker.served_version import ServedVersion
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 ENGINE_NAME = "onnxruntime"
 STEPS_PER_VERSION = 3  # building, proving, warming up
 
-TellProgress = Callable[[str, int, int], None]
+TellProgress = Callable[[LoadProgress], None]
 
 
 @dataclass(slots=True)
@@ -95,7 +95,7 @@ class ModelTable:
             for each in prepared:
                 each.engine.close()
             raise
-        progress("ready", steps, steps)
+        progress(LoadProgress("ready", steps, steps))
         newest = max(prepared, key=lambda each: each.spec.version)
         texts = {version: str(error) for version, error in failures.items()}
         return LoadedModel(
@@ -103,7 +103,7 @@ class ModelTable:
             versions={each.spec.version: None for each in prepared} | texts,
             in_place={each.spec.version: sorted(_in_place(each)) for each in prepared},
             warnings=list(dict.fromkeys(note for each in prepared for note in each.notes)),
-            engine=ENGINE_NAME,
+            engines={each.spec.version: VersionEngine(ENGINE_NAME) for each in prepared},
         )
 
     async def _prepare(
@@ -165,17 +165,21 @@ class ModelTable:
         ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Phases:
     """Turns the phases of one version into steps of the whole load."""
 
     progress: TellProgress
     first: int
     steps: int
+    _reached: int = 0
 
-    def __call__(self, phase: str) -> None:
+    def __call__(self, phase: str, step: int = 0, steps: int = 0) -> None:
+        """step, steps: within the phase. One that is not known here belongs to the one before."""
         order = ("building", "proving", "warming up")
-        self.progress(phase, self.first + order.index(phase), self.steps)
+        if phase in order:
+            self._reached = max(self._reached, order.index(phase))
+        self.progress(LoadProgress(phase, self.first + self._reached, self.steps, step, steps))
 
 
 def _in_place(prepared: PreparedVersion) -> frozenset[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from thirdrail.errors import InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from thirdrail.v1 import models_pb2 as pb
-from thirdrail_server.control_messages import LoadedModel
+from thirdrail_server.control_messages import LoadedModel, VersionEngine
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 
 LOADING = pb.MODEL_STATE_LOADING
@@ -44,8 +44,9 @@ class ServedModel:
     config: ModelConfig | None = None  # complete; None until it was loaded once. Not to be changed
     warnings: tuple[str, ...] = ()
     in_place: dict[int, tuple[str, ...]] = field(default_factory=dict)  # version -> inputs
-    engine: str = ""
+    engines: dict[int, VersionEngine] = field(default_factory=dict)  # by version
     worker: str = ""
+    load_phase: str = ""  # of a load under way
     is_expected_back: bool = False  # it lost its worker and will be loaded again
 
     @property
@@ -196,7 +197,21 @@ class Catalog:
         kept = tuple(each for each in model.versions if each.version in ready)
         new = (VersionStatus(v, LOADING, "loading") for v in versions if v not in ready)
         statuses = _by_number((*kept, *new)) or (VersionStatus(0, LOADING, "loading"),)
-        self._put(replace(model, versions=statuses, worker=worker, is_expected_back=False))
+        self._put(
+            replace(
+                model,
+                versions=statuses,
+                worker=worker,
+                load_phase="reading",
+                is_expected_back=False,
+            )
+        )
+
+    def tell_phase(self, name: str, phase: str) -> None:
+        """How far the load of a model has come, in a word."""
+        model = self._models.get(name)
+        if model is not None and model.load_phase and model.load_phase != phase:
+            self._put(replace(model, load_phase=phase))
 
     def end_load(self, name: str, loaded: LoadedModel, worker: str) -> None:
         """It serves. Versions that are not among the loaded ones are gone."""
@@ -211,7 +226,7 @@ class Catalog:
                 loaded.config,
                 tuple(loaded.warnings),
                 {number: tuple(names) for number, names in loaded.in_place.items()},
-                loaded.engine,
+                dict(loaded.engines),
                 worker,
             )
         )
@@ -223,11 +238,12 @@ class Catalog:
         if kept:
             old = (text for text in model.warnings if not text.startswith(RELOAD_FAILED))
             warnings = (*old, f"{RELOAD_FAILED}: {reason}")
-            self._put(replace(model, versions=kept, warnings=warnings))
+            self._put(replace(model, versions=kept, warnings=warnings, load_phase=""))
             return
         numbers = [each.version for each in model.versions] or [0]
         failed = tuple(VersionStatus(number, UNAVAILABLE, reason) for number in numbers)
-        self._put(replace(model, versions=failed, is_expected_back=False))
+        lost = replace(model, versions=failed, engines={}, load_phase="")
+        self._put(replace(lost, is_expected_back=False))
 
     def begin_unload(self, name: str) -> None:
         model = self._models[name]
@@ -327,7 +343,7 @@ def _all_unavailable(model: ServedModel, reason: str) -> ServedModel:
         each if each.state == UNAVAILABLE else VersionStatus(each.version, UNAVAILABLE, reason)
         for each in model.versions
     )
-    return replace(model, versions=versions)
+    return replace(model, versions=versions, engines={}, load_phase="")
 
 
 def _by_number(versions: Iterable[VersionStatus]) -> tuple[VersionStatus, ...]:

@@ -8,7 +8,7 @@ from thirdrail_server.control_messages import LoadCommand
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.repository.errors import RepositoryError
 from thirdrail_server.repository.fields import check_fields
-from thirdrail_server.repository.layout import ModelFolder, model_file, scan
+from thirdrail_server.repository.layout import ModelFolder, find, model_file
 from thirdrail_server.repository.model_config import read_config
 from thirdrail_server.repository.versions import chosen, missing
 
@@ -34,7 +34,7 @@ def prepare(name: str, source: LoadSource) -> PreparedLoad:
 
     Raises RepositoryError when there is no such folder, it is broken, or no version can be loaded.
     """
-    folder = scan(source.repository).get(name)
+    folder = find(source.repository, name)
     if folder is None:
         raise ModelMissing(f"the repository has no folder '{name}'")
     if folder.problem is not None:

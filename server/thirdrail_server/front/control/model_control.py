@@ -37,7 +37,7 @@ from thirdrail_server.repository.fingerprint import Fingerprint, snapshot
 from thirdrail_server.repository.layout import ModelFolder, scan
 from thirdrail_server.repository.poll import Decision, Poller
 
-TellProgress = Callable[[str, int, int], None]
+TellProgress = Callable[[LoadProgress], None]
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class ModelControl:
         name: str,
         config: ModelConfig | None = None,
         files: Mapping[str, bytes] | None = None,
-        progress: TellProgress = lambda _phase, _step, _steps: None,
+        progress: TellProgress = lambda _progress: None,
     ) -> list[int]:
         """Load or reload a model on demand. Returns its ready versions.
 
@@ -207,7 +207,7 @@ class ModelControl:
     async def _load_once(
         self, name: str, source: LoadSource, progress: TellProgress
     ) -> tuple[LoadedModel, LoadSource | None]:
-        progress("reading", 0, 0)
+        progress(LoadProgress("reading"))
         prepared = await self._prepare(name, source)
         if not self._worker.is_up:
             raise Unavailable(
@@ -247,7 +247,8 @@ class ModelControl:
     async def _load_in_worker(self, prepared: PreparedLoad, progress: TellProgress) -> LoadedModel:
         def tell(fields: dict[str, Any]) -> None:
             told = LoadProgress.from_fields(fields)
-            progress(told.phase, told.step, told.steps)
+            self._catalog.tell_phase(prepared.command.name, told.phase)
+            progress(told)
 
         answer = await self._worker.call("load", prepared.command.to_fields(), tell)
         loaded = LoadedModel.from_fields(answer)
@@ -259,7 +260,7 @@ class ModelControl:
         return replace(loaded, versions=dict(sorted(versions.items())))
 
     def _load_later(self, name: str, source: LoadSource) -> None:
-        self._spawn(self._load(name, source, lambda *_: None, is_patient=True))
+        self._spawn(self._load(name, source, lambda _progress: None, is_patient=True))
 
     # Unloading
 

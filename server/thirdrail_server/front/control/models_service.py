@@ -13,6 +13,7 @@ from google.protobuf import text_format
 from thirdrail.errors import Unavailable
 from thirdrail.v1 import models_pb2 as pb
 from thirdrail.v1 import models_pb2_grpc
+from thirdrail_server.control_messages import LoadProgress, VersionEngine
 from thirdrail_server.front.control.catalog import Catalog, ServedModel, parse_version
 from thirdrail_server.front.control.model_control import ModelControl
 from thirdrail_server.front.statuses import failures_as_status
@@ -22,6 +23,7 @@ from thirdrail_server.repository.specs import input_specs, output_specs
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+NO_ENGINE = VersionEngine("")  # of a version that does not serve
 PROGRESS_REPORTS_MAX = 64  # waiting for a caller that reads slowly; the oldest are dropped
 
 
@@ -116,8 +118,8 @@ class _Progress:
         self._wake = asyncio.Event()
         self._is_over = False
 
-    def tell(self, phase: str, step: int, steps: int) -> None:
-        self._reports.append(pb.LoadResponse(phase=phase, step=step, steps=steps))
+    def tell(self, progress: LoadProgress) -> None:
+        self._reports.append(pb.LoadResponse(**progress.to_fields()))
         self._wake.set()
 
     def end(self, _load: object) -> None:
@@ -136,14 +138,17 @@ class _Progress:
 def statuses_of(model: ServedModel) -> Iterator[pb.ModelStatus]:
     """One per version."""
     for each in model.versions:
+        engine = model.engines.get(each.version, NO_ENGINE)
         yield pb.ModelStatus(
             name=model.name,
             version=each.version,
             state=each.state,
             reason=each.reason,
-            engine=model.engine,
+            engine=engine.name,
             worker=model.worker,
             is_expected_back=model.is_expected_back,
+            engine_reason=engine.reason,
+            load_phase=model.load_phase,
         )
 
 
@@ -175,4 +180,5 @@ def describe(model: ServedModel, version: int) -> pb.DescribeResponse:
         config_pbtxt=text_format.MessageToString(config),
         warnings=model.warnings,
         inputs_in_place=model.in_place.get(version, ()),
+        engine_report=model.engines.get(version, NO_ENGINE).report,
     )
