@@ -9,7 +9,7 @@ import pytest
 
 from thirdrail_server.repository import layout
 from thirdrail_server.repository.errors import RepositoryError
-from thirdrail_server.repository.layout import model_file, scan
+from thirdrail_server.repository.layout import find, model_file, scan
 
 
 def test_finds_models_with_their_versions_in_numerical_order(repository: Any) -> None:
@@ -87,6 +87,28 @@ def test_a_missing_repository_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(RepositoryError, match=r"file' cannot be read: Not a directory"):
         scan(tmp_path / "file")
+
+
+def test_one_model_is_found_as_it_is_among_all(repository: Any) -> None:
+    repository.write("good/3/model.onnx")
+    repository.write("b c/1/model.onnx")
+    repository.write("x" * 129 + "/1/model.onnx")
+    repository.write("file")
+    (repository.root / "empty").mkdir()
+    (repository.root / "gone").symlink_to("nowhere")
+    (repository.root / "loop").symlink_to("loop")
+    (repository.root / "outside").symlink_to("/etc")
+    os.mkfifo(repository.root / "pipe")
+    models = scan(repository.root)
+    assert len(models) == 7
+    assert {name: find(repository.root, name) for name in models} == models
+    for name in ("file", "pipe", "missing", ".", "..", "", "good/3", "y" * 300, "\0"):
+        assert find(repository.root, name) is None
+
+
+def test_a_model_of_a_missing_repository_is_not_just_missing(tmp_path: Path) -> None:
+    with pytest.raises(RepositoryError, match=r"gone' cannot be read: No such file"):
+        find(tmp_path / "gone", "m")
 
 
 def test_the_number_of_entries_is_bounded(repository: Any, monkeypatch: pytest.MonkeyPatch) -> None:

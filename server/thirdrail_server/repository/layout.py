@@ -56,11 +56,30 @@ def scan(repository: Path) -> dict[str, ModelFolder]:
         root = Path(os.path.realpath(repository, strict=True))
         entries = _entries(root, MODELS_MAX)
     except OSError as error:
-        raise RepositoryError(
-            f"the model repository '{repository}' cannot be read: {error.strerror}"
-        ) from None
-    folders = (_model_folder(root, entry) for entry in entries if _is_candidate(entry))
+        raise _unreadable(repository, error) from None
+    folders = (_model_folder(root, entry.name) for entry in entries if _is_candidate(entry))
     return {folder.name: folder for folder in folders}
+
+
+def find(repository: Path, name: str) -> ModelFolder | None:
+    """The model that `scan` has by this name, without a look at all the others.
+
+    Raises RepositoryError as `scan` does.
+    """
+    if len(name) > NAME_CHARS_MAX or not _NAME.fullmatch(name):  # no model's, but maybe a folder's
+        return scan(repository).get(name)
+    try:
+        root = Path(os.path.realpath(repository, strict=True))
+        os.scandir(root).close()
+    except OSError as error:
+        raise _unreadable(repository, error) from None
+    path = root / name
+    is_candidate = path.is_dir() or (path.is_symlink() and not path.exists())
+    return _model_folder(root, name) if is_candidate else None
+
+
+def _unreadable(repository: Path, error: OSError) -> RepositoryError:
+    return RepositoryError(f"the model repository '{repository}' cannot be read: {error.strerror}")
 
 
 def model_file(folder: ModelFolder, version: int, filename: str = "") -> Path:
@@ -120,13 +139,13 @@ def _is_candidate(entry: os.DirEntry[str]) -> bool:
         return True
 
 
-def _model_folder(root: Path, entry: os.DirEntry[str]) -> ModelFolder:
+def _model_folder(root: Path, entry: str) -> ModelFolder:
     # Injective, and printable whatever the file system's bytes are.
-    name = entry.name if entry.name.isascii() and entry.name.isprintable() else ascii(entry.name)
-    broken = ModelFolder(name, root, root / entry.name, (), None, None)
+    name = entry if entry.isascii() and entry.isprintable() else ascii(entry)
+    broken = ModelFolder(name, root, root / entry, (), None, None)
     try:
-        _check_name(entry.name, name)
-        path = resolve_inside(root, root, entry.name, "the model folder")
+        _check_name(entry, name)
+        path = resolve_inside(root, root, entry, "the model folder")
         entries = _entries(path, VERSIONS_MAX)
         folder = ModelFolder(name, root, path, _versions(entries), _config_path(root, path), None)
         return _with_problem(folder, None if folder.versions else _no_version(name, entries))
