@@ -72,7 +72,7 @@ def load_model(inspector: Inspector) -> Iterator[LoadModel]:
 
     def load_one(path: Path, threads_max: int = 1) -> Engine:
         engines.append(
-            load(path, options=EngineOptions(threads_max=threads_max), inspector=inspector)
+            load(path, options=EngineOptions(threads_max=threads_max), inspector=inspector).engine
         )
         return engines[-1]
 

@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def cycle(path: Path, inspector: Inspector) -> None:
-    engine = load(path, options=EngineOptions(threads_max=2), inspector=inspector)
+    engine = load(path, options=EngineOptions(threads_max=2), inspector=inspector).engine
     engine.run({"x": np.ones((64, 1024), np.float32)}, ["y"], {})
     engine.close()
 

@@ -99,7 +99,7 @@ def test_weights_beside_the_file(
     folder.mkdir()
     path = folder / "model.onnx"
     onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
-    engine = load(path, options=EngineOptions(), inspector=inspector)
+    engine = load(path, options=EngineOptions(), inspector=inspector).engine
     y = engine.run({"x": np.zeros(64, np.float32)}, ["y"], {})["y"]
     assert y.tolist() == list(range(64))
     engine.close()

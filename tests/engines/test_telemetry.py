@@ -23,7 +23,7 @@ graph = helper.make_graph(
 path = Path(sys.argv[1]) / "model.onnx"
 opset = helper.make_opsetid("", 17)
 onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[opset]), path)
-engines.load(path, options=engines.EngineOptions(threads_max=1)).close()
+engines.load(path, options=engines.EngineOptions(threads_max=1)).engine.close()
 """
 
 

@@ -12,7 +12,7 @@ import thirdrail_engines
 from support.engines import WatchedEngine
 from support.models import write
 from support.sessions import Session
-from thirdrail_engines import EngineOptions, Inspector
+from thirdrail_engines import EngineOptions, Inspector, LoadedEngine
 from thirdrail_server.config import WorkerConfig
 from thirdrail_server.control_messages import LoadCommand
 from thirdrail_server.front.control.load_source import LoadSource, prepare
@@ -28,10 +28,10 @@ def watched_engines(monkeypatch: pytest.MonkeyPatch) -> list[WatchedEngine]:
     engines: list[WatchedEngine] = []
     load = thirdrail_engines.load
 
-    def load_watched(path: Path, *, options: EngineOptions, inspector: Inspector) -> WatchedEngine:
-        engine = load(path, options=options, inspector=inspector)
-        engines.append(WatchedEngine(engine, options))
-        return engines[-1]
+    def load_watched(path: Path, *, options: EngineOptions, **more: Any) -> LoadedEngine:
+        loaded = load(path, options=options, **more)
+        engines.append(WatchedEngine(loaded.engine, options))
+        return LoadedEngine(engines[-1], loaded.report)
 
     monkeypatch.setattr(thirdrail_engines, "load", load_watched)
     return engines

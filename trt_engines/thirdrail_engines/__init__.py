@@ -14,6 +14,7 @@ from thirdrail_engines.engine import (
     EngineSpec,
     ModelFileError,
 )
+from thirdrail_engines.engine_report import Attempt, EngineReport, LoadedEngine
 from thirdrail_engines.inspector import Inspector
 from thirdrail_engines.load import load
 from thirdrail_engines.malloc import use_one_arena
@@ -21,13 +22,16 @@ from thirdrail_engines.options import EngineOptions, threads_per_run
 from thirdrail_engines.proof import BatchProof, prove_batching, seeded_inputs
 
 __all__ = [
+    "Attempt",
     "BatchProof",
     "Engine",
     "EngineError",
     "EngineInputError",
     "EngineOptions",
+    "EngineReport",
     "EngineSpec",
     "Inspector",
+    "LoadedEngine",
     "ModelFileError",
     "load",
     "prove_batching",

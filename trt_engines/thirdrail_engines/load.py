@@ -3,7 +3,8 @@
 
 from pathlib import Path
 
-from thirdrail_engines.engine import Engine, ModelFileError
+from thirdrail_engines.engine import ModelFileError
+from thirdrail_engines.engine_report import EngineReport, LoadedEngine
 from thirdrail_engines.inspector import Inspector
 from thirdrail_engines.options import EngineOptions
 
@@ -16,7 +17,7 @@ _NOT_YET = {
 }
 
 
-def load(path: Path, *, options: EngineOptions, inspector: Inspector | None = None) -> Engine:
+def load(path: Path, *, options: EngineOptions, inspector: Inspector | None = None) -> LoadedEngine:
     """Load the model file at `path`.
 
     inspector: one that several loads share, so that they start one child process between them.
@@ -35,8 +36,9 @@ def load(path: Path, *, options: EngineOptions, inspector: Inspector | None = No
     raise ModelFileError(f"{path.name}: unknown kind of model file, expected model.onnx")
 
 
-def _load_onnx(path: Path, options: EngineOptions, inspector: Inspector) -> Engine:
+def _load_onnx(path: Path, options: EngineOptions, inspector: Inspector) -> LoadedEngine:
     # Imported late: the child that inspects graphs imports this package and runs nothing.
     from thirdrail_engines.onnxruntime_engine import load_onnx
 
-    return load_onnx(path, options=options, inspector=inspector)
+    engine = load_onnx(path, options=options, inspector=inspector)
+    return LoadedEngine(engine, EngineReport("onnxruntime"))

@@ -27,6 +27,7 @@ _TRIALS = tuple((size, whole_max) for whole_max in (100, 1) for size in (32, 64,
 # How far results may differ, as a part of the largest: other sums in another order, never another
 # row.
 _TOLERANCE = {"FP64": 1e-9, "FP32": 1e-3, "FP16": 2e-2, "BF16": 1e-1}
+FLOATS = frozenset(dtypes.BY_NAME[name] for name in _TOLERANCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ def seeded_inputs(
     if total > TRIAL_BYTES_MAX:
         return None
     return {
-        tensor.name: _random_array(random, tensor, shape, whole_max)
+        tensor.name: random_array(random, tensor, shape, whole_max)
         for tensor, shape in shapes.items()
     }
 
@@ -100,10 +101,11 @@ def _trial_shape(shape: Sequence[int], rows: int | None, size: int) -> tuple[int
     return tuple(trial)
 
 
-def _random_array(
+def random_array(
     random: np.random.Generator, tensor: TensorSpec, shape: tuple[int, ...], whole_max: int
 ) -> Array:
-    if tensor.dtype.name in _TOLERANCE:
+    """One input, of values as `seeded_inputs` has them."""
+    if tensor.dtype in FLOATS:
         assert tensor.dtype.numpy is not None
         wide = np.float64 if tensor.dtype.name == "FP64" else np.float32
         return random.standard_normal(shape, dtype=wide).astype(tensor.dtype.numpy, copy=False)

@@ -66,7 +66,8 @@ def prepare_version(
     asked = given or ModelConfig()
     threads = engine_threads(asked) or threads_per_run(cores, instance_count(asked))
     options_of_engine = EngineOptions(threads_max=threads)
-    engine = thirdrail_engines.load(path, options=options_of_engine, inspector=inspector)
+    loaded = thirdrail_engines.load(path, options=options_of_engine, inspector=inspector)
+    engine = loaded.engine
     try:
         proven_rows, notes = _proven_rows(engine, given, config.derive_batch_rows, tell)
         whole = complete(name, given, engine.spec, proven_rows=proven_rows)

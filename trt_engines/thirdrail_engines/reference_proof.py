@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proof that an engine computes what its model says: it must agree with a reference.
+
+Both run on the same seeded inputs, of the shapes that the plan was built for: best, smallest and
+largest. What differs is measured per output, over all runs, as the worst that was seen.
+
+Errors are judged relative to the size of the output, since a model of logits near 1000 and one of
+probabilities may be equally right; whoever knows better configures absolute bounds. Defaults follow
+from the format that the graph computes in, whose rounding error u bounds what one operation can
+lose: FP32 on a GPU multiplies in TF32 (u = 2^-11), so its row is no tighter than that times a few;
+FP16 has the same u but also stores every activation in it; BF16 has u = 2^-8, eight times that. A
+cosine near 1 says that no part of the output is turned away or swapped, whatever its scale.
+Damage is far outside: outputs in the wrong order have a relative error near 1.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from thirdrail.tensors import Array, TensorSpec
+from thirdrail_engines.engine import Engine, EngineError, EngineSpec
+from thirdrail_engines.plans import Precision, Profile, Shape
+from thirdrail_engines.proof import FLOATS, random_array
+
+# Changes when inputs or figures are made in another way: older records then prove nothing.
+PROOF_FORMAT = 1
+
+_TEXT_BYTES = 64  # taken for one element of text
+# A smaller output is noise of its own sums: it is measured against this.
+_SCALE_MIN = 1e-6
+
+# Values that one model or another accepts; see proof.py. The last are for those that take roots
+# and logarithms.
+_VALUES = ((100, False), (1, False), (1, True))
+_TRIAL_SIZES = (32, 64, 8, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far an engine may be from the reference. None: not asked, or the default's."""
+
+    max_abs: float | None = None
+    mean_abs: float | None = None
+    max_rel: float | None = None  # as a part of the largest magnitude of the output
+    mean_rel: float | None = None  # as a part of its mean magnitude
+    cosine: float | None = None  # at least
+    equal: float | None = None  # of whole numbers, booleans and text, at least this part
+
+
+@dataclass(frozen=True, slots=True)
+class ProofLimits:
+    """bytes_max: inputs of one run. seconds_max: after that, no further run is begun."""
+
+    bytes_max: int = 256 << 20
+    seconds_max: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFigures:
+    """The worst of one output over all runs. The defaults say that there is no difference."""
+
+    name: str
+    max_abs: float = 0.0
+    mean_abs: float = 0.0
+    max_rel: float = 0.0
+    mean_rel: float = 0.0
+    cosine: float = 1.0
+    equal: float = 1.0  # part of the elements that are no floats
+    not_finite: int = 0  # elements that are NaN or infinite here, and something else there
+    compared: int = 0  # elements
+    fault: str = ""  # beyond figures: another shape or type
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceProof:
+    """faults: why the engine is not proven, for people; none: it is."""
+
+    outputs: tuple[OutputFigures, ...]
+    runs: tuple[str, ...]  # "profile 0 best", ...
+    skipped: tuple[str, ...] = ()  # with the reason
+    failed: str = ""  # the run that the engine failed, and how
+    faults: tuple[str, ...] = ()
+
+    @property
+    def is_proven(self) -> bool:
+        return not self.faults
+
+    def judged(self, tolerance: Tolerance) -> Self:
+        """The same figures under these bounds."""
+        return dataclasses.replace(self, faults=tuple(_faults(self, tolerance)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; all numbers are finite."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Raises KeyError, TypeError or ValueError for anything that `to_dict` did not write."""
+        return cls(
+            outputs=tuple(OutputFigures(**figures) for figures in values["outputs"]),
+            runs=tuple(values["runs"]),
+            skipped=tuple(values["skipped"]),
+            failed=str(values["failed"]),
+            faults=tuple(values["faults"]),
+        )
+
+
+def tolerance_for(precision: Precision, spec: EngineSpec, asked: Tolerance) -> Tolerance:
+    """The bounds for an engine: what was asked for, else the default of its coarsest format.
+
+    A bound that is asked for as a difference takes the place of the default relative one.
+    """
+    formats = {tensor.dtype.name for tensor in (*spec.inputs, *spec.outputs)}
+    if precision is Precision.BF16 or "BF16" in formats:
+        default = _BF16
+    elif precision is Precision.FP16 or "FP16" in formats:
+        default = _FP16
+    else:
+        default = _FP32
+    is_absolute = asked.max_abs is not None or asked.mean_abs is not None
+    if is_absolute:
+        default = dataclasses.replace(default, max_rel=None, mean_rel=None)
+    given = {key: value for key, value in dataclasses.asdict(asked).items() if value is not None}
+    return dataclasses.replace(default, **given)
+
+
+_FP32 = Tolerance(max_rel=1e-2, mean_rel=2e-3, cosine=0.9999, equal=0.999)
+_FP16 = Tolerance(max_rel=5e-2, mean_rel=1e-2, cosine=0.999, equal=0.99)
+_BF16 = Tolerance(max_rel=2e-1, mean_rel=5e-2, cosine=0.99, equal=0.95)
+
+
+def prove(
+    engine: Engine,
+    reference: Engine,
+    profiles: Sequence[Profile],
+    tolerance: Tolerance,
+    limits: ProofLimits | None = None,
+) -> ReferenceProof:
+    """Run both and compare. Never raises for what an engine does: it is in the result.
+
+    profiles: those of the plan; without any, sizes are tried until the reference takes one.
+    """
+    bounds = limits or ProofLimits()
+    names = [tensor.name for tensor in reference.spec.outputs]
+    known = {tensor.name for tensor in engine.spec.outputs}
+    lacking = [name for name in names if name not in known]
+    if lacking:
+        return _broken(f"the engine has no output {', '.join(map(repr, lacking))}", tolerance)
+    worst = {name: OutputFigures(name) for name in names}
+    runs: list[str] = []
+    skipped: list[str] = []
+    started = time.monotonic()
+    cost_s_per_byte = 0.0
+    for trial in _trials(reference.spec, profiles):
+        spent_s = time.monotonic() - started
+        if runs and spent_s + trial.bytes * cost_s_per_byte > bounds.seconds_max:
+            skipped.append(f"{trial.name}: more than {bounds.seconds_max:g} s in all")
+            continue
+        expected = _expected(reference, trial, bounds.bytes_max)
+        if isinstance(expected, str):
+            skipped.append(f"{trial.name}: {expected}")
+            continue
+        inputs, wanted = expected
+        try:
+            got = engine.run(inputs, names, {})
+        except EngineError as error:
+            return _broken(f"{trial.name}: {error}", tolerance, tuple(runs), tuple(skipped))
+        for name in names:
+            worst[name] = _worse(worst[name], compare(name, got[name], wanted[name]))
+        runs.append(trial.name)
+        cost_s_per_byte = (time.monotonic() - started) / (len(runs) * max(trial.bytes, 1))
+    proof = ReferenceProof(tuple(worst.values()), tuple(runs), tuple(skipped))
+    return proof.judged(tolerance)
+
+
+def compare(name: str, got: Array, expected: Array) -> OutputFigures:
+    """One output of one run. Floats are compared as FP64; NaN equals NaN, infinities by sign."""
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        fault = (
+            f"is {got.dtype} {list(got.shape)}, the reference {expected.dtype} "
+            f"{list(expected.shape)}"
+        )
+        return OutputFigures(name, fault=fault)
+    if not _is_float(expected):
+        equal = float((got == expected).mean()) if expected.size else 1.0
+        return OutputFigures(name, equal=equal, compared=expected.size)
+    left = got.astype(np.float64).ravel()
+    right = expected.astype(np.float64).ravel()
+    is_finite = np.isfinite(left) & np.isfinite(right)
+    is_same = (left == right) | (np.isnan(left) & np.isnan(right))
+    not_finite = int((~is_finite & ~is_same).sum())
+    left, right = left[is_finite], right[is_finite]
+    if not right.size:
+        return OutputFigures(name, not_finite=not_finite)
+    error, size = np.abs(left - right), np.abs(right)
+    scale = max(float(size.max()), _SCALE_MIN)
+    mean_scale = max(float(size.mean()), _SCALE_MIN)
+    return OutputFigures(
+        name,
+        max_abs=float(error.max()),
+        mean_abs=float(error.mean()),
+        max_rel=float(error.max()) / scale,
+        mean_rel=float(error.mean()) / mean_scale,
+        cosine=_cosine(left, right),
+        not_finite=not_finite,
+        compared=right.size,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    name: str
+    alternatives: tuple[Mapping[TensorSpec, Shape], ...]  # until the reference takes one
+
+    @property
+    def bytes(self) -> int:
+        return _bytes_of(self.alternatives[0])
+
+
+def _trials(spec: EngineSpec, profiles: Sequence[Profile]) -> Iterator[_Trial]:
+    """Best shapes before the smallest and the largest: time may end before they all had theirs."""
+    inputs = [tensor for tensor in spec.inputs if not tensor.optional]
+    if not profiles:
+        yield _Trial("trial sizes", tuple(_filled(inputs, size, size) for size in _TRIAL_SIZES))
+        if any(-1 in tensor.shape for tensor in inputs):
+            alternatives = tuple(_filled(inputs, 1, size) for size in _TRIAL_SIZES)
+            yield _Trial("trial sizes, one row", alternatives)
+        return
+    for kind in ("best", "smallest", "largest"):
+        for number, profile in enumerate(profiles):
+            shapes = {
+                tensor: getattr(profile.inputs[tensor.name], kind)
+                if tensor.name in profile.inputs
+                else tensor.shape
+                for tensor in inputs
+            }
+            yield _Trial(f"profile {number} {kind}", (shapes,))
+
+
+def _filled(inputs: Iterable[TensorSpec], rows: int, size: int) -> dict[TensorSpec, Shape]:
+    return {
+        tensor: tuple(
+            dim if dim != -1 else rows if axis == 0 else size
+            for axis, dim in enumerate(tensor.shape)
+        )
+        for tensor in inputs
+    }
+
+
+def _bytes_of(shapes: Mapping[TensorSpec, Shape]) -> int:
+    return sum(
+        math.prod(shape) * (tensor.dtype.itemsize or _TEXT_BYTES)
+        for tensor, shape in shapes.items()
+    )
+
+
+def _expected(
+    reference: Engine, trial: _Trial, bytes_max: int
+) -> tuple[dict[str, Array], dict[str, Array]] | str:
+    """Inputs that the reference takes and what it makes of them, or why there are none."""
+    names = [tensor.name for tensor in reference.spec.outputs]
+    refusal = ""
+    unfinished: tuple[dict[str, Array], dict[str, Array]] | None = None
+    for shapes in trial.alternatives:
+        if _bytes_of(shapes) > bytes_max:
+            refusal = refusal or f"inputs of more than {bytes_max} bytes"
+            continue
+        for whole_max, is_positive in _VALUES:
+            inputs = _inputs(shapes, whole_max, is_positive=is_positive)
+            try:
+                results = reference.run(inputs, names, {})
+            except EngineError as error:
+                refusal = refusal or f"the reference refuses seeded inputs: {error}"
+                continue
+            if all(_says_something(array) for array in results.values()):
+                return inputs, results
+            unfinished = unfinished or (inputs, results)
+    return unfinished or refusal
+
+
+def _inputs(
+    shapes: Mapping[TensorSpec, Shape], whole_max: int, *, is_positive: bool
+) -> dict[str, Array]:
+    random = np.random.default_rng(PROOF_FORMAT)
+    inputs = {
+        tensor.name: random_array(random, tensor, shape, whole_max)
+        for tensor, shape in shapes.items()
+    }
+    if is_positive:
+        return {n: np.abs(a) if _is_float(a) else a for n, a in inputs.items()}
+    return inputs
+
+
+def _says_something(result: Array) -> bool:
+    return not _is_float(result) or not result.size or bool(np.isfinite(result).any())
+
+
+def _is_float(array: Array) -> bool:
+    return array.dtype in _FLOAT_DTYPES
+
+
+_FLOAT_DTYPES = frozenset(dtype.numpy for dtype in FLOATS)
+
+
+def _cosine(left: Array, right: Array) -> float:
+    """Of vectors too small to have a direction: 1."""
+    top = max(float(np.abs(left).max()), float(np.abs(right).max()))
+    if top < _SCALE_MIN:
+        return 1.0
+    left, right = left / top, right / top  # squares of large numbers would overflow
+    norms = float(np.linalg.norm(left) * np.linalg.norm(right))
+    return min(1.0, float(left @ right) / norms) if norms else 0.0
+
+
+def _worse(one: OutputFigures, other: OutputFigures) -> OutputFigures:
+    return OutputFigures(
+        one.name,
+        max_abs=max(one.max_abs, other.max_abs),
+        mean_abs=max(one.mean_abs, other.mean_abs),
+        max_rel=max(one.max_rel, other.max_rel),
+        mean_rel=max(one.mean_rel, other.mean_rel),
+        cosine=min(one.cosine, other.cosine),
+        equal=min(one.equal, other.equal),
+        not_finite=one.not_finite + other.not_finite,
+        compared=one.compared + other.compared,
+        fault=one.fault or other.fault,
+    )
+
+
+def _broken(
+    failed: str,
+    tolerance: Tolerance,
+    runs: tuple[str, ...] = (),
+    skipped: tuple[str, ...] = (),
+) -> ReferenceProof:
+    return ReferenceProof((), runs, skipped, failed).judged(tolerance)
+
+
+def _faults(proof: ReferenceProof, tolerance: Tolerance) -> Iterator[str]:
+    if proof.failed:
+        yield proof.failed
+    elif not proof.runs:
+        yield f"nothing could be compared: {'; '.join(proof.skipped)}"
+    elif not any(output.compared or output.not_finite or output.fault for output in proof.outputs):
+        yield "nothing could be compared: seeded inputs lead to no finite number"
+    for output in proof.outputs:
+        for fault in _output_faults(output, tolerance):
+            yield f"output '{output.name}' {fault}"
+
+
+def _output_faults(output: OutputFigures, tolerance: Tolerance) -> Iterator[str]:
+    if output.fault:
+        yield output.fault
+        return
+    if output.not_finite:
+        yield f"has {output.not_finite} elements that are NaN or infinite on one side only"
+    for key in ("max_abs", "mean_abs", "max_rel", "mean_rel"):
+        bound, figure = getattr(tolerance, key), getattr(output, key)
+        if bound is not None and figure > bound:
+            yield f"has {key} {figure:.3g}, allowed is {bound:g}"
+    for key in ("cosine", "equal"):
+        bound, figure = getattr(tolerance, key), getattr(output, key)
+        if bound is not None and figure < bound:
+            yield f"has {key} {figure:.6g}, expected at least {bound:g}"
