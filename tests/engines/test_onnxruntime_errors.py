@@ -59,10 +59,19 @@ from thirdrail_engines.onnxruntime_errors import tidy
             "/onnxruntime_src/core/a.cc:9 a signature that never( ends",
             "a signature that never( ends",
         ),
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Mod node. "
+            "Name:'' Status Message: /onnxruntime_src/onnxruntime/core/providers/cpu/math/"
+            "element_wise_ops.cc:2279 void onnxruntime::mod_internal::CallModImpl<T, typename std::"
+            "enable_if<std::is_floating_point<_Tp>::value, void>::type>::operator()(bool, "
+            "onnxruntime::OpKernelContext*) const [with T = double; typename std::enable_if<std::"
+            "is_floating_point<_Tp>::value, void>::type = void] fmod was false. It must be true\n",
+            "Mod node: fmod was false. It must be true",
+        ),
         ("", ""),
         ("plain text (as it is) stays", "plain text (as it is) stays"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_only_what_a_reader_can_use_is_left(message: str, expected: str) -> None:
     assert tidy(message, Path("/m")) == expected

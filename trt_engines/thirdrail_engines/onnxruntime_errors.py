@@ -56,7 +56,7 @@ def _after_signature(text: str, *, is_signature: bool) -> str:
     depth = 0
     for index in range(start, len(text)) if start >= 0 else ():
         depth += {"(": 1, ")": -1}.get(text[index], 0)
-        if depth == 0:
+        if depth == 0 and text[index + 1 : index + 2] != "(":  # as behind the name "operator()"
             after = text[index + 1 :]
             match = _AFTER_SIGNATURE.match(after)
             return after[match.end() :] if match else after
