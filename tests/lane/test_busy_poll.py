@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from thirdrail import Client
 from thirdrail.lane.blocking_wire import BlockingWire
-from thirdrail.lane.busy_poll import SHORTEST_NS, BusyWindow
+from thirdrail.lane.busy_poll import CROWDED_WAITS, SHORTEST_NS, BusyWindow
 from thirdrail.v1 import inference_pb2, lane_pb2
 from thirdrail_server.busy_poll import BusySelector, new_loop
 from thirdrail_server.config import ConfigError, ServerConfig, WorkerConfig
@@ -87,6 +87,29 @@ def test_a_longest_of_zero_never_looks() -> None:
 def test_a_single_core_never_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("thirdrail.lane.busy_poll._cores", lambda: 1)
     assert opened().ns == 0
+
+
+def test_a_crowded_core_closes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    window = opened()
+    now_ns = 0
+
+    def after_others() -> int:
+        nonlocal now_ns
+        now_ns += step_ns
+        return now_ns
+
+    monkeypatch.setattr("thirdrail.lane.busy_poll._after_others", after_others)
+    step_ns = 1_000
+    assert not window.look(lambda timeout: [], 0)
+    assert (now_ns, window.ns) == (LONGEST_NS, LONGEST_NS), "alone, it looks to the end"
+    now_ns, step_ns = 0, 50_000
+    assert not window.look(lambda timeout: [], 0)
+    assert (now_ns, window.ns) == (50_000, 0)
+    for _ in range(CROWDED_WAITS):
+        window.waited(SOON_NS)
+        assert window.ns == 0
+    window.waited(SOON_NS)
+    assert window.ns == SHORTEST_NS
 
 
 def test_less_than_nothing_is_refused() -> None:

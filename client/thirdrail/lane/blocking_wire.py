@@ -111,18 +111,10 @@ class BlockingWire:
 
     def _await_packet(self, started_ns: int, deadline_s: float | None) -> bool:
         """False: none came until the deadline. Without one, it may be yet to come."""
-        if deadline_s != 0 and self._window.ns and self._look(started_ns):
+        may_look = deadline_s != 0 and self._window.ns
+        if may_look and self._window.look(self._readable.poll, started_ns):
             return True
         return deadline_s is None or bool(self._readable.poll(_milliseconds_until(deadline_s)))
-
-    def _look(self, started_ns: int) -> bool:
-        until_ns = started_ns + self._window.ns
-        poll = self._readable.poll
-        while not poll(0):
-            if time.perf_counter_ns() >= until_ns:
-                return False
-            os.sched_yield()  # whoever has work to do on this core goes first
-        return True
 
     def _receive(self, packet_bytes_max: int) -> tuple[bytes, list[int]]:
         try:

@@ -6,33 +6,67 @@ call on the lane, in which two processes wait for each other in turns. Who looks
 it sleeps is there when the answer comes. Looking in vain is wasted, so it adapts as Linux's guest
 halt polling does (Documentation/virt/guest-halt-polling): the window doubles while news would have
 come within the longest one, halves while it would not, and so closes where calls are rare or slow.
+Where others wait for this core it closes at once and for a while: the core is awake anyway, and
+they need it.
 """
 
 import os
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 LONGEST_US = 100  # about what two wake-ups cost; the most that one wait can waste
 SHORTEST_NS = 10_000
+CROWDED_NS = 10_000  # who gets the core back after this long was not alone; alone it takes 1 us
+CROWDED_WAITS = 100  # so long it then stays closed
+
+T = TypeVar("T")
 
 
 class BusyWindow:
     """For one waiter. longest_us: 0 never looks; nor does a process that has one core only."""
 
-    __slots__ = ("_longest_ns", "ns")
+    __slots__ = ("_closed_waits", "_longest_ns", "ns")
 
     def __init__(self, longest_us: int = LONGEST_US) -> None:
         if longest_us < 0:
             raise ValueError(f"a busy poll takes 0 us or more, got {longest_us}")
         self._longest_ns = longest_us * 1000 if _cores() > 1 else 0
         self.ns = 0  # how long to look next time
+        self._closed_waits = 0
+
+    def look(self, find: Callable[[int], Sequence[T]], now_ns: int) -> Sequence[T]:
+        """What `find(0)` finds within the window; empty: nothing.
+
+        now_ns: time.perf_counter_ns().
+        """
+        until_ns = now_ns + self.ns
+        while not (found := find(0)):
+            looked_ns, now_ns = now_ns, _after_others()
+            if now_ns - looked_ns >= CROWDED_NS:
+                self.ns, self._closed_waits = 0, CROWDED_WAITS
+                return ()
+            if now_ns >= until_ns:
+                return ()
+        return found
 
     def waited(self, waited_ns: int) -> None:
         """News came after this long, looking and sleeping together."""
         if waited_ns <= self.ns:
             return
+        if self._closed_waits:
+            self._closed_waits -= 1
+            return
         if waited_ns <= self._longest_ns:
             self.ns = min(max(2 * self.ns, SHORTEST_NS), self._longest_ns)
         elif self.ns:
             self.ns = self.ns // 2 if self.ns >= 2 * SHORTEST_NS else 0
+
+
+def _after_others() -> int:
+    """The time when whoever has work to do on this core has had a turn."""
+    os.sched_yield()
+    return time.perf_counter_ns()
 
 
 def _cores() -> int:
