@@ -58,6 +58,10 @@ class OutputProof:
     max_abs_error: float
     mean_abs_error: float
     cosine: float  # 1: the same direction
+    max_rel_error: float  # as a part of the largest magnitude of the output
+    mean_rel_error: float  # as a part of its mean magnitude
+    equal: float  # of what is no float, the part that was equal
+    not_finite: int  # elements that were NaN or infinite, and something else in the reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +175,20 @@ def report_of_message(message: pb.EngineReport) -> EngineReport:
         is_cache_hit=message.is_cache_hit,
         build_s=message.build_ns / NS_PER_S,
         precision=message.precision,
-        proofs=tuple(
-            OutputProof(each.output, each.max_abs_error, each.mean_abs_error, each.cosine)
-            for each in message.proofs
-        ),
+        proofs=tuple(map(_proof_of_message, message.proofs)),
+    )
+
+
+def _proof_of_message(message: pb.OutputProof) -> OutputProof:
+    return OutputProof(
+        output=message.output,
+        max_abs_error=message.max_abs_error,
+        mean_abs_error=message.mean_abs_error,
+        cosine=message.cosine,
+        max_rel_error=message.max_rel_error,
+        mean_rel_error=message.mean_rel_error,
+        equal=message.equal,
+        not_finite=message.not_finite,
     )
 
 

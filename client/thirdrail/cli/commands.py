@@ -17,7 +17,7 @@ from thirdrail.tensors import TensorSpec
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name.")]
 
-_PROOF_COLUMNS = ("MAX ERROR", "MEAN ERROR", "COSINE")
+_PROOF_COLUMNS = ("MAX ERROR", "MEAN ERROR", "RELATIVE", "COSINE")
 _STATE_STYLES = {"ready": "green", "unavailable": "red"}
 
 
@@ -114,7 +114,7 @@ def _print_engine(report: EngineReport, status: ModelStatus) -> None:
     if report.proofs:
         table = new_table("OUTPUT", *_PROOF_COLUMNS, right=_PROOF_COLUMNS)
         for each in report.proofs:
-            figures = (each.max_abs_error, each.mean_abs_error)
+            figures = (each.max_abs_error, each.mean_abs_error, each.max_rel_error)
             table.add_row(
                 escape(each.output), *(f"{figure:.2g}" for figure in figures), f"{each.cosine:.6f}"
             )

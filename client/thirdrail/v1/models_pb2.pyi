@@ -242,11 +242,23 @@ class OutputProof(google.protobuf.message.Message):
     MAX_ABS_ERROR_FIELD_NUMBER: builtins.int
     MEAN_ABS_ERROR_FIELD_NUMBER: builtins.int
     COSINE_FIELD_NUMBER: builtins.int
+    MAX_REL_ERROR_FIELD_NUMBER: builtins.int
+    MEAN_REL_ERROR_FIELD_NUMBER: builtins.int
+    EQUAL_FIELD_NUMBER: builtins.int
+    NOT_FINITE_FIELD_NUMBER: builtins.int
     output: builtins.str
     max_abs_error: builtins.float
     mean_abs_error: builtins.float
     cosine: builtins.float
     """1: the same direction"""
+    max_rel_error: builtins.float
+    """as a part of the largest magnitude of the output"""
+    mean_rel_error: builtins.float
+    """as a part of its mean magnitude"""
+    equal: builtins.float
+    """of what is no float, the part that was equal"""
+    not_finite: builtins.int
+    """elements that were NaN or infinite, and something else in the reference"""
     def __init__(
         self,
         *,
@@ -254,8 +266,12 @@ class OutputProof(google.protobuf.message.Message):
         max_abs_error: builtins.float = ...,
         mean_abs_error: builtins.float = ...,
         cosine: builtins.float = ...,
+        max_rel_error: builtins.float = ...,
+        mean_rel_error: builtins.float = ...,
+        equal: builtins.float = ...,
+        not_finite: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cosine", b"cosine", "max_abs_error", b"max_abs_error", "mean_abs_error", b"mean_abs_error", "output", b"output"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cosine", b"cosine", "equal", b"equal", "max_abs_error", b"max_abs_error", "max_rel_error", b"max_rel_error", "mean_abs_error", b"mean_abs_error", "mean_rel_error", b"mean_rel_error", "not_finite", b"not_finite", "output", b"output"]) -> None: ...
 
 global___OutputProof = OutputProof
 
