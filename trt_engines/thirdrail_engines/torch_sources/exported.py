@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A torch.export archive becomes an ExportedProgram, with names and types for its tensors.
+
+Imports torch.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from thirdrail import dtypes
+from thirdrail.dtypes import DType
+from thirdrail.tensors import TensorSpec
+from thirdrail_engines.plans import BuildError, BuildFault
+from thirdrail_engines.torch_sources.archive import Kind, kind_of
+
+TEXT_CHARS_MAX = 1000
+
+DTYPES: dict[torch.dtype, DType] = {
+    torch.bool: dtypes.BY_NAME["BOOL"],
+    torch.uint8: dtypes.BY_NAME["UINT8"],
+    torch.uint16: dtypes.BY_NAME["UINT16"],
+    torch.uint32: dtypes.BY_NAME["UINT32"],
+    torch.uint64: dtypes.BY_NAME["UINT64"],
+    torch.int8: dtypes.BY_NAME["INT8"],
+    torch.int16: dtypes.BY_NAME["INT16"],
+    torch.int32: dtypes.BY_NAME["INT32"],
+    torch.int64: dtypes.BY_NAME["INT64"],
+    torch.float16: dtypes.BY_NAME["FP16"],
+    torch.bfloat16: dtypes.BY_NAME["BF16"],
+    torch.float32: dtypes.BY_NAME["FP32"],
+    torch.float64: dtypes.BY_NAME["FP64"],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A program, and its tensors in the order in which it takes and returns them.
+
+    outputs: with the place of each among all that the program returns.
+    constants: numbers and texts among these, with their place. The rest is None.
+    """
+
+    program: Any  # torch.export.ExportedProgram
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[tuple[int, TensorSpec], ...]
+    constants: tuple[tuple[int, Any], ...]
+
+
+def load_exported(path: Path) -> Exported:
+    """Read a `.pt2` file. Raises BuildError when it is none, is damaged, or cannot be served."""
+    if kind_of(path) is not Kind.EXPORTED:
+        raise refusal(path, "a TorchScript file: name it model.pt")
+    # torch.export.load tries weights_only first and then without it. Set for good: nothing in our
+    # processes is ever to be unpickled freely.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        program = torch.export.load(path)
+    except Exception as error:  # its parts raise whatever they happen to
+        raise refusal(path, f"PyTorch {torch.__version__} cannot read it: {tidy(error)}") from None
+    inputs = tuple(_inputs(path, program))
+    outputs = tuple(_outputs(path, program, {spec.name for spec in inputs}))
+    return Exported(program, inputs, outputs, tuple(_constants(program)))
+
+
+def refusal(path: Path, text: str) -> BuildError:
+    return BuildError(BuildFault.REFUSED, f"{path.name}: {text}")
+
+
+def tidy(error: BaseException) -> str:
+    """What torch said first, on one line: without advice, colours and traces."""
+    while error.__cause__ is not None:  # ends: causes are a chain that Python keeps free of rings
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    first = " ".join(text.split("\n\n")[0].split())
+    return (first or type(error).__name__)[:TEXT_CHARS_MAX]
+
+
+def _inputs(path: Path, program: Any) -> Iterable[TensorSpec]:
+    for node in _user_inputs(program):
+        if not isinstance(node.meta.get("val"), torch.Tensor):
+            raise refusal(
+                path,
+                f"input '{node.name}' is no tensor: give the model its numbers when it is exported",
+            )
+        yield _spec(path, node.name, node.meta["val"])
+
+
+def _user_inputs(program: Any) -> Iterable[Any]:
+    """The nodes of what the caller passes. A constant among the arguments has no name here."""
+    names = {
+        spec.arg.name
+        for spec in program.graph_signature.input_specs
+        if spec.kind.name == "USER_INPUT" and hasattr(spec.arg, "name")
+    }
+    return (n for n in program.graph.nodes if n.op == "placeholder" and n.name in names)
+
+
+def _outputs(path: Path, program: Any, taken: set[str]) -> Iterable[tuple[int, TensorSpec]]:
+    names = _output_names(program.call_spec.out_spec, taken)
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    found = False
+    for place, (argument, name) in enumerate(zip(_returned(program), names, strict=True)):
+        value = values.get(getattr(argument, "name", ""))
+        if isinstance(value, torch.Tensor):
+            found = True
+            yield place, _spec(path, name, value)
+    if not found:
+        raise refusal(path, "no output is a tensor")
+
+
+def _constants(program: Any) -> Iterable[tuple[int, Any]]:
+    for place, argument in enumerate(_returned(program)):
+        value = getattr(argument, "value", None)
+        if value is not None:
+            yield place, value
+
+
+def _returned(program: Any) -> list[Any]:
+    specs = program.graph_signature.output_specs
+    return [spec.arg for spec in specs if spec.kind.name == "USER_OUTPUT"]
+
+
+def _output_names(tree: Any, taken: set[str]) -> Sequence[str]:
+    """The words that the model's author used: dictionary keys and field names, else numbers.
+
+    A name that an input has already gets "_out" behind it: ONNX knows one value by one name.
+    """
+    leaves = list(range(tree.num_leaves))
+    paths = [p for p, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten(leaves, tree))[0]]
+    names: list[str] = []
+    for path in paths:
+        words = [_word(step) for step in path]
+        if not words or words[0].isdigit():
+            words.insert(0, "output")
+        name = re.sub(r"\W", "_", "_".join(words))
+        while name in taken or name in names:  # ends: each round makes the name longer
+            name += "_out"
+        names.append(name)
+    return names
+
+
+def _word(step: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(step, attribute):
+            return str(getattr(step, attribute))
+    return str(step)
+
+
+def _spec(path: Path, name: str, value: Any) -> TensorSpec:
+    dtype = DTYPES.get(value.dtype)
+    if dtype is None:
+        expected = ", ".join(row.name for row in DTYPES.values())
+        raise refusal(path, f"tensor '{name}' is a {value.dtype}, expected one of {expected}")
+    if dtype.numpy is None:
+        raise refusal(path, f"tensor '{name}' is BF16: install ml_dtypes")
+    return TensorSpec(name, dtype, tuple(d if isinstance(d, int) else -1 for d in value.shape))
