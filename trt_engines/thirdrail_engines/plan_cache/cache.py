@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`PlanCache`: what those who compile and load see of the cache."""
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from thirdrail_engines.plan_cache import notes
+from thirdrail_engines.plan_cache.holds import Holds
+from thirdrail_engines.plan_cache.key import PlanKey
+from thirdrail_engines.plan_cache.layout import MANIFEST, PLAN, Layout, check_note_name
+from thirdrail_engines.plan_cache.locks import LockTimeout, locked_file, open_folder, try_lock
+from thirdrail_engines.plan_cache.manifest import MANIFEST_FORMAT, Manifest, encoded
+from thirdrail_engines.plan_cache.opening import open_layer, open_main, open_scratch, reason_of
+from thirdrail_engines.plan_cache.reading import Damaged, Plan, read_and_hash, read_entry
+from thirdrail_engines.plan_cache.store import NoRoom, Store, sync
+from thirdrail_engines.plan_cache.workspaces import sweep, workspace_in
+from thirdrail_engines.plans import BuildError, BuildFault, TellProgress
+
+log = logging.getLogger(__name__)
+
+WAITING = "waiting for another build"  # the phase that is told
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_EVICTION_S_MAX = 1.0  # that an entry is locked by who tries to evict it; takes milliseconds
+
+
+class PlanCache:
+    """Plans by their key. Safe to use from several threads, and with several servers at once.
+
+    A plan that was handed out is in use, and not evicted by anybody, until `release`, `close` or
+    the end of this process.
+    """
+
+    def __init__(self, folder: Path, bytes_max: int, read_only: Sequence[Path] = ()) -> None:
+        """folder: made if it is missing. One that cannot be written to is only read.
+
+        bytes_max: of plans, manifests and notes; what is being built counts when it is saved.
+        read_only: other caches, asked in this order for what `folder` does not have.
+        Raises CacheFolderError for folders that others can write to or that belong to others.
+        """
+        main = open_main(folder)
+        self._layers = tuple(map(open_layer, read_only))
+        self._main = Layout(folder)
+        self._store = Store(main, bytes_max) if main else None
+        self._scratch = main or open_scratch()
+        self._holds = Holds()
+        sweep(self._scratch.work)
+
+    def get(self, key: PlanKey) -> Plan | None:
+        """The plan, verified, and from now on in use. None: it has to be built.
+
+        What is damaged or not to be trusted is warned about, and is as good as absent.
+        """
+        for layout in (self._main, *self._layers):
+            path = layout.plans / key.digest
+            try:
+                plan = self._read(path, key, is_main=layout is self._main)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except Damaged as error:
+                log.warning("the plan in %s is not used: %s", path, error)
+            except OSError as error:
+                log.warning("the plan in %s cannot be read: %s", path, reason_of(error))
+            else:
+                return plan
+        return None
+
+    def release(self, key: PlanKey) -> None:
+        """The plan is no longer used here: once for each `get` and `put` that returned it."""
+        self._holds.drop(key.digest)
+
+    @contextlib.contextmanager
+    def workspace(self) -> Iterator[Path]:
+        """A private folder to build in, where `put` takes plans from without copying them.
+
+        It is removed at the end, and by the next user of the cache if this process dies before.
+        Raises BuildError when there is no space for it.
+        """
+        sweep(self._scratch.work)
+        with contextlib.ExitStack() as stack:
+            with self._disk_errors("a folder to build in"):
+                path = stack.enter_context(workspace_in(self._scratch.work))
+            yield path
+
+    @contextlib.contextmanager
+    def building(
+        self, key: PlanKey, cancelled: threading.Event, tell: TellProgress
+    ) -> Iterator[None]:
+        """Nobody else builds this plan meanwhile, in no thread and no process on this cache.
+
+        Who had to wait should `get` again. Raises BuildError CANCELLED when `cancelled` is set
+        while waiting, OUT_OF_DISK when the lock's file cannot be made.
+        """
+
+        def waiting(holder: str) -> None:
+            log.info("process %s builds plan %.12s: waiting for it", holder, key.digest)
+            tell(WAITING, 0, 0)
+
+        with contextlib.ExitStack() as stack:
+            with self._disk_errors("a lock"):
+                lock = locked_file(
+                    self._scratch.locks / key.digest, cancelled=cancelled, waiting=waiting
+                )
+                is_ours = stack.enter_context(lock)
+            if not is_ours:
+                raise BuildError(
+                    BuildFault.CANCELLED,
+                    "cancelled while another build of this plan was waited for",
+                )
+            yield
+
+    def put(self, key: PlanKey, plan_file: Path, manifest: Manifest) -> Plan:
+        """Save a plan that was built, and hand it over, in use. `plan_file` is moved away.
+
+        The cache's own fields of the manifest are filled in. A plan that cannot be kept, because
+        the cache is only read or full of plans in use, is handed over with a warning.
+        Raises BuildError: OUT_OF_DISK, or MISSING when the build left no plan there.
+        """
+        plan = _finished(key, plan_file, manifest)
+        if self._store is None:
+            log.warning("plan %.12s is not kept: the cache is only read", key.digest)
+            return plan
+        with self._disk_errors("this plan"):
+            try:
+                self._save(self._store, plan, plan_file)
+            except (NoRoom, LockTimeout) as error:
+                log.warning("plan %.12s is not kept: %s", key.digest, error)
+            except OSError as error:
+                if error.errno in _FULL:
+                    raise
+                log.warning("plan %.12s is not kept: %s", key.digest, reason_of(error))
+        return plan
+
+    def note(self, plan: Plan, name: str, data: bytes) -> None:
+        """Remember something about this plan, in place of what was remembered under the name.
+
+        A note that cannot be kept is warned about. Raises ValueError for a name that is none.
+        """
+        check_note_name(name)
+        if self._store is None:
+            return
+        try:
+            self._save_note(self._store, plan, name, data)
+        except (NoRoom, LockTimeout) as error:
+            log.warning("note '%s' about plan %.12s: %s", name, plan.key.digest, error)
+        except OSError as error:
+            log.warning("note '%s' about plan %.12s: %s", name, plan.key.digest, reason_of(error))
+
+    def notes(self, plan: Plan, name: str) -> bytes | None:
+        """What was remembered about exactly these bytes; None if nothing, or damaged."""
+        check_note_name(name)
+        for layout in (self._main, *self._layers):
+            folder = layout.notes / plan.key.digest
+            try:
+                found = notes.read_note(folder, name, plan.manifest.plan_sha256)
+            except notes.NoteDamaged as error:
+                log.warning("the note in %s is not used: %s", folder, error)
+            except OSError as error:
+                log.warning("the note in %s cannot be read: %s", folder, reason_of(error))
+            else:
+                if found is not None:
+                    return found
+        return None
+
+    def close(self) -> None:
+        """Nothing is in use here any more."""
+        self._holds.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _read(self, path: Path, key: PlanKey, *, is_main: bool) -> Plan:
+        fd = open_folder(path)
+        try:
+            if is_main:
+                _lock_shared(fd)
+            plan = read_entry(key, fd)
+            if is_main and self._store is not None:
+                with contextlib.suppress(OSError):  # root's entry in our folder
+                    os.utime(fd, ns=(time.time_ns(),) * 2)
+        except BaseException:
+            os.close(fd)
+            raise
+        if is_main:
+            self._holds.keep(key.digest, fd)
+        else:
+            os.close(fd)
+        return plan
+
+    def _save(self, store: Store, plan: Plan, plan_file: Path) -> None:
+        with workspace_in(store.layout.work) as folder:
+            entry = folder / "entry"
+            entry.mkdir(mode=0o755)
+            _write(entry / MANIFEST, encoded(plan.manifest))
+            _move(plan_file, entry / PLAN, plan.data)
+            sync(entry)
+            fd = open_folder(entry)
+            try:
+                try_lock(fd, shared=True)
+                store.save(entry, plan.key.digest)
+            except BaseException:
+                os.close(fd)
+                raise
+            self._holds.keep(plan.key.digest, fd)
+
+    def _save_note(self, store: Store, plan: Plan, name: str, data: bytes) -> None:
+        if len(data) > notes.NOTE_BYTES_MAX:
+            raise NoRoom(f"{len(data)} bytes are too many, the limit is {notes.NOTE_BYTES_MAX}")
+        with workspace_in(store.layout.work) as folder:
+            staged = folder / name
+            _write(staged, notes.encoded(plan.manifest.plan_sha256, data))
+            with store.changing():
+                store.make_room(staged.stat().st_size)
+                notes.place_note(store.layout.notes / plan.key.digest, name, staged)
+
+    @contextlib.contextmanager
+    def _disk_errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = self._scratch.root
+            if error.errno in _FULL:
+                raise BuildError(
+                    BuildFault.OUT_OF_DISK,
+                    f"there is no space for {what} in {where}: {reason_of(error)}. "
+                    "Free some, or lower the cache's limit",
+                ) from None
+            raise BuildError(
+                BuildFault.MISSING, f"cannot make {what} in {where}: {reason_of(error)}"
+            ) from None
+
+
+def _finished(key: PlanKey, plan_file: Path, manifest: Manifest) -> Plan:
+    """Read what a build left. Raises BuildError MISSING."""
+    try:
+        fd = os.open(plan_file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(fd).st_size
+            data, digest = read_and_hash(fd, size)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        text = f"the build left no plan at {plan_file}: {reason_of(error)}"
+        raise BuildError(BuildFault.MISSING, text) from None
+    except Damaged as error:
+        raise BuildError(BuildFault.MISSING, f"{plan_file}: {error}") from None
+    if not size:
+        raise BuildError(BuildFault.MISSING, f"the build left an empty plan at {plan_file}")
+    complete = replace(
+        manifest,
+        format=MANIFEST_FORMAT,
+        key=key.digest,
+        key_parts=dict(key.parts),
+        plan_bytes=size,
+        plan_sha256=digest,
+    )
+    return Plan(key, complete, data)
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    with open(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(fd)
+
+
+def _move(source: Path, target: Path, data: memoryview) -> None:
+    """Rename, or write what was read where that is another file system."""
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _write(target, data)
+        return
+    target.chmod(0o644)
+    sync(target)
+
+
+def _lock_shared(fd: int) -> None:
+    """Who has it otherwise evicts this entry, and is quick. Raises FileNotFoundError if not."""
+    ends = time.monotonic() + _EVICTION_S_MAX
+    while not try_lock(fd, shared=True):
+        if time.monotonic() > ends:
+            raise FileNotFoundError
+        time.sleep(0.001)
