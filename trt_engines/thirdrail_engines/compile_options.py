@@ -144,8 +144,9 @@ def _real(most: float) -> Callable[[str], float]:
 
 
 def _capabilities(text: str) -> tuple[str, ...]:
+    """Whether there are such is the builder's to say (thirdrail_engines.tensorrt)."""
     names = tuple(name.strip() for name in text.split(","))
-    if len(set(names)) < len(names) or not all(re.fullmatch(r"sm[0-9]{2,3}", n) for n in names):
+    if not all(re.fullmatch(r"(sm_?)?[0-9.]{2,5}|current", name, re.I) for name in names):
         raise ValueError
     return names
 
@@ -182,7 +183,7 @@ _KEYS: dict[str, _Key] = {
     "compute_capabilities": _Key(
         "compute_capabilities",
         _capabilities,
-        "different compute capabilities with commas between them",
+        "compute capabilities with commas between them",
         "sm86,sm89,sm120",
     ),
     "version_compatible": _Key("is_version_compatible", _flag, *_FLAG),

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine is compared with the reference: what is right passes, what is damaged does not."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from support.models import constant, double, gather, identity, model, tensor
+from support.perceptrons import (
+    two_layers,
+    with_outputs_swapped,
+    with_rounded_weights,
+    with_weight,
+)
+from thirdrail.dtypes import BY_NAME
+from thirdrail.tensors import Array, TensorSpec
+from thirdrail_engines import Engine, EngineError
+from thirdrail_engines.engine import EngineSpec
+from thirdrail_engines.plans import Precision, Profile
+from thirdrail_engines.profiles import read_shape_range
+from thirdrail_engines.reference_proof import (
+    OutputFigures,
+    ProofLimits,
+    ReferenceProof,
+    Tolerance,
+    compare,
+    prove,
+    tolerance_for,
+)
+
+OpenModel = Callable[[onnx.ModelProto], Engine]
+
+TIGHT = Tolerance(max_rel=1e-3, mean_rel=1e-4, cosine=0.9999, equal=1.0)
+ROWS = Profile({"x": read_shape_range("1x16,4x16,8x16")})
+
+
+def test_the_same_model_is_proven_on_every_shape(open_model: OpenModel) -> None:
+    engine, reference = open_model(two_layers()), open_model(two_layers())
+    proof = prove(engine, reference, (ROWS,), TIGHT)
+    assert proof.is_proven
+    assert proof.runs == ("profile 0 best", "profile 0 smallest", "profile 0 largest")
+    assert [(o.name, o.compared) for o in proof.outputs] == [("y", 104), ("z", 104), ("most", 13)]
+    assert all(o.max_abs == 0 and o.cosine > 0.999999 and o.equal == 1 for o in proof.outputs)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda built: with_weight(built, "b", (3, 2), 9.0), "output 'y' has max_rel"),
+        (lambda built: with_weight(built, "c", (0, 0), np.nan), "'z' has 13 elements that are NaN"),
+        (lambda built: with_weight(built, "c", (0, 0), np.inf), "'z' has 13 elements that are NaN"),
+        (with_outputs_swapped, "output 'y' has cosine"),
+        (lambda built: two_layers(seed=1), "output 'most' has equal"),
+        (lambda built: double(), "the engine has no output 'z', 'most'"),
+    ],
+    ids=["a weight", "a NaN", "an infinity", "swapped outputs", "other weights", "another model"],
+)
+def test_a_damaged_engine_is_caught(open_model: OpenModel, damage: Any, expected: str) -> None:
+    proof = prove(open_model(damage(two_layers())), open_model(two_layers()), (ROWS,), TIGHT)
+    assert not proof.is_proven
+    assert any(expected in fault for fault in proof.faults), proof.faults
+
+
+def test_rounding_passes_where_the_precision_allows_it(open_model: OpenModel) -> None:
+    reference = open_model(two_layers())
+    engine = open_model(with_rounded_weights(two_layers()))
+    fp16 = tolerance_for(Precision.FP16, reference.spec, Tolerance())
+    proof = prove(engine, reference, (ROWS,), fp16)
+    assert proof.is_proven
+    assert 0 < proof.outputs[0].max_rel < 1e-2
+    # The figures are the same under other bounds; only the judgement changes.
+    strict = proof.judged(Tolerance(max_abs=1e-9))
+    assert strict.outputs == proof.outputs
+    assert any("has max_abs" in fault and "allowed is 1e-09" in fault for fault in strict.faults)
+
+
+def test_a_proof_survives_json(open_model: OpenModel) -> None:
+    engine = open_model(with_weight(two_layers(), "c", (0, 0), np.inf))
+    proof = prove(engine, open_model(two_layers()), (ROWS,), TIGHT)
+    text = json.dumps(proof.to_dict(), allow_nan=False)
+    assert ReferenceProof.from_dict(json.loads(text)) == proof
+
+
+def test_without_profiles_sizes_are_tried_until_the_reference_takes_one(
+    open_model: OpenModel,
+) -> None:
+    """Reshaped to rows of 8, so that one row of 1 is refused, and 32, 64 and 8 are not."""
+    rows = constant("rows", np.array([-1, 8]))
+    node = helper.make_node("Reshape", ["x", "rows"], ["y"])
+    built = model(
+        [node], [tensor("x", "FP32", ("n", "m"))], [tensor("y", "FP32", ("k", 8))], [rows]
+    )
+    proof = prove(open_model(built), open_model(built), (), TIGHT)
+    assert proof.is_proven
+    assert proof.runs == ("trial sizes", "trial sizes, one row")
+    assert proof.outputs[0].compared == 32 * 32 + 32
+
+
+def test_indices_are_found_that_the_reference_takes(open_model: OpenModel) -> None:
+    profile = Profile({"index": read_shape_range("1,2,3")})
+    proof = prove(open_model(gather()), open_model(gather()), (profile,), TIGHT)
+    assert proof.is_proven
+
+
+def test_logarithms_are_given_positive_numbers_and_text_is_compared(
+    open_model: OpenModel,
+) -> None:
+    log = model(
+        [helper.make_node("Log", ["x"], ["y"]), helper.make_node("IsNaN", ["y"], ["is_nan"])],
+        [tensor("x", "FP32", (1,))],
+        [tensor("y", "FP32", (1,)), tensor("is_nan", "BOOL", (1,))],
+    )
+    assert prove(open_model(log), open_model(log), (), TIGHT).is_proven
+    text = identity("BYTES")
+    assert prove(open_model(text), open_model(text), (), TIGHT).is_proven
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "FP16", "FP64", "UINT8", "BOOL", "BYTES"])
+def test_every_kind_of_output_is_compared(open_model: OpenModel, dtype: str) -> None:
+    built = identity(dtype)
+    proof = prove(open_model(built), open_model(built), (), TIGHT)
+    assert proof.is_proven
+    assert proof.outputs[0].compared > 0
+
+
+def test_what_the_reference_refuses_proves_nothing(open_model: OpenModel) -> None:
+    """A table of 4 rows is never asked for row 0 or 1 alone if the index has a hundred added."""
+    built = gather()
+    built.graph.node[0].input[1] = "far"
+    built.graph.node.insert(0, helper.make_node("Add", ["index", "hundred"], ["far"]))
+    built.graph.initializer.append(constant("hundred", np.array([100])))
+    proof = prove(open_model(built), open_model(built), (), TIGHT)
+    assert not proof.is_proven
+    assert "nothing could be compared: trial sizes: the reference refuses" in proof.faults[0]
+
+
+def test_what_is_never_finite_proves_nothing(open_model: OpenModel) -> None:
+    built = double()
+    built.graph.initializer[0].CopyFrom(constant("two", np.array([np.nan], np.float32)))
+    proof = prove(open_model(built), open_model(built), (), TIGHT)
+    assert proof.faults == ("nothing could be compared: seeded inputs lead to no finite number",)
+
+
+class Failing:
+    """An engine that does not run."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+
+    def run(
+        self, inputs: Mapping[str, Array], wanted: Sequence[str], into: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        raise EngineError("out of device memory")
+
+    def close(self) -> None:
+        pass
+
+
+def test_an_engine_that_fails_is_not_proven(open_model: OpenModel) -> None:
+    reference = open_model(double())
+    failing: Engine = Failing(reference.spec)
+    proof = prove(failing, reference, (), TIGHT)
+    assert proof.faults == ("trial sizes: out of device memory",)
+
+
+def test_bytes_and_time_are_bounded(open_model: OpenModel) -> None:
+    reference = open_model(two_layers())
+    few_bytes = prove(reference, reference, (ROWS,), TIGHT, ProofLimits(bytes_max=4 * 16 * 4))
+    assert few_bytes.is_proven
+    assert few_bytes.runs == ("profile 0 best", "profile 0 smallest")
+    assert few_bytes.skipped == ("profile 0 largest: inputs of more than 256 bytes",)
+    no_time = prove(reference, reference, (ROWS,), TIGHT, ProofLimits(seconds_max=0))
+    assert no_time.is_proven
+    assert no_time.runs == ("profile 0 best",)
+    assert no_time.skipped[0] == "profile 0 smallest: more than 0 s in all"
+    nothing = prove(reference, reference, (ROWS,), TIGHT, ProofLimits(bytes_max=1))
+    assert not nothing.is_proven
+
+
+# One output
+
+
+def fp32(*values: float) -> Array:
+    return np.array(values, np.float32)
+
+
+def test_figures_of_floats() -> None:
+    figures = compare("y", fp32(1, 2, 4.5), fp32(1, 2, 4))
+    assert (figures.max_abs, figures.max_rel, figures.compared) == (0.5, 0.125, 3)
+    assert figures.mean_abs == pytest.approx(0.5 / 3)
+    assert figures.mean_rel == pytest.approx(0.5 / 7)
+    assert figures.cosine == pytest.approx(23 / np.sqrt(25.25 * 21))
+
+
+def test_nans_and_infinities_must_be_the_same_ones() -> None:
+    odd = fp32(1, np.nan, np.inf, -np.inf)
+    assert compare("y", odd, odd).not_finite == 0
+    assert compare("y", odd, odd).compared == 1
+    assert compare("y", odd, odd[::-1].copy()).not_finite == 4
+    assert compare("y", odd, fp32(1, np.inf, -np.inf, 2)).not_finite == 3
+
+
+def test_figures_of_large_small_and_no_numbers() -> None:
+    huge = np.array([1e300, -1e300])
+    assert compare("y", huge, huge).cosine == pytest.approx(1)
+    assert compare("y", -huge, huge).cosine == pytest.approx(-1)
+    noise = fp32(1e-9, -1e-9)
+    assert compare("y", noise, -noise).cosine == 1
+    assert compare("y", noise, -noise).max_rel < 0.01
+    assert compare("y", fp32(0, 0), fp32(1, 0)).cosine == 0
+    assert compare("y", fp32(), fp32()) == OutputFigures("y")
+
+
+def test_what_is_no_float_is_equal_or_not() -> None:
+    left, right = np.array([1, 2, 3, 4]), np.array([1, 2, 3, 5])
+    assert compare("y", left, right) == OutputFigures("y", equal=0.75, compared=4)
+    assert compare("y", left, left.astype(np.int32)).fault == (
+        "is int64 [4], the reference int32 [4]"
+    )
+    assert compare("y", left, left[:3]).fault == "is int64 [4], the reference int64 [3]"
+
+
+# Bounds
+
+
+def spec(dtype: str) -> EngineSpec:
+    tensors = (TensorSpec("x", BY_NAME[dtype], (1,)),)
+    return EngineSpec(tensors, tensors, "onnxruntime_onnx", frozenset())
+
+
+def test_bounds_follow_the_coarsest_format() -> None:
+    bounds = [
+        tolerance_for(precision, spec(dtype), Tolerance()).max_rel or 0
+        for precision, dtype in [
+            (Precision.AS_IS, "FP32"),
+            (Precision.FP16, "FP32"),
+            (Precision.AS_IS, "FP16"),
+            (Precision.BF16, "FP32"),
+            (Precision.FP16, "BF16"),
+        ]
+    ]
+    assert bounds[0] < bounds[1] == bounds[2] < bounds[3] == bounds[4]
+
+
+def test_what_is_asked_for_comes_first() -> None:
+    asked = tolerance_for(Precision.AS_IS, spec("FP32"), Tolerance(cosine=0.5))
+    assert (asked.cosine, asked.max_rel) == (0.5, 1e-2)
+    # Who gives an absolute bound knows the size of the output: no relative one is in its way.
+    absolute = tolerance_for(Precision.AS_IS, spec("FP32"), Tolerance(max_abs=3))
+    assert (absolute.max_abs, absolute.max_rel, absolute.cosine) == (3, None, 0.9999)
