@@ -85,6 +85,7 @@ class BuildFault(StrEnum):
     OUT_OF_MEMORY = "out of memory"
     OUT_OF_DISK = "out of disk"
     CANCELLED = "cancelled"
+    SOURCE_CHANGED = "source changed"  # while it was built
 
 
 class BuildError(ModelFileError):
