@@ -19,6 +19,7 @@ from thirdrail.dtypes import DType
 from thirdrail.tensors import TensorSpec
 from thirdrail_engines.plans import BuildError, BuildFault
 from thirdrail_engines.torch_sources.archive import Kind, kind_of
+from thirdrail_engines.torch_sources.quiet import quiet_exporter
 
 TEXT_CHARS_MAX = 1000
 
@@ -45,12 +46,14 @@ class Exported:
 
     outputs: with the place of each among all that the program returns.
     constants: numbers and texts among these, with their place. The rest is None.
+    changed: buffers and inputs that a run writes to.
     """
 
     program: Any  # torch.export.ExportedProgram
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[tuple[int, TensorSpec], ...]
     constants: tuple[tuple[int, Any], ...]
+    changed: tuple[str, ...]
 
 
 def load_exported(path: Path) -> Exported:
@@ -66,7 +69,9 @@ def load_exported(path: Path) -> Exported:
         raise refusal(path, f"PyTorch {torch.__version__} cannot read it: {tidy(error)}") from None
     inputs = tuple(_inputs(path, program))
     outputs = tuple(_outputs(path, program, {spec.name for spec in inputs}))
-    return Exported(program, inputs, outputs, tuple(_constants(program)))
+    return Exported(
+        program, inputs, outputs, tuple(_constants(program)), tuple(_changed(path, program))
+    )
 
 
 def refusal(path: Path, text: str) -> BuildError:
@@ -78,7 +83,8 @@ def tidy(error: BaseException) -> str:
     while error.__cause__ is not None:  # ends: causes are a chain that Python keeps free of rings
         error = error.__cause__
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-    first = " ".join(text.split("\n\n")[0].split())
+    inner = re.findall(r"(?m)^\w*Error: (.+)$", text)  # below the trace of a script
+    first = inner[-1] if inner else " ".join(text.split("\n\n")[0].split())
     return (first or type(error).__name__)[:TEXT_CHARS_MAX]
 
 
@@ -120,6 +126,28 @@ def _constants(program: Any) -> Iterable[tuple[int, Any]]:
         value = getattr(argument, "value", None)
         if value is not None:
             yield place, value
+
+
+def _changed(path: Path, program: Any) -> Iterable[str]:
+    """What a run writes to and others see.
+
+    A saved program still has its in-place operators. Made functional, it tells which of them reach
+    beyond its own intermediate values.
+    """
+    if any(_is_in_place(node) for node in program.graph.nodes):
+        try:
+            with quiet_exporter():
+                program = program.run_decompositions({})
+        except Exception as error:  # its parts raise whatever they happen to
+            raise refusal(path, f"PyTorch cannot make it functional: {tidy(error)}") from None
+    signature = program.graph_signature
+    yield from signature.buffers_to_mutate.values()
+    yield from signature.user_inputs_to_mutate.values()
+
+
+def _is_in_place(node: Any) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _returned(program: Any) -> list[Any]:

@@ -54,12 +54,8 @@ def _convert_exported(path: Path, target: Path, tell: TellProgress) -> None:
     from thirdrail_engines.torch_sources.quiet import quiet_exporter
 
     exported = load_exported(path)
-    mutated = (
-        exported.program.graph_signature.buffers_to_mutate
-        or exported.program.graph_signature.user_inputs_to_mutate
-    )
-    if mutated:
-        raise refusal(path, changes_itself(mutated.values()))
+    if exported.changed:
+        raise refusal(path, changes_itself(exported.changed))
     if exported.constants:
         place, value = exported.constants[0]
         raise refusal(
