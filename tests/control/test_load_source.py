@@ -52,11 +52,11 @@ def test_a_given_configuration_stands_in_for_the_file(tmp_path: Path) -> None:
 
 def test_a_broken_version_leaves_the_others(tmp_path: Path) -> None:
     config = "version_policy { specific { versions: [1, 2, 3] } }"
-    source = write(tmp_path, {"m/1/model.onnx": "", "m/2/model.plan": "", "m/config.pbtxt": config})
+    source = write(tmp_path, {"m/1/model.onnx": "", "m/2/model.py": "", "m/config.pbtxt": config})
     assert versions(source) == [1]
     failures = prepare("m", source).failures
     assert sorted(failures) == [2, 3]
-    assert "TensorRT plans are not served" in failures[2]
+    assert "models written in Python are not served" in failures[2]
     assert "has no folder" in failures[3]
 
 

@@ -130,7 +130,7 @@ def test_contradictions_are_refused(text: str, refusal: str) -> None:
     assert str(caught.value) == f"model 'm': {refusal}"
 
 
-@pytest.mark.parametrize("text", ["platform: 'tensorrt_plan'", "sequence_batching {}"])
+@pytest.mark.parametrize("text", ["platform: 'ensemble'", "sequence_batching {}"])
 def test_fields_that_are_not_served_are_refused(text: str) -> None:
     with pytest.raises(RepositoryError, match="not served by this version of Thirdrail"):
         complete("m", parse(text), MODEL)

@@ -116,7 +116,21 @@ def test_a_refused_field_fails_the_load(path: str) -> None:
 
 
 # Honoured for some values only, which have tests of their own below.
-JUDGED = {"platform", "backend", "parameters", "parameters.string_value", "instance_group.kind"}
+GPU_ACCELERATOR = "optimization.execution_accelerators.gpu_execution_accelerator"
+JUDGED = {
+    "platform",
+    "backend",
+    "parameters",
+    "parameters.string_value",
+    "instance_group.kind",
+    GPU_ACCELERATOR,
+    f"{GPU_ACCELERATOR}.name",
+    f"{GPU_ACCELERATOR}.parameters",
+}
+ACCELERATOR = (
+    "optimization { execution_accelerators { gpu_execution_accelerator { "
+    "name: 'tensorrt' parameters { %s } } } }"
+)
 
 
 @pytest.mark.parametrize("path", sorted({*rows(Fate.HONOURED)} - JUDGED))
@@ -139,6 +153,12 @@ def test_an_honoured_field_brings_no_warning(path: str) -> None:
         "backend: 'onnxruntime'",
         "platform: 'onnxruntime_onnx'",
         "backend: 'onnxruntime_onnx'",
+        "platform: 'tensorrt_plan'",
+        "backend: 'pytorch'",
+        ACCELERATOR % "key: 'precision_mode' value: 'FP16'",
+        ACCELERATOR % "key: 'max_workspace_size_bytes' value: '1073741824'",
+        "parameters { key: 'profile.0.x' value { string_value: '1,2,3' } }",
+        "parameters { key: 'engine' value { string_value: 'onnxruntime' } }",
         "instance_group [{ kind: KIND_CPU }, { kind: KIND_AUTO }, { kind: KIND_MODEL }]",
         "parameters { key: 'intra_op_thread_count' value { string_value: '2' } }",
     ],
@@ -155,25 +175,24 @@ def test_values_that_change_nothing_are_not_complained_about(text: str) -> None:
             "backend: models written in Python are not served by this version of Thirdrail",
         ),
         (
-            "platform: 'tensorrt_plan'",
-            "platform: TensorRT plans are not served by this version of Thirdrail",
-        ),
-        (
-            "backend: 'tensorrt'",
-            "backend: TensorRT plans are not served by this version of Thirdrail",
-        ),
-        (
             "platform: 'ensemble'",
             "platform: ensembles are not served by this version of Thirdrail",
         ),
         (
-            "platform: 'pytorch_libtorch'",
-            "platform: PyTorch models are not served by this version of Thirdrail",
-        ),
-        (
             "backend: 'mine'",
             "backend: 'mine' is not served by this version of Thirdrail, expected one of "
-            "onnxruntime, onnxruntime_onnx",
+            "onnxruntime, onnxruntime_onnx, tensorrt, tensorrt_plan, tensorrt_rtx, pytorch, "
+            "pytorch_libtorch",
+        ),
+        (
+            ACCELERATOR % "key: 'precision_mode' value: 'INT8'",
+            f"{GPU_ACCELERATOR}: precision_mode 'INT8' is none of FP32, FP16, BF16; INT8 and FP8 "
+            "come from the graph, which must have quantisation nodes (Q/DQ)",
+        ),
+        (
+            ACCELERATOR % "key: 'max_workspace_size_bytes' value: '1G'",
+            f"{GPU_ACCELERATOR}: max_workspace_size_bytes must be a number of bytes above 0, got "
+            "'1G'",
         ),
         (
             "instance_group [{}, { kind: KIND_GPU }]",
@@ -199,11 +218,28 @@ def test_the_texts_of_refusals(text: str, refusal: str) -> None:
 
 def test_unknown_parameters_are_named() -> None:
     config = parse("")
-    for key in ("b", "a", "intra_op_thread_count"):
+    for key in ("b", "a", "intra_op_thread_count", "engine"):
         config.parameters[key].string_value = "1"
     assert check_fields(config) == (
-        "parameters is ignored: 'a', 'b' not known to the engine, only intra_op_thread_count",
+        "parameters is ignored: 'a', 'b' not known; docs/compile.md lists those that are",
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "warning"),
+    [
+        (
+            ACCELERATOR % "key: 'trt_engine_cache_enable' value: 'true'",
+            "trt_engine_cache_enable not known, only precision_mode, max_workspace_size_bytes",
+        ),
+        (
+            "optimization { execution_accelerators { gpu_execution_accelerator { name: 'x' } } }",
+            "'x' is not known here, only 'tensorrt'",
+        ),
+    ],
+)
+def test_unknown_accelerators_are_named(text: str, warning: str) -> None:
+    assert check_fields(parse(text)) == (f"{GPU_ACCELERATOR} is ignored: {warning}",)
 
 
 def test_all_refusals_come_at_once_and_their_number_is_bounded() -> None:

@@ -9,7 +9,10 @@ import pytest
 from google.protobuf import text_format
 
 from thirdrail.dtypes import BYTES
+from thirdrail_engines.compile_options import CompileOptions, EngineChoice, OnFailure
+from thirdrail_engines.plans import Precision
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
+from thirdrail_server.repository.compilation import compile_options
 from thirdrail_server.repository.errors import RepositoryError
 from thirdrail_server.repository.fields import FIELDS, Fate, check_fields
 from thirdrail_server.repository.layout import model_file, scan
@@ -45,6 +48,10 @@ def options(text: str, folder: Path = Path("/nowhere")) -> ModelOptions:
     return model_options(parse(text), folder, queue_requests_max=QUEUE_REQUESTS_MAX)
 
 
+def compiled(text: str) -> CompileOptions:
+    return compile_options(parse(text), on_failure=OnFailure.FALLBACK)
+
+
 def refusal(text: str, folder: Path = Path("/nowhere")) -> str:
     with pytest.raises(RepositoryError) as caught:
         options(text, folder)
@@ -62,14 +69,16 @@ def name(_: Path) -> None:
 
 @honours("platform")
 def platform(_: Path) -> None:
-    assert check_fields(parse("platform: 'onnxruntime_onnx'")) == ()
+    assert compiled("platform: 'onnxruntime_onnx'").engine is EngineChoice.AUTO
+    assert compiled("platform: 'tensorrt_plan'").engine is EngineChoice.TENSORRT
     with pytest.raises(RepositoryError, match="platform: "):
-        check_fields(parse("platform: 'tensorrt_plan'"))
+        check_fields(parse("platform: 'ensemble'"))
 
 
 @honours("backend")
 def backend(_: Path) -> None:
-    assert check_fields(parse("backend: 'onnxruntime'")) == ()
+    assert compiled("backend: 'pytorch'").engine is EngineChoice.AUTO
+    assert compiled("backend: 'tensorrt_rtx'").engine is EngineChoice.TENSORRT_RTX
     with pytest.raises(RepositoryError, match="backend: "):
         check_fields(parse("backend: 'python'"))
 
@@ -262,6 +271,26 @@ def default_model_filename(folder: Path) -> None:
     config = read_config(scan(folder)["m"])
     assert config is not None
     assert model_file(scan(folder)["m"], 1, config.default_model_filename) == path
+
+
+ACCELERATOR = "optimization.execution_accelerators.gpu_execution_accelerator"
+
+
+@honours(ACCELERATOR)
+@honours(f"{ACCELERATOR}.name")
+@honours(f"{ACCELERATOR}.parameters")
+def gpu_accelerator(_: Path) -> None:
+    text = (
+        "optimization { execution_accelerators { gpu_execution_accelerator { name: 'tensorrt' "
+        "parameters { key: 'precision_mode' value: 'FP16' } "
+        "parameters { key: 'max_workspace_size_bytes' value: '3145728' } } } }"
+    )
+    found = compiled(text)
+    assert (found.engine, found.precision) == (EngineChoice.TENSORRT, Precision.FP16)
+    assert found.workspace_bytes == 3 << 20
+    ours = "parameters { key: 'engine' value { string_value: 'onnxruntime' } }"
+    assert compiled(text + ours).engine is EngineChoice.ONNXRUNTIME
+    assert compiled(text.replace("'tensorrt'", "'cuda'")).engine is EngineChoice.AUTO
 
 
 @honours("parameters")

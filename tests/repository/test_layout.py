@@ -2,6 +2,7 @@
 """Scanning a repository: what is a model, what is a version, and that one folder stops no other."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -139,23 +140,41 @@ def test_the_model_file_lies_in_the_version_folder_itself(repository: Any) -> No
         model_file(repository.model("m"), 1, "sub/model.onnx")
 
 
-@pytest.mark.parametrize(
-    ("filename", "kind"),
-    [
-        ("model.plan", "TensorRT plans"),
-        ("model.pt2", "exported PyTorch programs"),
-        ("model.pt", "TorchScript models"),
-        ("model.py", "models written in Python"),
-    ],
-)
-def test_kinds_that_are_not_served_are_refused_by_name(
-    repository: Any, filename: str, kind: str
-) -> None:
-    repository.write(f"m/1/{filename}")
-    expected = f"'{filename}': {kind} are not served by this version of Thirdrail"
-    for name in ("", filename):
+def test_kinds_that_are_not_served_are_refused_by_name(repository: Any) -> None:
+    repository.write("m/1/model.py")
+    expected = "'model.py': models written in Python are not served by this version of Thirdrail"
+    for name in ("", "model.py"):
         with pytest.raises(RepositoryError, match=expected):
             model_file(repository.model("m"), 1, name)
+
+
+def test_sources_come_before_plans(repository: Any) -> None:
+    for filename in ("model.plan", "model.pt", "model.pt2", "model.onnx"):
+        written = repository.write(f"m/1/{filename}")
+        assert model_file(repository.model("m"), 1) == written
+
+
+@pytest.mark.parametrize("opened", ["", "m", "m/1", "m/1/model.onnx"])
+def test_what_everybody_may_write_is_refused(repository: Any, opened: str) -> None:
+    repository.write("m/1/model.onnx")
+    path = repository.root / opened
+    before = path.stat().st_mode
+    path.chmod(before | 0o002)
+    expected = re.escape(
+        f"'{path}' may be written by every user of this host, who could so run code as the "
+        f"server's user; take that away: chmod o-w {path}"
+    )
+    with pytest.raises(RepositoryError, match=expected):
+        _served_file(repository)
+    path.chmod(before)
+    assert _served_file(repository) == repository.root / "m/1/model.onnx"
+
+
+def _served_file(repository: Any) -> Path:
+    folder = repository.model("m")
+    if folder.problem is not None:
+        raise RepositoryError(folder.problem)
+    return model_file(folder, 1)
 
 
 def test_a_missing_model_file_is_named_and_what_could_be_meant(repository: Any) -> None:

@@ -11,6 +11,7 @@ from thirdrail_server.inference.grpc_service_pb2 import (
     ModelInstanceGroup,
     ModelOutput,
 )
+from thirdrail_server.repository.compilation import keep_engine
 from thirdrail_server.repository.errors import RepositoryError, blaming
 from thirdrail_server.repository.fields import check_fields
 from thirdrail_server.repository.layout import MODEL_FILENAME
@@ -24,12 +25,18 @@ from thirdrail_server.repository.specs import (
 
 
 def complete(
-    name: str, config: ModelConfig | None, spec: EngineSpec, *, proven_rows: int = 0
+    name: str,
+    config: ModelConfig | None,
+    spec: EngineSpec,
+    *,
+    proven_rows: int = 0,
+    filename: str = MODEL_FILENAME,
 ) -> ModelConfig:
     """The configuration with everything filled in that the engine knows; `config` stays as it is.
 
     proven_rows: above 0, the batch size for which a proof succeeded; used where
         `may_derive_batching` allows it.
+    filename: the model file's.
     Raises RepositoryError for fields that are not served, and when the configuration and the model
     file contradict each other.
     """
@@ -44,7 +51,8 @@ def complete(
     with blaming(name):
         _complete_inputs(whole, spec.inputs)
         _complete_outputs(whole, spec.outputs)
-    _complete_rest(whole, spec)
+    keep_engine(whole)  # before its platform becomes that of the engine at hand
+    _complete_rest(whole, spec, filename)
     return whole
 
 
@@ -136,10 +144,10 @@ def _is_within(dims: Sequence[int], shape: Sequence[int]) -> bool:
     return len(dims) == len(shape) and all(s in (-1, d) for d, s in zip(dims, shape, strict=True))
 
 
-def _complete_rest(whole: ModelConfig, spec: EngineSpec) -> None:
+def _complete_rest(whole: ModelConfig, spec: EngineSpec, filename: str) -> None:
     whole.platform = spec.platform
     whole.backend = spec.platform.partition("_")[0]
-    whole.default_model_filename = whole.default_model_filename or MODEL_FILENAME
+    whole.default_model_filename = whole.default_model_filename or filename
     if whole.version_policy.WhichOneof("policy_choice") is None:
         whole.version_policy.latest.num_versions = 1
     if not whole.instance_group:

@@ -18,19 +18,22 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
+from thirdrail_engines.compile_options import is_compile_key
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig, ModelInstanceGroup
+from thirdrail_server.repository.compilation import (
+    ENGINES_BY_PLATFORM,
+    accelerator_refusal,
+    accelerator_warning,
+)
 from thirdrail_server.repository.errors import RepositoryError
 from thirdrail_server.repository.layout import NOT_SERVED
 
 FINDINGS_MAX = 20  # told per model; a configuration of a megabyte could earn as much again
 
 ENGINE_PARAMETERS = ("intra_op_thread_count",)
-_PLATFORMS = ("onnxruntime", "onnxruntime_onnx")
 _PLATFORM_TEXTS = {
     "ensemble": f"ensembles are {NOT_SERVED}",
     "python": f"models written in Python are {NOT_SERVED}",
-    "tensorrt": f"TensorRT plans are {NOT_SERVED}",
-    "pytorch": f"PyTorch models are {NOT_SERVED}",
     "tensorflow": f"TensorFlow models are {NOT_SERVED}",
 }
 
@@ -80,10 +83,12 @@ def refused(text: str, unless: Callable[[Any, Any], bool] = lambda value, holder
 
 
 def _platform(value: str, holder: Message) -> Finding | None:
-    if value in _PLATFORMS:
+    if value in ENGINES_BY_PLATFORM:
         return None
     known = _PLATFORM_TEXTS.get(value.partition("_")[0])
-    text = known or f"'{value[:80]}' is {NOT_SERVED}, expected one of {', '.join(_PLATFORMS)}"
+    text = (
+        known or f"'{value[:80]}' is {NOT_SERVED}, expected one of {', '.join(ENGINES_BY_PLATFORM)}"
+    )
     return Finding(Fate.REFUSED, text)
 
 
@@ -95,12 +100,21 @@ def _instance_kind(value: int, holder: Message) -> Finding | None:
 
 
 def _parameters(value: Any, holder: Message) -> Finding | None:
-    unknown = sorted(key for key in value if key not in ENGINE_PARAMETERS)
+    unknown = sorted(
+        key for key in value if key not in ENGINE_PARAMETERS and not is_compile_key(key)
+    )
     if not unknown:
         return None
     names = ", ".join(f"'{key[:80]}'" for key in unknown[:5]) + (", ..." if unknown[5:] else "")
-    text = f"{names} not known to the engine, only {', '.join(ENGINE_PARAMETERS)}"
-    return Finding(Fate.HARMLESS, text)
+    return Finding(Fate.HARMLESS, f"{names} not known; docs/compile.md lists those that are")
+
+
+def _gpu_accelerators(value: Any, holder: Message) -> Finding | None:
+    for judge, fate in ((accelerator_refusal, Fate.REFUSED), (accelerator_warning, Fate.HARMLESS)):
+        text = next(filter(None, map(judge, value)), None)
+        if text is not None:
+            return Finding(fate, text)
+    return None
 
 
 def _is_identity(value: Any, holder: Any) -> bool:
@@ -144,7 +158,12 @@ FIELDS: dict[str, Rule] = {
     "optimization.graph": harmless(_ENGINE_TUNES),
     "optimization.priority": harmless("models share the CPU as equals"),
     "optimization.cuda": harmless(_NO_GPU),
-    "optimization.execution_accelerators": harmless("ONNX Runtime runs its CPU provider alone"),
+    "optimization.execution_accelerators.gpu_execution_accelerator": honoured(_gpu_accelerators),
+    "optimization.execution_accelerators.gpu_execution_accelerator.name": honoured(),
+    "optimization.execution_accelerators.gpu_execution_accelerator.parameters": honoured(),
+    "optimization.execution_accelerators.cpu_execution_accelerator": harmless(
+        "ONNX Runtime runs its CPU provider alone"
+    ),
     "optimization.input_pinned_memory.enable": harmless(_NO_GPU),
     "optimization.output_pinned_memory.enable": harmless(_NO_GPU),
     "optimization.gather_kernel_buffer_threshold": harmless(_NO_GPU),
@@ -173,7 +192,7 @@ FIELDS: dict[str, Rule] = {
     "instance_group.rate_limiter": harmless("an instance runs whenever it has work"),
     "instance_group.gpus": harmless(_NO_GPU),
     "instance_group.secondary_devices": harmless(_NO_GPU),
-    "instance_group.profile": harmless("TensorRT profiles have no meaning on the CPU"),
+    "instance_group.profile": harmless("the profile is chosen by the shapes of each run"),
     "instance_group.passive": refused(f"passive instances are {NOT_SERVED}"),
     "instance_group.host_policy": harmless("instances are not bound to CPUs or memory nodes"),
     "default_model_filename": honoured(),

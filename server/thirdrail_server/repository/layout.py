@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies in a repository: NAME/VERSION/model.onnx, and NAME/config.pbtxt where it exists.
+"""What lies in a repository: NAME/VERSION/model.onnx (or .pt2, .pt, .plan), and NAME/config.pbtxt
+where it exists.
 
 A model that cannot be served is listed with its problem, so that it stops no other one and
 everybody can see why. Hidden entries (a leading dot) and plain files beside the model folders are
@@ -13,10 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thirdrail_server.repository.errors import RepositoryError
-from thirdrail_server.repository.paths import reason_of, relative_parts, resolve_inside
+from thirdrail_server.repository.paths import (
+    reason_of,
+    refuse_open_to_all,
+    relative_parts,
+    resolve_inside,
+)
 
 CONFIG_FILENAME = "config.pbtxt"
 MODEL_FILENAME = "model.onnx"
+# In the order in which they are looked for: a plan is the last, since it can be made anew.
+MODEL_FILENAMES = (MODEL_FILENAME, "model.pt2", "model.pt", "model.plan")
 MODELS_MAX = 10_000
 VERSIONS_MAX = 10_000  # entries of one model folder
 NAME_CHARS_MAX = 128
@@ -26,12 +34,7 @@ _VERSION = re.compile(r"[1-9][0-9]{0,18}")
 _VERSION_MAX = (1 << 63) - 1
 
 # Told apart from "no such file", so that their owner learns that we know them but do not run them.
-_NOT_SERVED = {
-    ".plan": "TensorRT plans",
-    ".pt2": "exported PyTorch programs",
-    ".pt": "TorchScript models",
-    ".py": "models written in Python",
-}
+_NOT_SERVED = {".py": "models written in Python"}
 NOT_SERVED = "not served by this version of Thirdrail"
 
 
@@ -50,10 +53,12 @@ class ModelFolder:
 def scan(repository: Path) -> dict[str, ModelFolder]:
     """The models of a repository by name, in order of their names.
 
-    Raises RepositoryError when the repository itself is missing, unreadable or no folder.
+    Raises RepositoryError when the repository itself is missing, unreadable, no folder, or may be
+    written by everybody.
     """
     try:
         root = Path(os.path.realpath(repository, strict=True))
+        refuse_open_to_all(root, "the model repository")
         entries = _entries(root, MODELS_MAX)
     except OSError as error:
         raise _unreadable(repository, error) from None
@@ -94,7 +99,7 @@ def model_file(folder: ModelFolder, version: int, filename: str = "") -> Path:
     within = folder.path / str(version)
     resolve_inside(folder.root, folder.path, str(version), what)
     wanted = filename or MODEL_FILENAME
-    present = wanted if filename or (within / wanted).exists() else _present(within) or wanted
+    present = wanted if filename else _present(within) or wanted
     if len(relative_parts(present, what)) > 1:
         raise RepositoryError(f"{what} must lie in the version's folder itself, got '{present}'")
     kind = _NOT_SERVED.get(Path(present).suffix)
@@ -102,13 +107,16 @@ def model_file(folder: ModelFolder, version: int, filename: str = "") -> Path:
         raise RepositoryError(f"{what} '{present}': {kind} are {NOT_SERVED}")
     if not filename and not os.path.lexists(within / present):
         raise RepositoryError(f"{what} '{present}' does not exist{_alternatives(within)}")
-    if not resolve_inside(folder.root, within, present, what).is_file():
+    real = resolve_inside(folder.root, within, present, what)
+    if not real.is_file():
         raise RepositoryError(f"{what} '{present}' is not a regular file")
+    refuse_open_to_all(within, "the version's folder")
+    refuse_open_to_all(real, what)
     return within / present
 
 
 def _present(version_folder: Path) -> str | None:
-    names = (f"model{suffix}" for suffix in _NOT_SERVED)
+    names = (*MODEL_FILENAMES, *(f"model{suffix}" for suffix in _NOT_SERVED))
     return next((name for name in names if (version_folder / name).exists()), None)
 
 
@@ -146,6 +154,7 @@ def _model_folder(root: Path, entry: str) -> ModelFolder:
     try:
         _check_name(entry, name)
         path = resolve_inside(root, root, entry, "the model folder")
+        refuse_open_to_all(path, "the model folder")
         entries = _entries(path, VERSIONS_MAX)
         folder = ModelFolder(name, root, path, _versions(entries), _config_path(root, path), None)
         return _with_problem(folder, None if folder.versions else _no_version(name, entries))

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths that stay inside a folder, and file reads that end.
+"""Paths that stay inside a folder, and file reads that end; folders that not everybody may write.
 
 Whoever fills a repository is trusted less than the server: a model folder must not make the server
 read /etc/shadow by a symlink or `..`, nor hang on a FIFO, nor fill the memory.
 """
 
 import os
+import shlex
 import stat
 from pathlib import Path
 
@@ -72,6 +73,19 @@ def _read_regular(path: Path, bytes_max: int) -> bytes | None:
             return file.read(bytes_max)
     finally:
         os.close(descriptor)
+
+
+def refuse_open_to_all(path: Path, what: str) -> None:
+    """Refuse a folder or file that every user of this host may write: plans and exported programs
+    run code when they are loaded, so whoever writes a model decides what the server does.
+
+    What is mounted read-only is nobody's to write. Raises RepositoryError, OSError.
+    """
+    if path.stat().st_mode & stat.S_IWOTH and not os.statvfs(path).f_flag & os.ST_RDONLY:
+        raise RepositoryError(
+            f"{what} '{path}' may be written by every user of this host, who could so run code as "
+            f"the server's user; take that away: chmod o-w {shlex.quote(str(path))}"
+        )
 
 
 def reason_of(error: OSError | ValueError) -> str:
