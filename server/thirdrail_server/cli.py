@@ -13,7 +13,9 @@ import typer
 from thirdrail.lane.busy_poll import LONGEST_US
 from thirdrail_server.busy_poll import new_loop
 from thirdrail_server.config import (
+    GIB,
     MIB,
+    CompileConfig,
     ConfigError,
     ModelControlMode,
     ServerConfig,
@@ -41,6 +43,10 @@ _FLAGS = {
     "arena_bytes_per_uid_max": "--lane-memory-mib",
     "arena_bytes_total_max": "--lane-memory-mib",
     "busy_poll_us": "--busy-poll-us",
+    "build_memory_bytes_max": "--build-memory-gib",
+    "build_s_max": "--build-minutes-max",
+    "builds_at_once_max": "--builds-at-once",
+    "cache_bytes_max": "--cache-gib",
     "concurrent_calls_max": "--max-calls",
     "connections_max": "--max-connections",
     "derive_batch_rows": "--derive-batching",
@@ -59,10 +65,12 @@ _FLAGS = {
 }
 
 _SESSIONS = SessionLimits()
+_COMPILING = CompileConfig()
 
 Listening = "Listening"
 Lane = "Lane"
 Models = "Models"
+Compiling = "Compiling"
 Limits = "Limits"
 Operation = "Operation"
 
@@ -195,6 +203,47 @@ def serve(
         int,
         _option("CPU threads for the models together. 0: one per core.", "--threads", panel=Models),
     ] = 0,
+    cache_dir: Annotated[
+        Path | None,
+        _option(
+            "Where plans are kept. [default: thirdrail/plans in the user's cache folder]",
+            "--cache-dir",
+            panel=Compiling,
+        ),
+    ] = None,
+    cache_gib: Annotated[
+        float,
+        _option(
+            "Its size; what was not used for longest leaves first.", "--cache-gib", panel=Compiling
+        ),
+    ] = _COMPILING.cache_bytes_max / GIB,
+    read_only_cache: Annotated[
+        list[Path] | None,
+        _option(
+            "Another cache, filled elsewhere, that is looked into as well. Repeatable.",
+            "--read-only-cache",
+            panel=Compiling,
+        ),
+    ] = None,
+    build_minutes_max: Annotated[
+        float, _option("How long one build may take.", "--build-minutes-max", panel=Compiling)
+    ] = _COMPILING.build_s_max / 60,
+    build_memory_gib: Annotated[
+        float,
+        _option("Memory of one build. 0: no limit.", "--build-memory-gib", panel=Compiling),
+    ] = 0.0,
+    builds_at_once: Annotated[
+        int, _option("Builds at once.", "--builds-at-once", panel=Compiling)
+    ] = _COMPILING.builds_at_once_max,
+    fallback: Annotated[
+        bool,
+        _option(
+            "Whether a model whose first engine cannot be had is served by another one, visibly, "
+            "where its configuration says nothing (on_compile_failure).",
+            "--fallback/--no-fallback",
+            panel=Compiling,
+        ),
+    ] = True,
     max_message_mib: Annotated[
         int, _option("Largest message, each way.", "--max-message-mib", panel=Limits)
     ] = 64,
@@ -321,6 +370,15 @@ def serve(
                 threads_max=threads,
                 queue_requests_max=max_queue,
                 derive_batch_rows=derive_batching,
+                compiling=CompileConfig(
+                    cache_dir=cache_dir.absolute() if cache_dir else _default_cache(),
+                    cache_bytes_max=round(cache_gib * GIB),
+                    read_only_caches=tuple(each.absolute() for each in read_only_cache or ()),
+                    build_s_max=build_minutes_max * 60,
+                    build_memory_bytes_max=round(build_memory_gib * GIB),
+                    builds_at_once_max=builds_at_once,
+                    falls_back=fallback,
+                ),
                 sessions=SessionLimits(
                     uids=_uids(lane_uid),
                     sessions_max=max_sessions,
@@ -375,6 +433,15 @@ def _default_socket() -> Path:
     from thirdrail.discovery import default_socket_path
 
     return default_socket_path()
+
+
+def _default_cache() -> Path | None:
+    from thirdrail_engines.plan_cache import default_folder
+
+    try:
+        return default_folder()
+    except RuntimeError:  # a user without a home folder
+        return None
 
 
 def _uids(texts: list[str] | None) -> tuple[int, ...] | None:

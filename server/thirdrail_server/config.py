@@ -9,6 +9,7 @@ all sessions but the front's; engines take what their models take.
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from thirdrail.lane.busy_poll import LONGEST_US
 
 MIB = 1 << 20
+GIB = 1 << 30
 PORT_MAX = 65535
 UID_MAX = 2**32 - 1  # this one means "none" to the kernel
 
@@ -107,6 +109,37 @@ class ExportLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class CompileConfig:
+    """Building plans, and keeping them."""
+
+    cache_dir: Path | None = None  # None: plans are not kept
+    cache_bytes_max: int = 20 << 30
+    read_only_caches: tuple[Path, ...] = ()  # asked for what the first does not have
+    build_s_max: float = 1800.0  # of one build; waiting for its turn does not count
+    build_memory_bytes_max: int = 0  # of one build; 0: no limit
+    builds_at_once_max: int = 1
+    falls_back: bool = True  # to another engine, for models that say nothing about it
+    # Loads that may build: each waits in a thread of its own, so that others are not held up.
+    loads_at_once_max: int = 8
+
+    def __post_init__(self) -> None:
+        _require(self, "cache_bytes_max", 1)
+        _require(self, "build_memory_bytes_max", 0)
+        _require(self, "builds_at_once_max", 1)
+        _require(self, "loads_at_once_max", 1)
+        if not self.build_s_max > 0:
+            raise ConfigError(f"build_s_max must be above 0, got {self.build_s_max}")
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> "CompileConfig":
+        """Of what JSON made of one."""
+        folder = values["cache_dir"]
+        values["cache_dir"] = None if folder is None else Path(folder)
+        values["read_only_caches"] = tuple(map(Path, values["read_only_caches"]))
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerConfig:
     """What a worker process needs to know; the front passes it as JSON."""
 
@@ -114,6 +147,7 @@ class WorkerConfig:
     lane: LaneLimits = field(default_factory=LaneLimits)
     sessions: SessionLimits = field(default_factory=SessionLimits)
     exports: ExportLimits = field(default_factory=ExportLimits)
+    compiling: CompileConfig = field(default_factory=CompileConfig)
     threads_max: int = 0  # CPU threads that engines may use together; 0: one per core
     queue_requests_max: int = 1024  # per model version, where its configuration says nothing
     derive_batch_rows: int = 0  # 2 or more: models without a configuration batch, where proven
@@ -137,7 +171,7 @@ class WorkerConfig:
             )
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps(dataclasses.asdict(self), default=os.fspath)
 
     @classmethod
     def from_json(cls, text: str) -> "WorkerConfig":
@@ -149,6 +183,7 @@ class WorkerConfig:
             "lane": LaneLimits(**values["lane"]),
             "sessions": SessionLimits(**sessions),
             "exports": ExportLimits(**values["exports"]),
+            "compiling": CompileConfig.from_values(values["compiling"]),
         }
         return cls(**values)
 

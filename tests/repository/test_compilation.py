@@ -56,9 +56,7 @@ def test_our_words_count_more_than_tritons() -> None:
 
 
 def test_a_wrong_value_is_refused_with_a_line_that_would_do() -> None:
-    with pytest.raises(
-        RepositoryError, match=r"'precision'\] is 'int4'.*for example: "
-    ):
+    with pytest.raises(RepositoryError, match=r"'precision'\] is 'int4'.*for example: "):
         compiled(parameter("precision", "int4"))
 
 
