@@ -171,7 +171,7 @@ def prove(
         except EngineError as error:
             return _broken(f"{trial.name}: {error}", tolerance, tuple(runs), tuple(skipped))
         for name in names:
-            worst[name] = _worse(worst[name], compare(name, got[name], wanted[name]))
+            worst[name] = worse(worst[name], compare(name, got[name], wanted[name]))
         runs.append(trial.name)
         cost_s_per_byte = (time.monotonic() - started) / (len(runs) * max(trial.bytes, 1))
     proof = ReferenceProof(tuple(worst.values()), tuple(runs), tuple(skipped))
@@ -317,7 +317,7 @@ def _cosine(left: Array, right: Array) -> float:
     return min(1.0, float(left @ right) / norms) if norms else 0.0
 
 
-def _worse(one: OutputFigures, other: OutputFigures) -> OutputFigures:
+def worse(one: OutputFigures, other: OutputFigures) -> OutputFigures:
     return OutputFigures(
         one.name,
         max_abs=max(one.max_abs, other.max_abs),
