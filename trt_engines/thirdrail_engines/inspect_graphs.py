@@ -20,7 +20,11 @@ from thirdrail_engines.positions import positional_inputs
 
 def inspect(path: str) -> dict[str, list[str]]:
     """What ONNX Runtime's Python interface does not say. Weights in other files stay unread."""
-    model = onnx.load(path, load_external_data=False)
+    return look_at(onnx.load(path, load_external_data=False))
+
+
+def look_at(model: Any) -> dict[str, list[str]]:
+    """The same for a ModelProto."""
     values = (*model.graph.input, *model.graph.output)
     return {
         "positional_inputs": positional_inputs(model),

@@ -23,7 +23,8 @@ from thirdrail_engines.engine import EngineError, EngineInputError, EngineSpec
 from thirdrail_engines.inspector import Inspector
 from thirdrail_engines.malloc import return_free_memory
 from thirdrail_engines.onnxruntime_errors import tidy
-from thirdrail_engines.onnxruntime_session import ELEMENT_TYPES, open_session, spec_of
+from thirdrail_engines.onnxruntime_plan import read_plan
+from thirdrail_engines.onnxruntime_session import ELEMENT_TYPES, open_plan, open_session, spec_of
 from thirdrail_engines.options import EngineOptions
 
 _log = logging.getLogger(__name__)
@@ -43,6 +44,21 @@ def load_onnx(path: Path, *, options: EngineOptions, inspector: Inspector) -> "O
     if findings.error:
         _log.warning("%s: every input will be copied: %s", path, findings.error)
     spec = spec_of(path, session, findings)
+    return_free_memory()
+    return OnnxRuntimeEngine(session, spec)
+
+
+def load_plan(
+    data: bytes | memoryview, source: Path, *, options: EngineOptions
+) -> "OnnxRuntimeEngine":
+    """Load a plan of ONNX Runtime's builder: the same engine as `load_onnx` makes of its source.
+
+    data: the plan. It is of no use afterwards. source: names the model in errors.
+    Raises ModelFileError when it is no such plan, or this ONNX Runtime cannot run it.
+    """
+    plan = read_plan(source.name, data)
+    session = open_plan(source, plan, options)
+    spec = spec_of(source, session, plan.findings)
     return_free_memory()
     return OnnxRuntimeEngine(session, spec)
 

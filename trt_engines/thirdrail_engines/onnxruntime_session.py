@@ -14,9 +14,11 @@ from thirdrail.tensors import TensorSpec
 from thirdrail_engines.engine import EngineSpec, ModelFileError
 from thirdrail_engines.inspector import Findings
 from thirdrail_engines.onnxruntime_errors import tidy
+from thirdrail_engines.onnxruntime_plan import OnnxRuntimePlan
 from thirdrail_engines.options import EngineOptions
 
 _PLATFORM = "onnxruntime_onnx"
+_WEIGHT_BYTES_MIN = 1024  # smaller constants stay in a plan's graph
 _LOG_NOTHING = 4  # errors come as exceptions; on standard error they would be noise
 
 # How ONNX Runtime writes the element types that we serve, and their numbers in ONNX.
@@ -44,15 +46,34 @@ ELEMENT_TYPES: dict[np.dtype[Any] | None, int] = {
 def open_session(path: Path, options: EngineOptions) -> Any:
     """An `onnxruntime.InferenceSession`. Raises ModelFileError when the file cannot be run."""
     _check_file(path)
-    try:
-        return ort.InferenceSession(
-            str(path),
-            _session_options(options),
-            providers=["CPUExecutionProvider"],
-            enable_fallback=0,  # which would print, and try the same again
+    return _open(path, str(path), _session_options(options))
+
+
+def optimise(path: Path, options: EngineOptions, graph: Path, weights: Path) -> Any:
+    """A session of an ONNX file that also writes what it made of the graph.
+
+    graph: an ONNX file to be. weights: another in the same folder, for its large constants.
+    Raises ModelFileError when the file cannot be run, or the two cannot be written.
+    """
+    _check_file(path)
+    session_options = _session_options(options)
+    session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    session_options.optimized_model_filepath = str(graph)
+    prefix = "session.optimized_model_external_initializers"
+    session_options.add_session_config_entry(f"{prefix}_file_name", weights.name)
+    session_options.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(_WEIGHT_BYTES_MIN))
+    return _open(path, str(path), session_options)
+
+
+def open_plan(path: Path, plan: OnnxRuntimePlan, options: EngineOptions) -> Any:
+    """A session of what `optimise` has written, which is run as it is. path: the source's."""
+    session_options = _session_options(options)
+    session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if plan.weights.nbytes:  # copied by the session, once
+        session_options.add_external_initializers_from_files_in_memory(
+            [plan.weights_name], [plan.weights], [plan.weights.nbytes]
         )
-    except Exception as error:  # its own classes share no parent but Exception
-        raise ModelFileError(f"{path.name}: {_load_failure(path, error)}") from None
+    return _open(path, plan.graph, session_options)
 
 
 def spec_of(path: Path, session: Any, findings: Findings) -> EngineSpec:
@@ -77,6 +98,18 @@ def spec_of(path: Path, session: Any, findings: Findings) -> EngineSpec:
     return EngineSpec(
         tuple(inputs), tuple(outputs), _PLATFORM, findings.positional_inputs, unranked
     )
+
+
+def _open(path: Path, model: str | bytes, session_options: Any) -> Any:
+    try:
+        return ort.InferenceSession(
+            model,
+            session_options,
+            providers=["CPUExecutionProvider"],
+            enable_fallback=0,  # which would print, and try the same again
+        )
+    except Exception as error:  # its own classes share no parent but Exception
+        raise ModelFileError(f"{path.name}: {_load_failure(path, error)}") from None
 
 
 def _check_file(path: Path) -> None:

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds: a plan is made in a process of its own, which may crash, hang or grow as it likes."""
+
+from thirdrail_engines.builds.limits import BuildLimits
+from thirdrail_engines.builds.result import Built, BuiltPlan, PlanTensor
+from thirdrail_engines.builds.run import run_build
+
+__all__ = ["BuildLimits", "Built", "BuiltPlan", "PlanTensor", "run_build"]

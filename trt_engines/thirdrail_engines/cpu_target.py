@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which CPU a plan of ONNX Runtime belongs to, by the instruction sets that its kernels ask for."""
+
+import platform
+from pathlib import Path
+
+# As Linux writes them in /proc/cpuinfo.
+_ASKED_FOR = frozenset(
+    [
+        "sse4_1",
+        "avx",
+        "f16c",
+        "fma",
+        "avx2",
+        "avx_vnni",
+        "avx512f",
+        "avx512bw",
+        "avx512dq",
+        "avx512vl",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx512_fp16",
+        "amx_tile",
+        "amx_int8",
+        "amx_bf16",
+        "asimd",
+        "asimdhp",
+        "fphp",
+        "asimddp",
+        "i8mm",
+        "bf16",
+        "sve",
+        "sve2",
+        "svei8mm",
+        "svebf16",
+        "sme",
+        "sme2",
+    ]
+)
+
+
+def cpu_target() -> str:
+    """For PlanRequest.target: "x86_64 avx avx2 fma ..."; the architecture alone where the system
+    does not tell the rest."""
+    return " ".join([platform.machine(), *sorted(_flags(_cpuinfo()) & _ASKED_FOR)])
+
+
+def _flags(cpuinfo: str) -> frozenset[str]:
+    """What all cores have: they need not be of one kind."""
+    lines = [line for line in cpuinfo.splitlines() if line.startswith(("flags", "Features"))]
+    cores = [frozenset(line.partition(":")[2].split()) for line in lines]
+    return frozenset.intersection(*cores) if cores else frozenset()
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
