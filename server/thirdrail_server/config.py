@@ -214,6 +214,30 @@ class ControlLimits:
             )
 
 
+class OverBudget(StrEnum):
+    REFUSE = "refuse"
+    EVICT = "evict"  # idle models leave, the least recently used first
+
+
+class SwapOverBudget(StrEnum):
+    REFUSE = "refuse"  # the old engine goes on serving
+    UNLOAD_FIRST = "unload-first"  # the model is not served meanwhile
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """What the engines of one worker may hold in memory together; see docs/placement.md."""
+
+    bytes_max: int = 0  # 0: there is no budget
+    over_budget: OverBudget = OverBudget.REFUSE
+    swap: SwapOverBudget = SwapOverBudget.REFUSE
+    spared_s: int = 10  # a model that was loaded or used within so many seconds is not evicted
+
+    def __post_init__(self) -> None:
+        _require(self, "bytes_max", 0)
+        _require(self, "spared_s", 0)
+
+
 @dataclass(frozen=True, slots=True)
 class RegionLimits:
     """Of KServe's shared memory: the regions that clients register, all of them together."""
@@ -269,6 +293,7 @@ class ServerConfig:
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     control: ControlLimits = field(default_factory=ControlLimits)
     regions: RegionLimits = field(default_factory=RegionLimits)
+    memory: MemoryBudget = field(default_factory=MemoryBudget)
 
     def __post_init__(self) -> None:
         if self.address is None and self.socket is None:
@@ -291,7 +316,13 @@ class ServerConfig:
             raise ConfigError(f"poll_interval_s must be above 0, got {self.poll_interval_s}")
         if self.message_bytes_max > 2**31 - 1:
             raise ConfigError("message_bytes_max must be below 2 GiB, the most that gRPC can carry")
-        if self.load_models and self.model_control is not ModelControlMode.EXPLICIT:
+        is_explicit = self.model_control is ModelControlMode.EXPLICIT
+        if self.memory.over_budget is OverBudget.EVICT and not is_explicit:
+            raise ConfigError(
+                "over_budget evict needs model_control explicit; in the other modes nobody could "
+                "load an evicted model again"
+            )
+        if self.load_models and not is_explicit:
             raise ConfigError(
                 "load_models needs model_control explicit; in the other modes every model is loaded"
             )
