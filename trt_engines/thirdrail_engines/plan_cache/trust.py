@@ -24,20 +24,27 @@ class Untrusted(Exception):
 
 def check_folder(path: Path) -> None:
     """Raises CacheFolderError for a folder that others could have written to; OSError as stat."""
-    found = path.stat()
+    fault = folder_fault(path, path.stat(), os.geteuid())
+    if fault:
+        raise CacheFolderError(fault)
+
+
+def folder_fault(path: Path, found: os.stat_result, ours: int) -> str:
+    """Why a folder is not used, "" if it is. ours: our user id."""
     if not stat.S_ISDIR(found.st_mode):
-        raise CacheFolderError(f"the plan cache {path} is not a folder")
-    if found.st_uid not in (0, os.geteuid()):
-        raise CacheFolderError(
-            f"the plan cache {path} belongs to uid {found.st_uid}, expected uid {os.geteuid()} "
-            "(ours) or root: plans are code, and its owner could have put any there. "
-            f"Use another folder, or give it to us: chown -R {os.geteuid()} {path}"
+        return f"the plan cache {path} is not a folder"
+    if found.st_uid not in (0, ours):
+        return (
+            f"the plan cache {path} belongs to uid {found.st_uid}, expected {ours} (ours) or root: "
+            "plans are code, and its owner could have put any there. "
+            f"Use another folder, or give it to us: chown -R {ours} {path}"
         )
     if found.st_mode & stat.S_IWOTH:
-        raise CacheFolderError(
+        return (
             f"the plan cache {path} has mode {stat.S_IMODE(found.st_mode):04o}: everybody can "
             f"write to it, and plans are code. Use another folder, or: chmod o-w {path}"
         )
+    return ""
 
 
 def open_trusted(name: str, folder: int) -> int:
@@ -47,7 +54,7 @@ def open_trusted(name: str, folder: int) -> int:
     """
     fd = os.open(name, _READ, dir_fd=folder)
     try:
-        fault = _fault_of(os.fstat(fd))
+        fault = file_fault(os.fstat(fd), os.geteuid())
         if fault:
             raise Untrusted(f"{name} {fault}")
     except BaseException:
@@ -56,11 +63,12 @@ def open_trusted(name: str, folder: int) -> int:
     return fd
 
 
-def _fault_of(found: os.stat_result) -> str:
+def file_fault(found: os.stat_result, ours: int) -> str:
+    """Why an open file is not read, "" if it is."""
     if not stat.S_ISREG(found.st_mode):
         return "is not a regular file"
-    if found.st_uid not in (0, os.geteuid()):
-        return f"belongs to uid {found.st_uid}, expected {os.geteuid()} or root"
+    if found.st_uid not in (0, ours):
+        return f"belongs to uid {found.st_uid}, expected {ours} or root"
     if found.st_mode & stat.S_IWOTH:
         return f"has mode {stat.S_IMODE(found.st_mode):04o}: everybody can write to it"
     return ""
