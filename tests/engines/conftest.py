@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models made for the purpose, and the engines that run them."""
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from thirdrail_engines import Engine, EngineOptions, Inspector, load
+from thirdrail_engines import Engine, EngineOptions, Inspector
+from thirdrail_engines.builders import onnxruntime_builder
+from thirdrail_engines.onnxruntime_engine import load_onnx, load_plan
+from thirdrail_engines.plans import Builder, PlanRequest
 
 # Name -> ONNX element type and dimensions; None as dimensions: the rank is left out.
 Values = Mapping[str, tuple[int, Sequence[int | str] | None]]
@@ -65,20 +69,30 @@ def inspector() -> Iterator[Inspector]:
         yield shared
 
 
-@pytest.fixture(params=["onnxruntime"])
-def load_model(inspector: Inspector) -> Iterator[LoadModel]:
+@pytest.fixture(params=["onnxruntime", "onnxruntime_plan"])
+def load_model(request: pytest.FixtureRequest, inspector: Inspector) -> Iterator[LoadModel]:
     """Load a file on the engine under test, for the length of the test."""
     engines: list[Engine] = []
 
     def load_one(path: Path, threads_max: int = 1) -> Engine:
-        engines.append(
-            load(path, options=EngineOptions(threads_max=threads_max), inspector=inspector).engine
-        )
+        options = EngineOptions(threads_max=threads_max)
+        if request.param == "onnxruntime_plan":
+            engines.append(load_plan(plan_of(path), path, options=options))
+        else:
+            engines.append(load_onnx(path, options=options, inspector=inspector))
         return engines[-1]
 
     yield load_one
     for engine in engines:
         engine.close()
+
+
+def plan_of(path: Path) -> bytes:
+    """The plan of a model; made in this process, which is a matter of milliseconds."""
+    request = PlanRequest(path, Builder.ONNXRUNTIME, "")
+    with tempfile.TemporaryDirectory() as folder:
+        built = onnxruntime_builder.build(request, path, Path(folder), lambda *_: None)
+        return built.plan.read_bytes()
 
 
 @pytest.fixture

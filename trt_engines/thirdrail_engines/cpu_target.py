@@ -5,44 +5,18 @@ import platform
 from pathlib import Path
 
 # As Linux writes them in /proc/cpuinfo.
-_ASKED_FOR = frozenset(
-    [
-        "sse4_1",
-        "avx",
-        "f16c",
-        "fma",
-        "avx2",
-        "avx_vnni",
-        "avx512f",
-        "avx512bw",
-        "avx512dq",
-        "avx512vl",
-        "avx512_vnni",
-        "avx512_bf16",
-        "avx512_fp16",
-        "amx_tile",
-        "amx_int8",
-        "amx_bf16",
-        "asimd",
-        "asimdhp",
-        "fphp",
-        "asimddp",
-        "i8mm",
-        "bf16",
-        "sve",
-        "sve2",
-        "svei8mm",
-        "svebf16",
-        "sme",
-        "sme2",
-    ]
+_X86 = (
+    "sse4_1 avx f16c fma avx2 avx_vnni avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 "
+    "avx512_fp16 amx_tile amx_int8 amx_bf16"
 )
+_ARM = "asimd asimdhp fphp asimddp i8mm bf16 sve sve2 svei8mm svebf16 sme sme2"
 
 
 def cpu_target() -> str:
     """For PlanRequest.target: "x86_64 avx avx2 fma ..."; the architecture alone where the system
     does not tell the rest."""
-    return " ".join([platform.machine(), *sorted(_flags(_cpuinfo()) & _ASKED_FOR)])
+    asked_for = {*_X86.split(), *_ARM.split()}
+    return " ".join([platform.machine(), *sorted(_flags(_cpuinfo()) & asked_for)])
 
 
 def _flags(cpuinfo: str) -> frozenset[str]:
