@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata, util
+from typing import SupportsInt
 
 from thirdrail_engines.plans import Builder, BuildError, BuildFault
 from thirdrail_engines.tensorrt import native as t
@@ -94,10 +95,9 @@ class Api:
         if not hasattr(self.trt.Runtime, "get_engine_validity"):
             return ()
         runtime: t.Runtime = self.trt.Runtime(logger)
-        _, diagnostics = runtime.get_engine_validity(plan)
-        members: dict[str, object] = self.trt.EngineInvalidityDiagnostics.__members__
-        bits = {name: int(value) for name, value in members.items()}  # type: ignore[call-overload]
-        return tuple(name for name, bit in bits.items() if bit & diagnostics)
+        verdict: tuple[object, int] = runtime.get_engine_validity(plan)
+        members: dict[str, SupportsInt] = self.trt.EngineInvalidityDiagnostics.__members__
+        return tuple(name for name, bit in members.items() if int(bit) & verdict[1])
 
 
 def installed_builders() -> tuple[tuple[Builder, str], ...]:

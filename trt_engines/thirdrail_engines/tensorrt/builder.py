@@ -11,6 +11,7 @@ from thirdrail_engines.tensorrt import network as networks
 from thirdrail_engines.tensorrt.api import load_api
 from thirdrail_engines.tensorrt.callbacks import Messages, Phases, make_logger, make_monitor
 from thirdrail_engines.tensorrt.capabilities import check_capabilities
+from thirdrail_engines.tensorrt.declared import read_declared
 from thirdrail_engines.tensorrt.refusals import (
     Circumstances,
     ParserFault,
@@ -51,6 +52,9 @@ class _Bench:
                 f"{request.builder_version}. Load the model again",
             )
         check_capabilities(request.builder, request.compute_capabilities)
+        self._declared = read_declared(source)
+        if fault := self._declared.dtype_fault():
+            raise BuildError(BuildFault.REFUSED, f"{source.name}: {fault}")
         self._messages = Messages()
         self._logger: t.ILogger = make_logger(self._api.trt, self._messages)
 
@@ -90,11 +94,11 @@ class _Bench:
         """Returns a warning for each."""
         registry: t.IPluginRegistry = native.get_plugin_registry()
         for path in self._request.plugins:
-            handle: object = registry.load_library(str(path))
+            handle: object | None = registry.load_library(str(path.absolute()))
             if handle is None:
-                raise self._refused(f"the plugin {path}", builder_refusal(self._errors()))
+                raise self._refused(f"the plugin {path.name}", builder_refusal(self._errors()))
         return [
-            f"the plugin {path} is trusted code: it runs with the rights of the build, and with "
+            f"the plugin {path.name} is trusted code: it runs with the rights of the build, and with "
             "those of the server once the plan is loaded"
             for path in self._request.plugins
         ]
@@ -114,16 +118,11 @@ class _Bench:
         raise self._refused("the model", parser_refusal(faults, self._errors()))
 
     def _check(self, network: t.INetworkDefinition, tensors: Sequence[PlanTensor]) -> None:
-        """Refuse what TensorRT would turn into something else, or refuse in unclear words."""
-        declared = networks.declared_dtypes(networks.read_onnx(self._source))
+        """Refuse what TensorRT would refuse in unclear words."""
         inputs = [tensor for tensor in tensors if tensor.is_input]
-        fault = networks.changed_dtype(declared, tensors)
-        for name in networks.shape_inputs(network):
-            fault = fault or (
-                f"the values of input '{name}' set the shapes of other tensors, which a profile "
-                "cannot tell"
-            )
-        fault = fault or profile_fault(inputs, self._request.profiles)
+        fault = profile_fault(inputs, self._request.profiles)
+        if names := networks.shape_inputs(network):
+            fault = f"the values of input '{names[0]}' set shapes, which no profile here can bound"
         if fault:
             raise BuildError(BuildFault.REFUSED, f"{self._source.name}: {fault}")
 
@@ -166,8 +165,7 @@ class _Bench:
         if phases.stopped_by is not None:
             raise phases.stopped_by
         if plan is None:
-            model = networks.read_onnx(self._source)
-            known = Circumstances(networks.same_names(network), networks.conditionals(model))
+            known = Circumstances(networks.same_names(network), self._declared.conditionals)
             raise self._refused("the model", builder_refusal(self._errors(), known))
         if times:
             timings: t.ITimingCache = config.get_timing_cache()
