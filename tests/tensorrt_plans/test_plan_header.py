@@ -23,7 +23,7 @@ def test_plans_of_tensorrt_for_rtx() -> None:
     assert read_header(BY_1_7) == PlanHeader(
         Builder.TENSORRT_RTX, "1.7.1.116", ("sm86", "sm120"), 4661636
     )
-    assert read_header(memoryview(BY_1_4) + b"more") == PlanHeader(
+    assert read_header(memoryview(BY_1_4 + b"more")) == PlanHeader(
         Builder.TENSORRT_RTX, "1.4.0.76", ("sm86",), 4641212
     )
 

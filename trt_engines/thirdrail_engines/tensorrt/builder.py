@@ -98,8 +98,8 @@ class _Bench:
             if handle is None:
                 raise self._refused(f"the plugin {path.name}", builder_refusal(self._errors()))
         return [
-            f"the plugin {path.name} is trusted code: it runs with the rights of the build, and with "
-            "those of the server once the plan is loaded"
+            f"the plugin {path.name} is trusted code: it runs with the rights of the build, and "
+            "with those of the server once the plan is loaded"
             for path in self._request.plugins
         ]
 
