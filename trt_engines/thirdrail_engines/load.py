@@ -1,44 +1,204 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model file to an engine: the choice by the file's name."""
+"""From a model file to an engine that runs it, and a report which one and why.
 
+An ONNX file for the CPU is read by ONNX Runtime, and that is all. Everything else goes through an
+order of engines (engine_choice.py): each is built, loaded and proven (one_engine.py), and where
+that fails, the policy says whether the next one is tried. What failed is in the report.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from thirdrail_engines.compile_options import CompileOptions, OnFailure
 from thirdrail_engines.engine import ModelFileError
-from thirdrail_engines.engine_report import EngineReport, LoadedEngine
+from thirdrail_engines.engine_choice import (
+    TORCH_SUFFIXES,
+    Candidate,
+    Source,
+    engine_order,
+)
+from thirdrail_engines.engine_report import Attempt, EngineReport, LoadedEngine
+from thirdrail_engines.host import host_of
 from thirdrail_engines.inspector import Inspector
 from thirdrail_engines.options import EngineOptions
+from thirdrail_engines.plans import BuildError, BuildFault
+from thirdrail_engines.profiles import ProfileError
 
-_NOT_YET = {
-    ".plan": "TensorRT plans",
-    ".engine": "TensorRT plans",
-    ".pt2": "exported PyTorch programs",
-    ".pt": "TorchScript files",
-    ".py": "Python models",
-}
+if TYPE_CHECKING:  # imported late: most models need no plan
+    from thirdrail_engines.compiling import CompileServices
+    from thirdrail_engines.one_engine import EngineLoader
+
+_log = logging.getLogger(__name__)
+
+_PLAN_SUFFIXES = (".plan", ".engine")
+_EXPECTED = "expected model.onnx, model.pt2, model.pt or model.plan"
 
 
-def load(path: Path, *, options: EngineOptions, inspector: Inspector | None = None) -> LoadedEngine:
-    """Load the model file at `path`.
+class NoEngine(ModelFileError):
+    """No engine runs the model. The text holds every reason; `attempts` each by itself."""
+
+    def __init__(self, path: Path, attempts: Sequence[Attempt]) -> None:
+        reasons = "; ".join(f"{each.engine}: {each.reason}" for each in attempts)
+        super().__init__(f"{path.name} is run by no engine: {reasons}")
+        self.attempts = tuple(attempts)
+
+
+@dataclass(frozen=True, slots=True)
+class BegunLoad:
+    """now: an engine that may answer already. later: compiles, and returns the one that is to take
+    its place; None where `now` is the final one.
+
+    `later` is called once, from any thread. It raises NoEngine, whose attempts say why `now` has to
+    stay; BuildError CANCELLED; or ProfileError for a configuration that contradicts the model.
+    """
+
+    now: LoadedEngine
+    later: Callable[[], LoadedEngine] | None = None
+
+
+def load(
+    path: Path,
+    *,
+    options: EngineOptions,
+    inspector: Inspector | None = None,
+    compile: CompileOptions | None = None,  # noqa: A002 it is what they are
+    services: "CompileServices | None" = None,
+) -> LoadedEngine:
+    """Load the model file at `path`. Builds a plan where one is wanted and not in the cache.
 
     inspector: one that several loads share, so that they start one child process between them.
-    Raises ModelFileError when the file cannot be read, or this build does not serve its kind.
+    Raises ModelFileError when no engine runs it, or the first one does not and the policy is to
+    fail; BuildError among them, for what a build says, and ProofError for a proof that failed.
     """
-    if path.suffix == ".onnx":
-        if inspector is None:
-            with Inspector() as own:
-                return _load_onnx(path, options, own)
-        return _load_onnx(path, options, inspector)
-    if path.suffix in _NOT_YET:
-        raise ModelFileError(
-            f"{path.name}: this build does not serve {_NOT_YET[path.suffix]} yet, "
-            "only ONNX files (model.onnx)"
+    if path.suffix in _PLAN_SUFFIXES:
+        from thirdrail_engines.bare_plans import load_bare_plan
+
+        return load_bare_plan(path, options)
+    wanted = compile or CompileOptions()
+    order = _order(path, wanted, services)
+    with _loader(path, options, inspector, wanted, services) as loader:
+        return _first_of(loader, order, wanted.on_failure)
+
+
+def begin_load(
+    path: Path,
+    *,
+    options: EngineOptions,
+    inspector: Inspector | None = None,
+    compile: CompileOptions | None = None,  # noqa: A002
+    services: "CompileServices | None" = None,
+) -> BegunLoad:
+    """The same in two steps where `compile.serve_while_compiling` says so and a build is needed.
+
+    Until it is done, ONNX Runtime reads the model file. Raises as `load` does.
+    """
+    wanted = compile or CompileOptions()
+    if path.suffix in _PLAN_SUFFIXES or not wanted.serve_while_compiling:
+        return BegunLoad(
+            load(path, options=options, inspector=inspector, compile=wanted, services=services)
         )
-    raise ModelFileError(f"{path.name}: unknown kind of model file, expected model.onnx")
+    order = _order(path, wanted, services)
+    *before, last = order
+    with _loader(path, options, inspector, wanted, services) as loader:
+        if not (before and last.reads_model and loader.needs_build(order[0])):
+            return BegunLoad(_first_of(loader, order, wanted.on_failure))
+        waiting = Attempt(order[0].name, "compiling", "its plan is being built and proven")
+        now = loader.load(last, (waiting,))
+
+    def later() -> LoadedEngine:
+        # A loader of its own: whoever shares the inspector may have closed it by now.
+        with _loader(path, options, None, wanted, services) as loader:
+            return _first_of(loader, before, wanted.on_failure, is_last=False)
+
+    return BegunLoad(now, later)
 
 
-def _load_onnx(path: Path, options: EngineOptions, inspector: Inspector) -> LoadedEngine:
-    # Imported late: the child that inspects graphs imports this package and runs nothing.
-    from thirdrail_engines.onnxruntime_engine import load_onnx
+def stays(report: EngineReport, error: ModelFileError) -> EngineReport:
+    """The report of an engine that was to be replaced, after `later` raised this."""
+    attempts = error.attempts if isinstance(error, NoEngine) else ()
+    return EngineReport(report.engine, attempts or report.attempts)
 
-    engine = load_onnx(path, options=options, inspector=inspector)
-    return LoadedEngine(engine, EngineReport("onnxruntime"))
+
+def _order(
+    path: Path, wanted: CompileOptions, services: "CompileServices | None"
+) -> tuple[Candidate, ...]:
+    """Raises ModelFileError for a file of an unknown kind."""
+    if path.suffix == ".py":
+        raise ModelFileError(f"{path.name}: Python models are not served, {_EXPECTED}")
+    if path.suffix not in (".onnx", *TORCH_SUFFIXES):
+        raise ModelFileError(f"{path.name}: unknown kind of model file, {_EXPECTED}")
+    keeps_plans = services is not None and services.cache is not None
+    source = Source(path.suffix, _size_of(path, wanted.plan_source_bytes_min))
+    return engine_order(source, wanted, host_of(path.suffix), keeps_plans=keeps_plans)
+
+
+def _size_of(path: Path, bytes_min: int) -> int:
+    """Of the file with its weights, exact from `bytes_min` on. 0 for one that cannot be read."""
+    try:
+        beside = sum(each.stat().st_size for each in path.parent.iterdir() if each.is_file())
+        if beside < bytes_min:
+            return beside
+        from thirdrail_engines.plan_cache.external_weights import weights_beside
+
+        places = [path, *(path.parent / place for place in weights_beside(path))]
+        return sum(place.stat().st_size for place in places)
+    except (OSError, ModelFileError):  # the engine that reads it says why
+        return 0
+
+
+@contextmanager
+def _loader(
+    path: Path,
+    options: EngineOptions,
+    inspector: Inspector | None,
+    wanted: CompileOptions,
+    services: "CompileServices | None",
+) -> "Iterator[EngineLoader]":
+    from thirdrail_engines.one_engine import EngineLoader
+
+    if inspector is None:
+        with Inspector() as own, EngineLoader(path, options, own, wanted, services) as loader:
+            yield loader
+    else:
+        with EngineLoader(path, options, inspector, wanted, services) as loader:
+            yield loader
+
+
+def _first_of(
+    loader: "EngineLoader",
+    order: Sequence[Candidate],
+    on_failure: OnFailure,
+    *,
+    is_last: bool = True,
+) -> LoadedEngine:
+    """The first that loads and is proven. is_last: nothing else can run the model after these."""
+    attempts: list[Attempt] = []
+    for candidate in order:
+        try:
+            return loader.load(candidate, tuple(attempts))
+        except ModelFileError as error:
+            is_only = is_last and len(order) == 1
+            if is_only or on_failure is OnFailure.FAIL or _is_final(error):
+                raise
+            attempts.append(Attempt(candidate.name, _fault_of(error), str(error)))
+            _log.warning("%s: %s cannot be used: %s", loader.path.name, candidate.name, error)
+    raise NoEngine(loader.path, attempts)
+
+
+def _is_final(error: ModelFileError) -> bool:
+    """No other engine would change it: the caller's wish, or a mistake in the configuration."""
+    if isinstance(error, BuildError):
+        return error.fault is BuildFault.CANCELLED
+    return isinstance(error, ProfileError)
+
+
+def _fault_of(error: ModelFileError) -> str:
+    from thirdrail_engines.one_engine import ProofError
+
+    if isinstance(error, BuildError):
+        return error.fault.value
+    return "not proven" if isinstance(error, ProofError) else "not loadable"

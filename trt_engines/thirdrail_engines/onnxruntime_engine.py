@@ -24,7 +24,13 @@ from thirdrail_engines.inspector import Inspector
 from thirdrail_engines.malloc import return_free_memory
 from thirdrail_engines.onnxruntime_errors import tidy
 from thirdrail_engines.onnxruntime_plan import read_plan
-from thirdrail_engines.onnxruntime_session import ELEMENT_TYPES, open_plan, open_session, spec_of
+from thirdrail_engines.onnxruntime_session import (
+    CPU_PROVIDERS,
+    ELEMENT_TYPES,
+    open_plan,
+    open_session,
+    spec_of,
+)
 from thirdrail_engines.options import EngineOptions
 
 _log = logging.getLogger(__name__)
@@ -33,13 +39,19 @@ _BF16 = dtypes.BY_NAME["BF16"]
 _WRITTEN_IN_PLACE_BYTES_MIN = 128 << 10  # copied in 4 us, which is less than a binding costs
 
 
-def load_onnx(path: Path, *, options: EngineOptions, inspector: Inspector) -> "OnnxRuntimeEngine":
+def load_onnx(
+    path: Path,
+    *,
+    options: EngineOptions,
+    inspector: Inspector,
+    providers: Sequence[str] = CPU_PROVIDERS,
+) -> "OnnxRuntimeEngine":
     """Load an ONNX file, with the weights that it keeps in files beside it.
 
     Raises ModelFileError when the file cannot be read or served.
     """
     future = inspector.begin(path)
-    session = open_session(path, options)
+    session = open_session(path, options, providers)
     findings = future.result()
     if findings.error:
         _log.warning("%s: every input will be copied: %s", path, findings.error)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An ONNX file becomes an ONNX Runtime session, and the session the spec of an engine."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ from thirdrail_engines.inspector import Findings
 from thirdrail_engines.onnxruntime_errors import tidy
 from thirdrail_engines.onnxruntime_plan import OnnxRuntimePlan
 from thirdrail_engines.options import EngineOptions
+
+CPU_PROVIDERS = ("CPUExecutionProvider",)
+# What has no kernel on the GPU runs on the CPU. Not yet run on a GPU.
+CUDA_PROVIDERS = ("CUDAExecutionProvider", *CPU_PROVIDERS)
 
 _PLATFORM = "onnxruntime_onnx"
 _WEIGHT_BYTES_MIN = 1024  # smaller constants stay in a plan's graph
@@ -43,10 +47,12 @@ ELEMENT_TYPES: dict[np.dtype[Any] | None, int] = {
 }
 
 
-def open_session(path: Path, options: EngineOptions) -> Any:
+def open_session(
+    path: Path, options: EngineOptions, providers: Sequence[str] = CPU_PROVIDERS
+) -> Any:
     """An `onnxruntime.InferenceSession`. Raises ModelFileError when the file cannot be run."""
     _check_file(path)
-    return _open(path, str(path), _session_options(options))
+    return _open(path, str(path), _session_options(options), providers)
 
 
 def optimise(path: Path, options: EngineOptions, graph: Path, weights: Path) -> Any:
@@ -100,12 +106,17 @@ def spec_of(path: Path, session: Any, findings: Findings) -> EngineSpec:
     )
 
 
-def _open(path: Path, model: str | bytes, session_options: Any) -> Any:
+def _open(
+    path: Path,
+    model: str | bytes,
+    session_options: Any,
+    providers: Sequence[str] = CPU_PROVIDERS,
+) -> Any:
     try:
         return ort.InferenceSession(
             model,
             session_options,
-            providers=["CPUExecutionProvider"],
+            providers=list(providers),
             enable_fallback=0,  # which would print, and try the same again
         )
     except Exception as error:  # its own classes share no parent but Exception

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which engines may run a model, in order. Pure: the host's facts come in.
+
+On a host with a GPU another engine on the GPU comes before the CPU, and the CPU is the last. The
+reference itself, ONNX Runtime on the model file, ends every order that it can end.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from thirdrail_engines.compile_options import CompileOptions, EngineChoice
+from thirdrail_engines.plans import Builder, Precision
+
+TORCH_SUFFIXES = (".pt2", ".pt")
+
+
+class Device(StrEnum):
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """builder: makes the plan that the engine runs; None: the engine reads the model file."""
+
+    engine: EngineChoice
+    device: Device
+    builder: Builder | None = None
+
+    @property
+    def reads_model(self) -> bool:
+        """Whether it is the reference itself: ONNX Runtime on the CPU, with the model file."""
+        return self == Candidate(EngineChoice.ONNXRUNTIME, Device.CPU)
+
+    @property
+    def name(self) -> str:
+        """As reports have it."""
+        device = " on cuda" if self.device is Device.CUDA else ""
+        plan = " plan" if self.engine is EngineChoice.ONNXRUNTIME and self.builder else ""
+        return f"{self.engine}{plan}{device}"
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What there is to run models. tensorrts: the packages that are installed, best first."""
+
+    has_cuda: bool = False
+    tensorrts: tuple[Builder, ...] = ()
+    has_torch: bool = False
+    has_onnxruntime_cuda: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    suffix: str
+    size_bytes: int  # of the model, with the weights beside it
+
+
+def engine_order(
+    source: Source, options: CompileOptions, host: Host, *, keeps_plans: bool
+) -> tuple[Candidate, ...]:
+    """The first is tried, the others are what it may fall back to.
+
+    An engine that was asked for by name is the first, whether the host has it or not.
+    keeps_plans: whether there is a cache, without which ONNX Runtime's plans are not worth making.
+    """
+    usual = tuple(_usual_order(source, options, host, keeps_plans))
+    if options.engine is EngineChoice.AUTO:
+        return usual
+    asked = [each for each in usual if each.engine is options.engine]
+    others = [
+        each for each in usual if each.engine is not options.engine and each.engine not in _TENSORRT
+    ]
+    return (*(asked or [_absent(options.engine)]), *others)
+
+
+_TENSORRT = {
+    EngineChoice.TENSORRT: Builder.TENSORRT,
+    EngineChoice.TENSORRT_RTX: Builder.TENSORRT_RTX,
+}
+
+
+def _absent(engine: EngineChoice) -> Candidate:
+    return Candidate(engine, Device.CUDA, _TENSORRT.get(engine))
+
+
+def _usual_order(
+    source: Source, options: CompileOptions, host: Host, keeps_plans: bool
+) -> Iterator[Candidate]:
+    is_torch = source.suffix in TORCH_SUFFIXES
+    if host.has_cuda:
+        for builder in host.tensorrts:
+            yield Candidate(EngineChoice(builder), Device.CUDA, builder)
+        if is_torch and host.has_torch:
+            yield Candidate(EngineChoice.TORCH, Device.CUDA)
+        if host.has_onnxruntime_cuda and not is_torch:
+            yield Candidate(EngineChoice.ONNXRUNTIME, Device.CUDA)
+    if is_torch or _pays(source, options, keeps_plans):
+        yield Candidate(EngineChoice.ONNXRUNTIME, Device.CPU, Builder.ONNXRUNTIME)
+    if is_torch and host.has_torch:
+        yield Candidate(EngineChoice.TORCH, Device.CPU)
+    if not is_torch:
+        yield Candidate(EngineChoice.ONNXRUNTIME, Device.CPU)
+
+
+def _pays(source: Source, options: CompileOptions, keeps_plans: bool) -> bool:
+    """Whether a plan of ONNX Runtime is worth its build: it must be kept, or change the model."""
+    if options.precision is not Precision.AS_IS:
+        return True
+    return keeps_plans and source.size_bytes >= options.plan_source_bytes_min

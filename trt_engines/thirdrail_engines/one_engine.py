@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One candidate becomes an engine: its plan is compiled and loaded, and it is proven.
+
+The reference is ONNX Runtime on the CPU with the model as it is; for a PyTorch source that is the
+plan of its ONNX form. It is loaded once, when it is first needed, and kept until the loader closes.
+"""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from thirdrail_engines.compile_options import CompileOptions, EngineChoice
+from thirdrail_engines.compiling import CompileServices, compile_plan
+from thirdrail_engines.engine import Engine, ModelFileError
+from thirdrail_engines.engine_choice import TORCH_SUFFIXES, Candidate, Device
+from thirdrail_engines.engine_report import Attempt, EngineReport, LoadedEngine
+from thirdrail_engines.host import CudaDevice, cuda_devices
+from thirdrail_engines.inspector import Inspector
+from thirdrail_engines.onnxruntime_engine import load_onnx, load_plan
+from thirdrail_engines.onnxruntime_session import CUDA_PROVIDERS
+from thirdrail_engines.options import EngineOptions
+from thirdrail_engines.plan_cache import Plan, key_of
+from thirdrail_engines.plan_requests import (
+    onnxruntime_request,
+    onnxruntime_version,
+    tensorrt_request,
+    tensorrt_version,
+)
+from thirdrail_engines.plans import (
+    Builder,
+    BuildError,
+    BuildFault,
+    PlanRequest,
+    Precision,
+    Profile,
+)
+from thirdrail_engines.profiles import profiles_for
+from thirdrail_engines.proof_records import RunsOn, recorded_proof
+from thirdrail_engines.reference_proof import ReferenceProof, Tolerance, prove, tolerance_for
+
+# Imported by name when their turn comes: they need packages that may not be installed.
+_TORCH_ENGINE = "thirdrail_engines.torch_engine"
+TENSORRT_ENGINE = "thirdrail_engines.tensorrt.engine"
+
+
+class ProofError(ModelFileError):
+    """The engine does not compute what its model says, or that could not be shown."""
+
+    def __init__(self, name: str, proof: ReferenceProof) -> None:
+        super().__init__(f"{name} is not proven: {'; '.join(proof.faults)}")
+        self.proof = proof
+
+
+class EngineLoader:
+    """Loads one model, by one engine or another. For one thread; closed after the load."""
+
+    def __init__(
+        self,
+        path: Path,
+        options: EngineOptions,
+        inspector: Inspector,
+        wanted: CompileOptions,
+        services: CompileServices | None,
+    ) -> None:
+        self.path = path
+        self._options = options
+        self._inspector = inspector
+        self._wanted = wanted
+        self._services = services or CompileServices()
+        self._reference: Engine | None = None
+
+    def load(self, candidate: Candidate, attempts: tuple[Attempt, ...]) -> LoadedEngine:
+        """attempts: what failed before; it goes into the report.
+
+        Raises ModelFileError: BuildError, ProofError and ProfileError among others.
+        """
+        if candidate.reads_model:
+            engine = self._take_reference()
+            return LoadedEngine(engine, EngineReport(candidate.name, attempts))
+        if candidate.builder is None:
+            return self._load_model_file(candidate, attempts)
+        return self._load_plan(candidate, candidate.builder, attempts)
+
+    def needs_build(self, candidate: Candidate) -> bool:
+        """Whether its plan is yet to be built. False also where that would not even begin."""
+        if candidate.builder is None:
+            return False
+        try:
+            request = self._request(candidate.builder)
+            key = key_of(request)
+        except ModelFileError:  # which `load` raises again
+            return False
+        cache = self._services.cache
+        if cache is None:
+            return True
+        if cache.get(key) is None:
+            return True
+        cache.release(key)
+        return False
+
+    def close(self) -> None:
+        if self._reference is not None:
+            self._reference.close()
+            self._reference = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # The reference
+
+    def _need_reference(self) -> Engine:
+        if self._reference is None:
+            self._reference = self._open_reference()
+        return self._reference
+
+    def _take_reference(self) -> Engine:
+        """For good: it is not closed here."""
+        engine = self._need_reference()
+        self._profiles(engine)  # a mistake in the configuration is one on every engine
+        self._reference = None
+        return engine
+
+    def _open_reference(self) -> Engine:
+        if not self._is_torch:
+            return load_onnx(self.path, options=self._options, inspector=self._inspector)
+        plan, _ = compile_plan(self._onnxruntime_request(Precision.AS_IS), self._services)
+        try:
+            return load_plan(plan.data, self.path, options=self._options)
+        finally:
+            self._release(plan)
+
+    @property
+    def _is_torch(self) -> bool:
+        return self.path.suffix in TORCH_SUFFIXES
+
+    def _profiles(self, engine: Engine) -> tuple[Profile, ...]:
+        """Those that were given; without any, those that can be derived, or none."""
+        spec, wanted = engine.spec, self._wanted
+        try:
+            return profiles_for(spec.inputs, wanted.profiles, wanted.rows, spec.unranked)
+        except BuildError:
+            return ()
+
+    # Plans
+
+    def _load_plan(
+        self, candidate: Candidate, builder: Builder, attempts: tuple[Attempt, ...]
+    ) -> LoadedEngine:
+        request = self._request(builder)
+        plan, is_hit = compile_plan(request, self._services)
+        try:
+            self._services.tell("loading the engine", 0, 0)
+            engine = self._open_plan(builder, plan)
+            with _closing_on_error(engine):
+                proof = self._proof_of_plan(candidate, engine, plan, request)
+        finally:
+            # The engine has what it needs: the plan may go when the cache needs room for others.
+            self._release(plan)
+        report = EngineReport(
+            candidate.name,
+            attempts,
+            plan_key=plan.key.digest,
+            is_cache_hit=is_hit,
+            build_s=plan.manifest.build_s,
+            proof=proof,
+        )
+        return LoadedEngine(engine, report)
+
+    def _request(self, builder: Builder) -> PlanRequest:
+        if builder is Builder.ONNXRUNTIME:
+            return self._onnxruntime_request(self._wanted.precision)
+        version = tensorrt_version(builder)
+        device = _device_for(builder)
+        spec, wanted = self._need_reference().spec, self._wanted
+        profiles = profiles_for(spec.inputs, wanted.profiles, wanted.rows, spec.unranked)
+        return tensorrt_request(self.path, builder, version, wanted, profiles, device=device)
+
+    def _onnxruntime_request(self, precision: Precision) -> PlanRequest:
+        return onnxruntime_request(
+            self.path, self._wanted, precision=precision, threads_max=self._options.threads_max
+        )
+
+    def _open_plan(self, builder: Builder, plan: Plan) -> Engine:
+        if builder is Builder.ONNXRUNTIME:
+            return load_plan(plan.data, self.path, options=self._options)
+        engines = own_module(TENSORRT_ENGINE, "run TensorRT plans")
+        engine: Engine = engines.load_plan(plan.data, builder, options=self._options)
+        return engine
+
+    def _release(self, plan: Plan) -> None:
+        if self._services.cache is not None:
+            self._services.cache.release(plan.key)
+
+    # Engines that read the model file
+
+    def _load_model_file(self, candidate: Candidate, attempts: tuple[Attempt, ...]) -> LoadedEngine:
+        engine = self._open_model_file(candidate)
+        proof = None
+        # PyTorch on the CPU runs the program as it was exported: as good a reference as ours.
+        if candidate.device is Device.CUDA:
+            with _closing_on_error(engine):
+                proof = _accepted(
+                    candidate, self._prove(engine, Precision.AS_IS, self._profiles(engine))
+                )
+        return LoadedEngine(engine, EngineReport(candidate.name, attempts, proof=proof))
+
+    def _open_model_file(self, candidate: Candidate) -> Engine:
+        if candidate.engine is EngineChoice.ONNXRUNTIME:
+            return load_onnx(
+                self.path,
+                options=self._options,
+                inspector=self._inspector,
+                providers=CUDA_PROVIDERS,
+            )
+        if candidate.engine is not EngineChoice.TORCH or not self._is_torch:
+            raise BuildError(
+                BuildFault.MISSING, f"the {candidate.engine} engine does not run {self.path.name}"
+            )
+        engines = own_module(_TORCH_ENGINE, "run PyTorch models")
+        engine: Engine = engines.load_torch(
+            self.path, options=self._options, device=candidate.device.value
+        )
+        return engine
+
+    # Proofs
+
+    def _proof_of_plan(
+        self, candidate: Candidate, engine: Engine, plan: Plan, request: PlanRequest
+    ) -> ReferenceProof | None:
+        """None for the plan that is the reference itself. Raises ProofError."""
+        if self._is_torch and request == self._onnxruntime_request(Precision.AS_IS):
+            return None
+        profiles = request.profiles or self._profiles(engine)
+        proof = recorded_proof(
+            plan,
+            _runs_on(request),
+            profiles,
+            self._tolerance(engine, request.precision),
+            self._services.cache,
+            lambda: self._prove(engine, request.precision, profiles),
+        )
+        return _accepted(candidate, proof)
+
+    def _prove(
+        self, engine: Engine, precision: Precision, profiles: Sequence[Profile]
+    ) -> ReferenceProof:
+        reference = self._need_reference()
+        self._services.tell("proving the engine", 0, 0)
+        return prove(engine, reference, profiles, self._tolerance(engine, precision))
+
+    def _tolerance(self, engine: Engine, precision: Precision) -> Tolerance:
+        return tolerance_for(precision, engine.spec, self._wanted.tolerance)
+
+
+def own_module(name: str, what: str) -> Any:
+    """One of our modules whose packages may be missing. Raises BuildError MISSING."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise BuildError(BuildFault.MISSING, f"this installation cannot {what}: {error}") from None
+
+
+@contextmanager
+def _closing_on_error(engine: Engine) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _device_for(builder: Builder) -> CudaDevice:
+    devices = cuda_devices()
+    if not devices:
+        raise BuildError(
+            BuildFault.MISSING, f"there is no CUDA device here, and {builder} plans run on no other"
+        )
+    return devices[0]
+
+
+def _runs_on(request: PlanRequest) -> RunsOn:
+    reference = f"onnxruntime {onnxruntime_version()}"
+    if request.builder is Builder.ONNXRUNTIME:
+        return RunsOn(request.target, "", reference, reference)
+    device = _device_for(request.builder)
+    runtime = f"{request.builder} {request.builder_version}"
+    return RunsOn(device.uuid, device.driver, runtime, reference)
+
+
+def _accepted(candidate: Candidate, proof: ReferenceProof) -> ReferenceProof:
+    if not proof.is_proven:
+        raise ProofError(candidate.name, proof)
+    return proof

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to build, from what the owner wants and what the host is."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from thirdrail_engines.compile_options import CompileOptions
+from thirdrail_engines.cpu_target import cpu_target
+from thirdrail_engines.host import CudaDevice
+from thirdrail_engines.plans import Builder, PlanRequest, Precision, Profile
+
+_TORCHSCRIPT = ".pt"
+
+
+def onnxruntime_version() -> str:
+    import onnxruntime
+
+    version: str = onnxruntime.__version__
+    return version
+
+
+def tensorrt_version(builder: Builder) -> str:
+    """Of the package for this builder. Raises BuildError MISSING with the line that installs it."""
+    from thirdrail_engines.tensorrt import installed_builders
+    from thirdrail_engines.tensorrt.api import load_api
+
+    return dict(installed_builders()).get(builder) or load_api(builder).version
+
+
+def onnxruntime_request(
+    path: Path, wanted: CompileOptions, *, precision: Precision, threads_max: int
+) -> PlanRequest:
+    """A plan for this CPU. It takes all shapes: profiles only tell a TorchScript file's inputs."""
+    profiles = wanted.profiles if path.suffix == _TORCHSCRIPT else ()
+    return PlanRequest(
+        source=path,
+        builder=Builder.ONNXRUNTIME,
+        builder_version=onnxruntime_version(),
+        precision=precision,
+        profiles=tuple(Profile(inputs) for inputs in profiles),
+        target=cpu_target(),
+        threads_max=threads_max,
+    )
+
+
+def tensorrt_request(
+    path: Path,
+    builder: Builder,
+    version: str,
+    wanted: CompileOptions,
+    profiles: Sequence[Profile],
+    *,
+    capabilities: Sequence[str] = (),
+    device: CudaDevice | None = None,
+) -> PlanRequest:
+    """A plan for GPUs by their compute capability, or for the one at hand.
+
+    TensorRT for RTX builds for a capability, so that plans which were built ahead of time on
+    another machine have the key that is asked for here. TensorRT times kernels on the GPU itself:
+    its plans belong to that model of GPU and to the driver.
+    capabilities: in place of what is wanted, and of the device's. device: None to build ahead.
+    """
+    target = ""
+    if builder is Builder.TENSORRT_RTX:
+        of_device = (device.capability,) if device else ()
+        capabilities = tuple(capabilities) or wanted.compute_capabilities or of_device
+    elif device is not None:
+        target = f"{device.name} {device.capability} driver {device.driver}"
+    return PlanRequest(
+        source=path,
+        builder=builder,
+        builder_version=version,
+        precision=wanted.precision,
+        profiles=tuple(profiles),
+        compute_capabilities=tuple(capabilities),
+        target=target,
+        workspace_bytes=wanted.workspace_bytes,
+        optimization_level=wanted.optimization_level,
+        is_version_compatible=wanted.is_version_compatible,
+        is_refittable=wanted.is_refittable,
+        plugins=tuple(path.parent / plugin for plugin in wanted.plugins),
+        uses_timing_cache=wanted.uses_timing_cache,
+    )

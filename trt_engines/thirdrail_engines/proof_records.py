@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proofs are remembered beside their plan: one per device, driver and runtime that it ran on.
+
+A record holds figures; whether they suffice is judged anew each time, by the tolerances of today.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from thirdrail_engines.plan_cache import Plan, PlanCache
+from thirdrail_engines.plans import Profile
+from thirdrail_engines.profiles import write_shape_range
+from thirdrail_engines.reference_proof import PROOF_FORMAT, ReferenceProof, Tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class RunsOn:
+    """What the outcome of a run may depend on besides the plan. reference: its runtime."""
+
+    device: str
+    driver: str
+    runtime: str
+    reference: str
+
+
+def recorded_proof(
+    plan: Plan,
+    runs_on: RunsOn,
+    profiles: Sequence[Profile],
+    tolerance: Tolerance,
+    cache: PlanCache | None,
+    prove: Callable[[], ReferenceProof],
+) -> ReferenceProof:
+    """The proof that is on record, else a new one, which is then. Judged by `tolerance`.
+
+    A run that the engine failed is not recorded: memory may have been short for a moment.
+    """
+    name = _record_name(runs_on, profiles)
+    known = _read(cache.notes(plan, name)) if cache else None
+    if known is not None:
+        return known.judged(tolerance)
+    proof = prove()
+    if cache is not None and not proof.failed:
+        cache.note(plan, name, json.dumps(proof.to_dict(), indent=2).encode())
+    return proof.judged(tolerance)
+
+
+def _record_name(runs_on: RunsOn, profiles: Sequence[Profile]) -> str:
+    circumstances = {
+        "format": PROOF_FORMAT,
+        "device": runs_on.device,
+        "driver": runs_on.driver,
+        "runtime": runs_on.runtime,
+        "reference": runs_on.reference,
+        "profiles": [
+            {name: write_shape_range(shapes) for name, shapes in profile.inputs.items()}
+            for profile in profiles
+        ],
+    }
+    digest = hashlib.sha256(json.dumps(circumstances, sort_keys=True).encode()).hexdigest()
+    return f"proof-{digest[:32]}.json"
+
+
+def _read(record: bytes | None) -> ReferenceProof | None:
+    """None for a record that is not there, or that another version wrote."""
+    if record is None:
+        return None
+    try:
+        return ReferenceProof.from_dict(json.loads(record))
+    except (ValueError, KeyError, TypeError):
+        return None
