@@ -131,6 +131,42 @@ class LoadProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class Resident:
+    """A model that is loaded, as far as memory is concerned."""
+
+    name: str
+    size: int  # bytes
+    used_ms: int  # when it was loaded or last answered, in milliseconds of the unix clock
+    is_busy: bool = False  # requests wait or run, or it is being loaded or unloaded
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerMemory:
+    """What a worker's engines hold."""
+
+    residents: list[Resident]
+    leaving_bytes: int  # of engines that were replaced or unloaded and still finish requests
+
+    def to_fields(self) -> Fields:
+        return {
+            "residents": [dataclasses.astuple(each) for each in self.residents],
+            "leaving_bytes": self.leaving_bytes,
+        }
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> "WorkerMemory":
+        """Raises Internal when the fields are not those of `to_fields`."""
+        try:
+            residents = [
+                Resident(str(name), int(size), int(used_ms), bool(is_busy))
+                for name, size, used_ms, is_busy in fields["residents"]
+            ]
+            return cls(residents, int(fields["leaving_bytes"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise Internal(f"figures of memory that cannot be read: {error!r}") from None
+
+
+@dataclass(frozen=True, slots=True)
 class OpenedSession:
     """A worker expects a client with this token."""
 

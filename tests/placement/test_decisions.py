@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thirdrail_server.config import MemoryBudget, OverBudget, SwapOverBudget
-from thirdrail_server.front.control.placement import Need, NoRoom, Resident, Room, decide
+from thirdrail_server.control_messages import Resident
+from thirdrail_server.front.control.placement import Need, NoRoom, Room, decide
 
 MIB = 1 << 20
 NOW_MS = 1_000_000

@@ -18,19 +18,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from thirdrail_server.config import MemoryBudget, OverBudget, SwapOverBudget
+from thirdrail_server.control_messages import Resident
 
 MODELS_TOLD_MAX = 5
 MS_PER_S = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Resident:
-    """A model that is loaded."""
-
-    name: str
-    size: int  # bytes
-    used_ms: int  # when it was loaded or last answered, in milliseconds of the clock that `now` has
-    is_busy: bool = False  # requests wait or run, or it is being loaded or unloaded
 
 
 @dataclass(frozen=True, slots=True)
