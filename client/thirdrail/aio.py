@@ -16,6 +16,7 @@ from thirdrail.aio_stream import AsyncStream
 from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_aio_channel
 from thirdrail.client import READY_POLL_SECONDS
 from thirdrail.discovery import find_address
+from thirdrail.dtypes import extent
 from thirdrail.errors import FailedPrecondition, NotFound, ThirdrailError, TimedOut, Unavailable
 from thirdrail.failures import rpc_errors, with_note
 from thirdrail.lane.aio_lane_stream import AsyncLaneStream
@@ -142,12 +143,14 @@ class AsyncClient:
         Over the lane it lies in shared memory, which goes back when the last view of it is gone.
         Do not write it while a request reads it.
 
+        dtype: numpy's, or a name such as "FP32".
         shared: in memory of its own, which can be exported to another process.
-        Raises ResourceExhausted when the server gives no more memory.
+        Raises InvalidArgument for what no array has, ResourceExhausted when the server gives no
+        more memory.
         """
         session = await self._connected().access.session()
         if session is None:
-            return np.empty(shape, dtype)
+            return np.empty(*extent(shape, dtype)[:2])
         return await session.empty(shape, dtype, alone=shared)
 
     async def export(

@@ -17,6 +17,7 @@ from thirdrail import health, models
 from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_channel
 from thirdrail.connection import Connection
 from thirdrail.discovery import find_address
+from thirdrail.dtypes import extent
 from thirdrail.errors import (
     FailedPrecondition,
     NotFound,
@@ -188,11 +189,13 @@ class Client:
         Over the lane it lies in shared memory, which goes back when the last view of it is gone.
         Do not write it while a request reads it.
 
+        dtype: numpy's, or a name such as "FP32".
         shared: in memory of its own, which can be exported to another process.
-        Raises ResourceExhausted when the server gives no more memory.
+        Raises InvalidArgument for what no array has, ResourceExhausted when the server gives no
+        more memory.
         """
         array = self._over_lane(lambda lane: lane.empty(shape, dtype, alone=shared))
-        return np.empty(shape, dtype) if array is None else array
+        return np.empty(*extent(shape, dtype)[:2]) if array is None else array
 
     def export(
         self, tensor: Any, *, uid: int | None = None, lifetime: float = LIFETIME_S

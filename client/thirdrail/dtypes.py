@@ -6,6 +6,7 @@ byte; BF16 is the upper half of an FP32; a BYTES element is a 4-byte little-endi
 its bytes.
 """
 
+import math
 import mmap
 import sys
 from collections.abc import Iterable, Sequence
@@ -68,6 +69,36 @@ _BY_NUMPY: dict[np.dtype[Any], DType] = {row.numpy: row for row in DTYPES if row
 
 BYTES = BY_NAME["BYTES"]
 BOOL = BY_NAME["BOOL"]
+
+
+def extent(
+    shape: Sequence[int] | int, dtype: npt.DTypeLike
+) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape, numpy type and bytes of an array that is asked for.
+
+    dtype: numpy's, or one of our names, like "FP32".
+    Raises InvalidArgument for a shape or a type that no array has.
+    """
+    dims = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
+    wanted = _numpy_type(dtype)
+    if not all(isinstance(dim, int | np.integer) and dim >= 0 for dim in dims):
+        raise InvalidArgument(f"a shape has numbers from 0, got {list(dims)}")
+    plain = tuple(map(int, dims))
+    return plain, wanted, math.prod(plain) * wanted.itemsize
+
+
+def _numpy_type(dtype: npt.DTypeLike) -> np.dtype[Any]:
+    row = BY_NAME.get(dtype) if isinstance(dtype, str) else None
+    if row is not None:
+        if row.numpy is None:
+            raise InvalidArgument("arrays of BF16 need ml_dtypes: pip install ml_dtypes")
+        return row.numpy
+    try:
+        return np.dtype(dtype)
+    except TypeError:
+        raise InvalidArgument(
+            f"{dtype!r} is no element type, expected numpy's or one of {', '.join(BY_NAME)}"
+        ) from None
 
 
 def dtype_of_value(value: int) -> DType:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from thirdrail.dtypes import extent
 from thirdrail.errors import Cancelled, ThirdrailError, Unavailable
 from thirdrail.failures import with_note
 from thirdrail.lane import forks, packets
@@ -125,9 +126,7 @@ class AsyncSession(AsyncWire[_Call]):
         alone: in memory that can be exported.
         Raises ResourceExhausted when there is no room, NotSent when the session has ended.
         """
-        wanted = np.dtype(dtype)
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        nbytes = int(np.prod(shape, dtype=object)) * wanted.itemsize
+        shape, wanted, nbytes = extent(shape, dtype)
         if wanted.hasobject or (nbytes <= self._limits.inline_bytes and not alone):
             return np.empty(shape, wanted)  # it travels in the packet
         if alone:

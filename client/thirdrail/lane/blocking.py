@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from thirdrail.dtypes import extent
 from thirdrail.errors import FailedPrecondition, ThirdrailError
 from thirdrail.lane import forks
 from thirdrail.lane.blocking_wire import BlockingWire
@@ -167,9 +168,7 @@ class BlockingLane:
 
         alone: in memory that can be exported. Raises ResourceExhausted when there is no room.
         """
-        wanted = np.dtype(dtype)
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        nbytes = int(np.prod(shape, dtype=object)) * wanted.itemsize
+        shape, wanted, nbytes = extent(shape, dtype)
         if wanted.hasobject or nbytes <= (0 if alone else self._inline_bytes_max):
             return np.empty(shape, wanted)  # it travels in the packet
         deadline_s = time.monotonic() + EMPTY_TIMEOUT_S
