@@ -55,19 +55,22 @@ def open_session(
     return _open(path, str(path), _session_options(options), providers)
 
 
-def optimise(path: Path, options: EngineOptions, graph: Path, weights: Path) -> Any:
+def optimise(path: Path, options: EngineOptions, graph: Path, weights: Path | None) -> Any:
     """A session of an ONNX file that also writes what it made of the graph.
 
-    graph: an ONNX file to be. weights: another in the same folder, for its large constants.
+    graph: an ONNX file to be. weights: another in the same folder, for its large constants; None to
+        have them in the graph, which then must stay below 2 GiB.
     Raises ModelFileError when the file cannot be run, or the two cannot be written.
     """
     _check_file(path)
     session_options = _session_options(options)
     session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     session_options.optimized_model_filepath = str(graph)
-    prefix = "session.optimized_model_external_initializers"
-    session_options.add_session_config_entry(f"{prefix}_file_name", weights.name)
-    session_options.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(_WEIGHT_BYTES_MIN))
+    if weights is not None:
+        entry = "session.optimized_model_external_initializers"
+        session_options.add_session_config_entry(f"{entry}_file_name", weights.name)
+        bytes_min = str(_WEIGHT_BYTES_MIN)
+        session_options.add_session_config_entry(f"{entry}_min_size_in_bytes", bytes_min)
     return _open(path, str(path), session_options)
 
 

@@ -5,6 +5,7 @@ Such a plan belongs to the CPU's instruction sets (cpu_target.py): they decide h
 out and which operators are fused.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,11 +42,15 @@ def build(request: PlanRequest, model: Path, folder: Path, tell: TellProgress) -
     findings, source_layers, warnings = _look_at(model)
     tell("optimising", 1, _STEPS)
     options = EngineOptions(threads_max=max(1, request.threads_max))
-    spec = spec_of(model, optimise(model, options, graph, weights), findings)
+    session = optimise(model, options, graph, weights)
+    optimised = _read(graph)
+    if _has_weights_in_bodies(optimised.graph):
+        weights.unlink()
+        session = optimise(model, options, graph, None)
     tell("writing", 2, _STEPS)
     write_plan(plan, graph, weights, findings)
-    layers = _layers(_read(graph))
-    return Built(plan, layers, source_layers, tuple(_tensors(spec)), warnings)
+    tensors = tuple(_tensors(spec_of(model, session, findings)))
+    return Built(plan, _layers(optimised), source_layers, tensors, warnings)
 
 
 def _look_at(path: Path) -> tuple[Findings, dict[str, int], tuple[str, ...]]:
@@ -63,17 +68,35 @@ def _read(path: Path) -> Any:
     return onnx.load(path, load_external_data=False)
 
 
+def _has_weights_in_bodies(graph: Any) -> bool:
+    """Whether a body keeps constants in the file of weights, where ONNX Runtime would look for them
+    at load: only those of the graph itself can be handed to it in memory."""
+    bodies = itertools.islice(_graphs(graph), 1, None)
+    return any(
+        tensor.data_location == onnx.TensorProto.EXTERNAL
+        for body in bodies
+        for tensor in body.initializer
+    )
+
+
 def _layers(model: Any) -> dict[str, int]:
     """How many nodes of each operator, bodies included, the most frequent first."""
-    return dict(Counter(_operators(model.graph)).most_common())
+    nodes = (node for graph in _graphs(model.graph) for node in graph.node)
+    return dict(Counter(_operator(node) for node in nodes).most_common())
 
 
-def _operators(graph: Any) -> Iterator[str]:
+def _operator(node: Any) -> str:
+    name: str = node.op_type
+    return name if node.domain in STANDARD_DOMAINS else f"{node.domain}.{name}"
+
+
+def _graphs(graph: Any) -> Iterator[Any]:
+    """The graph, and the bodies of its nodes."""
     pending = [graph]
     while pending:  # ends: bodies are a tree in the file
-        for node in pending.pop().node:
-            is_standard = node.domain in STANDARD_DOMAINS
-            yield node.op_type if is_standard else f"{node.domain}.{node.op_type}"
+        current = pending.pop()
+        yield current
+        for node in current.node:
             for attribute in node.attribute:
                 pending += [attribute.g] if attribute.HasField("g") else []
                 pending += attribute.graphs

@@ -21,7 +21,7 @@ def describe_end(status: int) -> str:
 
 
 def last_words(output: bytes) -> str:
-    """The end of what it wrote, to be put behind an error's text; \"\" where it wrote nothing."""
+    """The end of what it printed, to be put behind the text of an error."""
     lines = [presentable(line) for line in output.decode(errors="replace").splitlines()]
     text = " | ".join([line for line in lines if line][-_LINES_MAX:])
     if len(text) > _CHARS_MAX:

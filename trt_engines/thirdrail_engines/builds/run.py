@@ -80,21 +80,11 @@ class _Build:
         began_s = time.monotonic()
         kills_before = kernel_oom_kills()
         order = wire.write_order(wire.Order(request, folder.absolute()))
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            cwd=folder,
-            env=build_environment(os.environ, sys.path, home),
-            start_new_session=True,  # the terminal's Ctrl-C is not for it
-        )
+        process = _start(command, folder, home)
         try:
             with memory_group.of(process.pid, self._limits.memory_bytes_max) as group:
                 _hand_over(process, order)
                 self._attend(process, began_s + self._limits.seconds_max)
-                process_tree.kill(process.pid)
                 was_kernel = group.was_exceeded() or kernel_oom_kills() > kills_before
         finally:
             _end(process)
@@ -120,7 +110,9 @@ class _Build:
             selector.register(process.stderr, selectors.EVENT_READ, self._keep)
             looked_s = 0.0
             while True:  # ends: with the process, or by an error at the time limit
-                has_ended = process.poll() is not None
+                has_ended = _has_ended(process.pid)
+                if has_ended:
+                    process_tree.kill(process.pid)  # what it left behind has nothing to add
                 heard = self._read(selector, 0.0 if has_ended else _TURN_S)
                 if has_ended and not heard:  # others may hold its pipes open for ever
                     return
@@ -243,6 +235,29 @@ def _turn(at_once_max: int, tell: TellProgress, cancelled: threading.Event) -> I
 
 def _cancelled_error() -> BuildError:
     return BuildError(BuildFault.CANCELLED, "the build was cancelled")
+
+
+def _start(command: Sequence[str], folder: Path, home: Path) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            cwd=folder,
+            env=build_environment(os.environ, sys.path, home),
+            start_new_session=True,  # the terminal's Ctrl-C is not for it
+        )
+    except OSError as error:  # no memory, or too many processes
+        raise BuildError(
+            BuildFault.CRASHED, f"no process could be started to build in: {error.strerror}"
+        ) from None
+
+
+def _has_ended(pid: int) -> bool:
+    """Without burying it: so long, no other process can get its number."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _hand_over(process: subprocess.Popen[bytes], order: bytes) -> None:

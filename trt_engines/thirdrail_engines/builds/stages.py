@@ -3,15 +3,17 @@
 
 import errno
 import importlib
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from thirdrail_engines.builds import wire
 from thirdrail_engines.builds.result import Built
 from thirdrail_engines.engine import ModelFileError
-from thirdrail_engines.plans import Builder, BuildFault, Precision, TellProgress
+from thirdrail_engines.plans import Builder, BuildError, BuildFault, Precision, TellProgress
 
 # Imported by name and only when their turn comes: each needs packages that may not be installed.
 _TORCH_SOURCES = "thirdrail_engines.torch_sources"
@@ -31,6 +33,7 @@ _INSTALLED_BY = {
 }
 _TOLD_S_MIN = 0.05
 _PHASE_CHARS_MAX = 100
+_PROBE_BYTES = 1 << 20
 
 
 def build(order: wire.Order, tell: TellProgress) -> wire.Result:
@@ -38,9 +41,11 @@ def build(order: wire.Order, tell: TellProgress) -> wire.Result:
     request, onnx = order.request, order.request.source
     conversion: Mapping[str, object] | None = None
     if request.source.suffix in (".pt2", ".pt"):
-        onnx = _module(_TORCH_SOURCES).to_onnx(request.source, order.folder, tell)
+        onnx = _module(_TORCH_SOURCES).to_onnx(request.source, order.folder, tell, request.profiles)
     if request.precision is not Precision.AS_IS:
-        converted = _module(_PRECISION).convert(onnx, request.precision, order.folder, tell)
+        converted = _module(_PRECISION).convert(
+            onnx, request.precision, order.folder, tell, request.profiles
+        )
         onnx, conversion = converted.path, converted.report
     built: Built = _module(_BUILDERS[request.builder]).build(request, onnx, order.folder, tell)
     return wire.Result(
@@ -74,32 +79,40 @@ class Throttle:
             self._send(wire.Progress(phase, max(0, done), max(0, steps)))
 
 
-def fault_of(error: Exception) -> BuildFault:
+def refusal_of(error: Exception, folder: Path) -> wire.Refusal:
+    """What to tell about an error that ended a build."""
+    fault, text = _described(error)
+    if fault in (BuildFault.REFUSED, BuildFault.CRASHED) and _is_full(folder):
+        # Libraries that write files seldom say why they could not.
+        return wire.Refusal(BuildFault.OUT_OF_DISK, f"no space left in {folder.parent}: {text}")
+    return wire.Refusal(fault, text)
+
+
+def _described(error: Exception) -> tuple[BuildFault, str]:
     match error:
-        case ImportError():
-            return BuildFault.MISSING
-        case MemoryError():
-            return BuildFault.OUT_OF_MEMORY
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return BuildFault.OUT_OF_DISK
+        case BuildError():
+            return error.fault, str(error)
         case ModelFileError():
-            return BuildFault.REFUSED
-    return BuildFault.CRASHED
-
-
-def words_of(error: Exception) -> str:
-    match error:
-        case ImportError(name=str() as name):
+            return BuildFault.REFUSED, str(error)
+        case ModuleNotFoundError(name=str() as name):
             package = name.partition(".")[0]
             line = _INSTALLED_BY.get(package, package)
-            return f"the package '{package}' is missing: pip install '{line}'"
-        case ModelFileError():
-            return str(error)
+            return BuildFault.MISSING, f"the package '{package}' is missing: pip install '{line}'"
+        case ImportError():  # there, but not what it needs
+            return BuildFault.MISSING, f"{error}"
         case MemoryError():
-            return "the system gave the build no more memory"
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return f"no space left to write {error.filename or 'the plan'}"
-    return f"{type(error).__name__}: {error}"
+            return BuildFault.OUT_OF_MEMORY, "the system gave the build no more memory"
+    return BuildFault.CRASHED, f"{type(error).__name__}: {error}"
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+            probe.flush()
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False
 
 
 def _module(name: str) -> Any:

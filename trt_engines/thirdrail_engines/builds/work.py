@@ -7,11 +7,9 @@ All else that anything in here prints goes to standard error.
 import dataclasses
 import os
 import sys
-import traceback
 from collections.abc import Iterable
 
 from thirdrail_engines.builds import stages, wire
-from thirdrail_engines.plans import BuildError
 
 
 def work(warnings: Iterable[str]) -> None:
@@ -23,11 +21,8 @@ def work(warnings: Iterable[str]) -> None:
     try:
         result = stages.build(order, progress.tell)
         answer = dataclasses.replace(result, warnings=(*warnings, *result.warnings))
-    except BuildError as error:
-        answer = wire.Refusal(error.fault, str(error))
-    except Exception as error:
-        traceback.print_exc()
-        answer = wire.Refusal(stages.fault_of(error), stages.words_of(error))
+    except Exception as error:  # of whatever libraries met in a stranger's model
+        answer = stages.refusal_of(error, order.folder)
     _say(answers, wire.write_answer(answer))
 
 
