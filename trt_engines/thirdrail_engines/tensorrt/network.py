@@ -27,7 +27,8 @@ def layers_of(network: t.INetworkDefinition) -> dict[str, int]:
     kinds: Counter[str] = Counter()
     for index in range(network.num_layers):
         layer: t.ILayer = network.get_layer(index)
-        kinds[layer.type.name.lower()] += 1
+        kind: str = layer.type.name
+        kinds[kind.lower()] += 1
     return dict(kinds.most_common())
 
 
