@@ -16,12 +16,13 @@ from typing import Self
 from thirdrail_engines.plan_cache import notes
 from thirdrail_engines.plan_cache.holds import Holds
 from thirdrail_engines.plan_cache.key import PlanKey
-from thirdrail_engines.plan_cache.layout import MANIFEST, PLAN, Layout, check_note_name
+from thirdrail_engines.plan_cache.layout import Layout, check_note_name
 from thirdrail_engines.plan_cache.locks import LockTimeout, locked_file, open_folder, try_lock
-from thirdrail_engines.plan_cache.manifest import MANIFEST_FORMAT, Manifest, encoded
+from thirdrail_engines.plan_cache.manifest import MANIFEST_FORMAT, Manifest
 from thirdrail_engines.plan_cache.opening import open_layer, open_main, open_scratch, reason_of
 from thirdrail_engines.plan_cache.reading import Damaged, Plan, read_and_hash, read_entry
-from thirdrail_engines.plan_cache.store import NoRoom, Store, sync
+from thirdrail_engines.plan_cache.saving import save_entry, write_synced
+from thirdrail_engines.plan_cache.store import NoRoom, Store
 from thirdrail_engines.plan_cache.workspaces import sweep, workspace_in
 from thirdrail_engines.plans import BuildError, BuildFault, TellProgress
 
@@ -130,7 +131,7 @@ class PlanCache:
             return plan
         with self._disk_errors("this plan"):
             try:
-                self._save(self._store, plan, plan_file)
+                self._holds.keep(key.digest, save_entry(self._store, plan, plan_file))
             except (NoRoom, LockTimeout) as error:
                 log.warning("plan %.12s is not kept: %s", key.digest, error)
             except OSError as error:
@@ -203,28 +204,12 @@ class PlanCache:
             os.close(fd)
         return plan
 
-    def _save(self, store: Store, plan: Plan, plan_file: Path) -> None:
-        with workspace_in(store.layout.work) as folder:
-            entry = folder / "entry"
-            entry.mkdir(mode=0o755)
-            _write(entry / MANIFEST, encoded(plan.manifest))
-            _move(plan_file, entry / PLAN, plan.data)
-            sync(entry)
-            fd = open_folder(entry)
-            try:
-                try_lock(fd, shared=True)
-                store.save(entry, plan.key.digest)
-            except BaseException:
-                os.close(fd)
-                raise
-            self._holds.keep(plan.key.digest, fd)
-
     def _save_note(self, store: Store, plan: Plan, name: str, data: bytes) -> None:
         if len(data) > notes.NOTE_BYTES_MAX:
             raise NoRoom(f"{len(data)} bytes are too many, the limit is {notes.NOTE_BYTES_MAX}")
         with workspace_in(store.layout.work) as folder:
             staged = folder / name
-            _write(staged, notes.encoded(plan.manifest.plan_sha256, data))
+            write_synced(staged, notes.encoded(plan.manifest.plan_sha256, data))
             with store.changing():
                 store.make_room(staged.stat().st_size)
                 notes.place_note(store.layout.notes / plan.key.digest, name, staged)
@@ -271,27 +256,6 @@ def _finished(key: PlanKey, plan_file: Path, manifest: Manifest) -> Plan:
         plan_sha256=digest,
     )
     return Plan(key, complete, data)
-
-
-def _write(path: Path, data: bytes | memoryview) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    with open(fd, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(fd)
-
-
-def _move(source: Path, target: Path, data: memoryview) -> None:
-    """Rename, or write what was read where that is another file system."""
-    try:
-        source.rename(target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        _write(target, data)
-        return
-    target.chmod(0o644)
-    sync(target)
 
 
 def _lock_shared(fd: int) -> None:

@@ -2,6 +2,7 @@
 """Opening cache folders: made where there is none, refused where others can write, used as it is
 where we cannot."""
 
+import errno
 import logging
 import os
 import tempfile
@@ -26,7 +27,7 @@ def open_main(folder: Path) -> Layout | None:
             each.mkdir(mode=0o755, exist_ok=True)
             check_folder(each)
             if not os.access(each, os.R_OK | os.W_OK | os.X_OK):
-                raise PermissionError(13, "permission denied", str(each))
+                raise _refusal(each)
     except OSError as error:
         if isinstance(error, FileExistsError):
             raise CacheFolderError(f"the plan cache {folder} is not a folder") from None
@@ -69,6 +70,12 @@ def open_scratch() -> Layout:
     for each in (layout.locks, layout.work):
         each.mkdir(mode=0o700, exist_ok=True)
     return layout
+
+
+def _refusal(folder: Path) -> OSError:
+    is_read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+    code = errno.EROFS if is_read_only else errno.EACCES
+    return OSError(code, os.strerror(code), str(folder))
 
 
 def reason_of(error: OSError) -> str:
