@@ -10,18 +10,14 @@ is; without one, loads that overlap count each other in, and nobody decides by t
 What a version holds only while it runs (activations, results) is not in it.
 """
 
-import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from thirdrail_engines.malloc import heap_bytes
+from thirdrail_server.repository.sizes import files_bytes
 
-FILES_MAX = 10_000
-
-T = TypeVar("T")
+MS = 1_000_000  # nanoseconds
 
 
 class ModelTooLarge(Exception):
@@ -40,27 +36,18 @@ class Measured:
     loaded_ms: int  # of the unix clock
 
 
-def measured(load: Callable[[], T], path: Path) -> tuple[T, Measured]:
-    """Load a version, whose model file lies at `path`, and say what that took."""
-    import onnxruntime  # noqa: F401  once 7 MiB, which no model is to blame for
-
-    before = heap_bytes()
-    loaded = load()
-    size = max(files_bytes(path.parent), heap_bytes() - before)
-    return loaded, Measured(size, time.time_ns() // 1_000_000)
+UNKNOWN = Measured(0, 0)
 
 
-def files_bytes(folder: Path) -> int:
-    """The size of all files of a version: its model and the weights beside it. What cannot be read
-    counts as nothing: the load will say so."""
-    total = files = 0
-    for parent, _folders, names in os.walk(folder):
-        for name in names:
-            files += 1
-            if files > FILES_MAX:
-                return total
-            try:
-                total += os.stat(os.path.join(parent, name)).st_size
-            except OSError:
-                continue
-    return total
+class Growth:
+    """Of the heap, from now on."""
+
+    def __init__(self) -> None:
+        import onnxruntime  # noqa: F401  once 7 MiB, which no model is to blame for
+
+        self._before = heap_bytes()
+
+    def measured(self, folder: Path) -> Measured:
+        """What the version took whose files lie in `folder`."""
+        size = max(files_bytes(folder), heap_bytes() - self._before)
+        return Measured(size, time.time_ns() // MS)

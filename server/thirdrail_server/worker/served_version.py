@@ -21,6 +21,7 @@ from thirdrail_server.worker.alarm import Alarm
 from thirdrail_server.worker.execution import Execution, execute
 from thirdrail_server.worker.instance_threads import InstanceThreads
 from thirdrail_server.worker.members import Member, Outcome
+from thirdrail_server.worker.memory import UNKNOWN, Measured
 from thirdrail_server.worker.policy import QueuePolicy
 from thirdrail_server.worker.queued import Queued
 from thirdrail_server.worker.requests import VersionSpec
@@ -119,8 +120,10 @@ class ServedVersion:
         *,
         instances: int,
         place: RunPlace,
+        measured: Measured = UNKNOWN,
     ) -> None:
         self.spec = spec
+        self.measured = measured
         self.statistics = VersionStatistics(spec.model, spec.version)
         self._engine = engine
         self._policy = policy
@@ -138,6 +141,16 @@ class ServedVersion:
     @property
     def runs_on_loop(self) -> bool:
         return self._place.on_loop
+
+    @property
+    def is_idle(self) -> bool:
+        """No request waits or runs."""
+        return self._scheduler.is_idle
+
+    @property
+    def used_ms(self) -> int:
+        """When it was loaded or last answered, by the unix clock."""
+        return max(self.measured.loaded_ms, self.statistics.last_request_unix_ms)
 
     def submit(
         self, call: Call, *, flow: Hashable, priority: int, timeout_us: int, now_ns: int

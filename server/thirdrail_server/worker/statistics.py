@@ -90,6 +90,11 @@ class VersionStatistics:
                 sums.requests_failed += 1
             sums.failed_ns += total_ns
 
+    @property
+    def last_request_unix_ms(self) -> int:
+        """Of those that succeeded; 0: none has."""
+        return self._sums.last_request_unix_ms
+
     def snapshot(self, *, queued: int, running: int) -> metrics_pb2.ModelCounters:
         counters = metrics_pb2.ModelCounters(
             name=self._model,

@@ -10,6 +10,7 @@ from thirdrail_server.repository.errors import RepositoryError
 from thirdrail_server.repository.fields import check_fields
 from thirdrail_server.repository.layout import ModelFolder, find, model_file
 from thirdrail_server.repository.model_config import read_config
+from thirdrail_server.repository.sizes import files_bytes
 from thirdrail_server.repository.versions import chosen, missing
 
 
@@ -27,6 +28,7 @@ class LoadSource:
 class PreparedLoad:
     command: LoadCommand
     failures: dict[int, str]  # versions that were chosen but have nothing that can be loaded
+    files_bytes: int  # of all that the chosen versions have
 
 
 def prepare(name: str, source: LoadSource) -> PreparedLoad:
@@ -53,7 +55,8 @@ def prepare(name: str, source: LoadSource) -> PreparedLoad:
     if not versions:
         texts = (f"version {version}: {text}" for version, text in sorted(failures.items()))
         raise RepositoryError("; ".join(texts) or "version_policy chooses none of its versions")
-    return PreparedLoad(LoadCommand(name, config, tuple(versions)), failures)
+    size = sum(files_bytes(path.parent) for _version, path in versions)
+    return PreparedLoad(LoadCommand(name, config, tuple(versions)), failures, size)
 
 
 def _look(

@@ -22,6 +22,10 @@ class Turns:
         self._waiting_max = waiting_max
         self._lines: dict[str, _Line] = {}
 
+    def is_taken(self, name: str) -> bool:
+        """Whether somebody has a turn or waits for one. If not, `of` does not wait."""
+        return name in self._lines
+
     @contextlib.asynccontextmanager
     async def of(self, name: str) -> AsyncIterator[None]:
         """Wait for a turn and have it. Raises ResourceExhausted when the line is too long."""
