@@ -8,12 +8,12 @@ from onnx import helper, numpy_helper
 from support.models import constant, model, tensor
 
 
-def two_layers(seed: int = 0) -> onnx.ModelProto:
-    """y [n, 8] and z [n, 8] of x [n, 16]: matrix products with a Relu between them; most: ArgMax
-    of y."""
+def two_layers(seed: int = 0, width: int = 16) -> onnx.ModelProto:
+    """y [n, 8] and z [n, 8] of x [n, 16]: matrix products with a Relu between them, over
+    `width` values; most: ArgMax of y."""
     random = np.random.default_rng(seed)
-    first = random.standard_normal((16, 16), dtype=np.float32)
-    second = random.standard_normal((2, 16, 8), dtype=np.float32)
+    first = random.standard_normal((16, width), dtype=np.float32)
+    second = random.standard_normal((2, width, 8), dtype=np.float32)
     nodes = [
         helper.make_node("MatMul", ["x", "a"], ["h"]),
         helper.make_node("Relu", ["h"], ["r"]),

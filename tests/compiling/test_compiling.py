@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans come from the cache, or are built once, whatever happens to those who build."""
+
+import contextlib
+import logging
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import psutil
+import pytest
+
+from support.compilations import (
+    BUILD_PHASES,
+    GIB,
+    Services,
+    compile_and_say,
+    die_while_building,
+    request_for,
+)
+from support.killable import killable
+from support.perceptrons import two_layers
+from support.small_disk import run_on_small_disk
+from thirdrail_engines import EngineOptions, ModelFileError
+from thirdrail_engines.compiling import CompileServices, compile_plan
+from thirdrail_engines.onnxruntime_engine import load_plan
+from thirdrail_engines.plan_cache import PlanCache, key_of
+from thirdrail_engines.plans import BuildError, BuildFault
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def cache(folder: Path) -> Iterator[PlanCache]:
+    with PlanCache(folder, GIB) as made:
+        yield made
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "model/model.onnx"
+    onnx.save(two_layers(), path)
+    return path
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Locks and unfinished work."""
+    return [*(folder / "work").iterdir(), *(folder / "locks").iterdir()]
+
+
+def test_a_plan_is_built_once_and_then_found(cache: PlanCache, folder: Path, model: Path) -> None:
+    first, second = Services(cache), Services(cache)
+    built, was_hit = compile_plan(request_for(model), first.given)
+    found, is_hit = compile_plan(request_for(model), second.given)
+    assert (was_hit, is_hit) == (False, True)
+    assert (first.phases, second.phases) == (BUILD_PHASES, [])
+    assert found.data == built.data
+    load_plan(found.data, model, options=EngineOptions()).close()
+    assert leftovers(folder) == []
+
+
+def test_the_manifest_says_what_was_built(cache: PlanCache, model: Path) -> None:
+    plan, _ = compile_plan(request_for(model), CompileServices(cache))
+    manifest = plan.manifest
+    assert manifest.source == str(model)
+    assert manifest.build_s > 0
+    assert manifest.peak_rss_bytes > 1 << 20
+    assert manifest.layers["source"] == {"MatMul": 3, "Relu": 1, "ArgMax": 1}
+    assert manifest.layers["plan"]
+    assert [(t["name"], t["direction"], t["shape"]) for t in manifest.tensors] == [
+        ("x", "input", [-1, 16]),
+        ("y", "output", [-1, 8]),
+        ("z", "output", [-1, 8]),
+        ("most", "output", [-1, 1]),
+    ]
+
+
+def test_another_model_is_another_plan(cache: PlanCache, model: Path) -> None:
+    compile_plan(request_for(model), CompileServices(cache))
+    onnx.save(two_layers(seed=1), model)
+    assert compile_plan(request_for(model), CompileServices(cache))[1] is False
+
+
+def test_without_a_cache_a_plan_is_built_and_nothing_is_left(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    plan, is_hit = compile_plan(request_for(model), CompileServices())
+    assert not is_hit
+    load_plan(plan.data, model, options=EngineOptions()).close()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_source_that_changes_while_it_is_built(
+    cache: PlanCache, folder: Path, model: Path
+) -> None:
+    request = request_for(model)
+    services = Services(cache, optimising=lambda: onnx.save(two_layers(seed=1), model))
+    with pytest.raises(BuildError, match=r"model.onnx .* changed while its plan was built") as e:
+        compile_plan(request, services.given)
+    assert e.value.fault is BuildFault.SOURCE_CHANGED
+    assert list((folder / "plans").iterdir()) == []
+    assert compile_plan(request, CompileServices(cache))[1] is False
+
+
+def test_a_source_that_cannot_be_read(cache: PlanCache, tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"cannot read .*: no such file or directory"):
+        compile_plan(request_for(tmp_path / "none.onnx"), CompileServices(cache))
+
+
+def test_a_cancelled_build_leaves_nothing(cache: PlanCache, folder: Path, model: Path) -> None:
+    services = Services(cache, reading=lambda: services.cancelled.set())
+    with pytest.raises(BuildError) as caught:
+        compile_plan(request_for(model), services.given)
+    assert caught.value.fault is BuildFault.CANCELLED
+    assert leftovers(folder) == []
+    assert list((folder / "plans").iterdir()) == []
+
+
+def test_a_killed_build_is_an_error_and_the_next_succeeds(
+    cache: PlanCache, folder: Path, model: Path
+) -> None:
+    def kill_builder() -> None:
+        for child in psutil.Process().children(recursive=True):
+            if any("child.py" in word for word in child.cmdline()):
+                child.send_signal(signal.SIGKILL)
+
+    with pytest.raises(BuildError, match="was ended by SIGKILL") as caught:
+        compile_plan(request_for(model), Services(cache, reading=kill_builder).given)
+    assert caught.value.fault is BuildFault.CRASHED
+    assert leftovers(folder) == []
+    assert compile_plan(request_for(model), CompileServices(cache))[1] is False
+
+
+def test_a_killed_server_leaves_nothing_that_is_in_the_way(folder: Path, model: Path) -> None:
+    with killable(die_while_building, folder, model) as server:
+        server.process.join()
+        assert server.process.exitcode == -signal.SIGKILL
+    assert leftovers(folder) != []
+    with PlanCache(folder, GIB) as cache:
+        assert compile_plan(request_for(model), CompileServices(cache))[1] is False
+    assert leftovers(folder) == []
+
+
+def test_servers_that_start_together_build_once(folder: Path, model: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(killable(compile_and_say, folder, model)) for _ in range(4)]
+        assert [each.hear() for each in servers] == ["ready"] * 4
+        for each in servers:
+            each.pipe.send("go")
+        answers = [each.hear() for each in servers]
+    assert sorted(is_hit for is_hit, _ in answers) == [False, True, True, True]
+    assert len({digest for _, digest in answers}) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_a_damaged_plan_is_built_anew_with_a_warning(
+    folder: Path, model: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    request = request_for(model)
+    file = folder / "plans" / key_of(request).digest / "plan"
+    with PlanCache(folder, GIB) as cache:
+        expected = bytes(compile_plan(request, CompileServices(cache))[0].data)
+    data = bytearray(expected)
+    data[len(data) // 2] ^= 1
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(data if damage == "changed" else data[:-1])
+    with PlanCache(folder, GIB) as cache, caplog.at_level(logging.WARNING):
+        plan, is_hit = compile_plan(request, CompileServices(cache))
+        assert (is_hit, bytes(plan.data)) == (False, expected)
+        assert ("is not used" in caplog.text) == (damage != "gone")
+        assert compile_plan(request, CompileServices(cache))[1] is True
+
+
+def test_plans_of_a_cache_that_is_only_read_are_used(
+    folder: Path, model: Path, tmp_path: Path
+) -> None:
+    with PlanCache(folder, GIB) as cache:
+        compile_plan(request_for(model), CompileServices(cache))
+    with PlanCache(tmp_path / "own", GIB, read_only=[folder]) as cache:
+        assert compile_plan(request_for(model), CompileServices(cache))[1] is True
+    assert list((tmp_path / "own/plans").iterdir()) == []
+
+
+def test_a_cache_that_is_too_small_hands_plans_over(
+    folder: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with PlanCache(folder, 1000) as cache:
+        plan, is_hit = compile_plan(request_for(model), CompileServices(cache))
+    assert not is_hit
+    load_plan(plan.data, model, options=EngineOptions()).close()
+    assert "is not kept" in caplog.text
+
+
+FULL_DISK = """
+    import logging
+    import threading
+    from pathlib import Path
+    from support.compilations import *
+
+    logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")
+    with PlanCache(disk / "cache", GIB) as cache:
+        plan, is_hit = compile_plan(request_for(Path({path!r})), CompileServices(cache))
+    print(is_hit, len(plan.data), list((disk / "cache/plans").iterdir()))
+"""
+
+
+def test_a_full_disk_is_no_obstacle(tmp_path: Path, model: Path) -> None:
+    """The plan, with the weights in it, does not fit; it is built elsewhere and not kept."""
+    onnx.save(two_layers(width=8192), model)
+    said = run_on_small_disk(tmp_path / "disk", 1 << 20, FULL_DISK.format(path=str(model)))
+    warning, result = said.splitlines()
+    assert warning.startswith("model.onnx: the plan is built without the cache: ")
+    assert result.startswith("False ")
+    assert result.endswith(" []")
