@@ -20,6 +20,11 @@ class EngineInputError(EngineError):
     """An element of an input is one that the engine cannot take, whatever the model."""
 
 
+class DeviceLost(EngineError):
+    """The device is of no more use to this process, and every call to it will say so again. Only a
+    new process can use it."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     inputs: tuple[TensorSpec, ...]
@@ -31,6 +36,9 @@ class EngineSpec:
     positional_inputs: frozenset[str]
     # Tensors whose rank the file does not tell. Their shape here is () and says nothing.
     unranked: frozenset[str] = frozenset()
+    # Above 0: runs wait for a device, which overlaps this many of them for each instance. Their
+    # threads' CPU time says nothing about how long they take.
+    overlapped_runs: int = 0
 
 
 class Engine(Protocol):
