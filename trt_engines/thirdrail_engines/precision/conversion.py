@@ -11,15 +11,17 @@ the other type, and with weights rounded from the FP32 ones.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 from onnx import TensorProto, inliner, version_converter
+from onnx.shape_inference import InferenceError
 
-from thirdrail_engines.plans import BuildError, BuildFault, Precision, TellProgress
+from thirdrail_engines.engine import ModelFileError
+from thirdrail_engines.plans import BuildError, BuildFault, Precision, Profile, TellProgress
 from thirdrail_engines.precision import graphs
 from thirdrail_engines.precision.measure import Figures, measure
 from thirdrail_engines.precision.ranges import Ranges, find_ranges
@@ -28,6 +30,8 @@ from thirdrail_engines.precision.ranges import Ranges, find_ranges
 FP16_MAGNITUDE_MAX = 65504 / 16
 # From here on every operator that has FP16 has BF16 too, convolutions among them.
 BF16_OPSET = 22
+# A protobuf message ends at 2 GiB, and graphs pass from library to library as messages.
+WEIGHTS_BYTES_MAX = 1900 << 20
 NAMES_MAX = 20  # in the report
 
 _PHASE = "precision"
@@ -42,9 +46,16 @@ class Conversion:
     report: Mapping[str, object]
 
 
-def convert(path: Path, precision: Precision, folder: Path, tell: TellProgress) -> Conversion:
+def convert(
+    path: Path,
+    precision: Precision,
+    folder: Path,
+    tell: TellProgress,
+    profiles: Sequence[Profile] = (),
+) -> Conversion:
     """Write the graph at `path` in another precision into `folder`.
 
+    profiles: the shapes to measure with; without, small ones that the graph accepts.
     Raises BuildError when that cannot be done, or gives infinities and NaN where FP32 has numbers.
     """
     assert precision is not Precision.AS_IS
@@ -56,22 +67,33 @@ def convert(path: Path, precision: Precision, folder: Path, tell: TellProgress) 
     graphs.name_nodes(model.graph)
     graphs.lift_constants(model.graph)
     tell(_PHASE, 1, _STEPS)
-    reference = graphs.save(model, folder / "reference.onnx")
-    ranges = Ranges() if precision is Precision.BF16 else find_ranges(reference)
-    kept = ranges.nodes_beyond(model.graph, FP16_MAGNITUDE_MAX)
-    tell(_PHASE, 2, _STEPS)
-    converted = _converted(path, model, kept)
-    low = TensorProto.FLOAT16
-    if precision is Precision.BF16:
-        low = TensorProto.BFLOAT16
-        graphs.swap_half_for_bfloat(converted.graph, graphs.float_weights(model.graph))
-    target = graphs.save(converted, folder / f"{path.stem}.{precision}.onnx")
-    tell(_PHASE, 3, _STEPS)
-    figures = measure(reference, converted, low, folder)
+    reference = folder / "reference.onnx"
+    onnx.save(model, reference)
+    try:
+        ranges, kept, low = Ranges(), frozenset[str](), TensorProto.BFLOAT16
+        if precision is Precision.FP16:
+            ranges, low = find_ranges(reference, profiles), TensorProto.FLOAT16
+            kept = ranges.nodes_beyond(model.graph, FP16_MAGNITUDE_MAX)
+        tell(_PHASE, 2, _STEPS)
+        converted = _converted(path, model, kept)
+        if precision is Precision.BF16:
+            graphs.swap_half_for_bfloat(converted.graph, graphs.float_weights(model.graph))
+        converted = graphs.with_types(converted)
+        target = folder / f"{path.stem}.{precision}.onnx"
+        onnx.save(converted, target)
+        tell(_PHASE, 3, _STEPS)
+        figures = measure(reference, converted, low, folder, profiles)
+    except BuildError:
+        raise
+    except (ModelFileError, InferenceError) as error:
+        text = " ".join(str(error).split())
+        raise _refusal(
+            path, f"its conversion to {precision} gives no valid graph: {text}"
+        ) from None
     reference.unlink()
     _check_figures(path, precision, figures)
     tell(_PHASE, _STEPS, _STEPS)
-    return Conversion(target, _report(precision, model, converted, low, kept, ranges, figures))
+    return Conversion(target, _report(precision, model, converted, kept, ranges, figures))
 
 
 def _load(path: Path) -> Any:
@@ -105,6 +127,13 @@ def _check_source(path: Path, model: Any, precision: Precision) -> None:
             path,
             f"the graph has FP16 or BF16 tensors, so somebody chose its precision already: leave "
             f"out the option precision, or convert the FP32 model to {precision}",
+        )
+    weights_bytes = graphs.weights_bytes(model.graph)
+    if weights_bytes > WEIGHTS_BYTES_MAX:
+        raise _refusal(
+            path,
+            f"the graph has {weights_bytes} bytes of weights, at most {WEIGHTS_BYTES_MAX} are "
+            f"converted: convert it to {precision} before it is served, with NVIDIA's ModelOpt",
         )
     if TensorProto.FLOAT not in graphs.element_types(model.graph):
         raise _refusal(path, f"the graph has no FP32 tensors, nothing to convert to {precision}")
@@ -157,7 +186,6 @@ def _report(
     precision: Precision,
     model: Any,
     converted: Any,
-    low: int,
     kept: Collection[str],
     ranges: Ranges,
     figures: Figures,

@@ -3,7 +3,6 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -12,9 +11,6 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from thirdrail.tensors import Array
-
-# A protobuf message ends at 2 GiB; weights of more than this go into a file beside it.
-INLINE_WEIGHTS_BYTES_MAX = 1 << 30
 
 _HALF, _BFLOAT, _FLOAT = TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.FLOAT
 
@@ -133,28 +129,33 @@ def _set_array(tensor: Any, array: Array) -> None:
     tensor.CopyFrom(fresh)
 
 
-def typed_values(model: Any, element_type: int) -> frozenset[str]:
-    """Names of the values of one type, as far as onnx can infer them."""
-    inferred = shape_inference.infer_shapes(model)
+def with_types(model: Any) -> Any:
+    """The model with the types of its values as they follow from its inputs and constants.
+
+    What it said about them before is dropped: the converter leaves wrong words there.
+    """
+    for each in all_graphs(model.graph):
+        del each.value_info[:]
+    return shape_inference.infer_shapes(model)
+
+
+def typed_values(graph: Any, element_type: int) -> frozenset[str]:
+    """Names of the values of one type, as far as the graph tells."""
     return frozenset(
         value.name
-        for each in all_graphs(inferred.graph)
+        for each in all_graphs(graph)
         for value in (*each.value_info, *each.output, *each.input)
         if value.type.tensor_type.elem_type == element_type
     )
 
 
 def nodes_in(graph: Any, element_type: int) -> list[Any]:
-    """The nodes whose results have this type, casts left out."""
-    known = {
-        value.name: value.type.tensor_type.elem_type
-        for each in all_graphs(graph)
-        for value in (*each.value_info, *each.output)
-    }
+    """The nodes whose results have this type, casts and the bearers of bodies left out."""
+    values = typed_values(graph, element_type)
     return [
         node
         for node in all_nodes(graph)
-        if node.op_type != "Cast" and any(known.get(n) == element_type for n in node.output)
+        if node.op_type not in ("Cast", "If", "Loop", "Scan") and values.intersection(node.output)
     ]
 
 
@@ -174,9 +175,18 @@ def join_casts(graph: Any) -> None:
     just what they were kept from.
     """
     narrowed = {n.output[0]: n.input[0] for n in graph.node if _casts_to(n, _HALF)}
-    for node in graph.node:
+    returned = {value.name for value in graph.output}
+    exact: dict[str, str] = {}
+    for node in list(graph.node):
         if _casts_to(node, _FLOAT) and node.input[0] in narrowed:
-            node.input[0] = narrowed[node.input[0]]
+            if node.output[0] in returned:
+                node.input[0] = narrowed[node.input[0]]
+            else:
+                exact[node.output[0]] = narrowed[node.input[0]]
+                graph.node.remove(node)
+    for node in all_nodes(graph):
+        for index, name in enumerate(node.input):
+            node.input[index] = exact.get(name, name)
     read = {name for node in graph.node for name in _reads(node)}
     for node in list(graph.node):
         if _casts_to(node, _HALF) and node.output[0] not in read:
@@ -225,12 +235,3 @@ def _reads(node: Any) -> Iterable[str]:
             yield from inner.input
         for each in all_graphs(body):
             yield from (value.name for value in each.output)
-
-
-def save(model: Any, path: Path) -> Path:
-    """Write the model; large weights go into one file beside it."""
-    if weights_bytes(model.graph) > INLINE_WEIGHTS_BYTES_MAX:
-        onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data")
-    else:
-        onnx.save(model, path)
-    return path

@@ -7,6 +7,7 @@ instead run in FP32 with each value that is 16 bits wide in it rounded to its ty
 That is what a GPU computes which multiplies in 16 bits and adds in 32.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from thirdrail_engines.plans import Profile
 from thirdrail_engines.precision import graphs
-from thirdrail_engines.precision.trials import SEEDS, open_wide, trial_inputs
+from thirdrail_engines.precision.trials import SEEDS, open_subject, try_inputs
 from thirdrail_engines.reference_proof import OutputFigures, compare, worse
 
 
@@ -28,22 +30,27 @@ class Figures:
     fault: str = ""
 
 
-def measure(reference: Path, converted: Any, low: int, folder: Path) -> Figures:
-    """Run both graphs on the same seeded inputs. low: the 16-bit type, as ONNX numbers it."""
+def measure(
+    reference: Path, converted: Any, low: int, folder: Path, profiles: Sequence[Profile] = ()
+) -> Figures:
+    """Run both graphs on the same seeded inputs. Raises ModelFileError when one cannot run.
+
+    converted: with the types of its values. low: the 16-bit type, as ONNX numbers it.
+    """
     model = onnx.ModelProto()
     model.CopyFrom(converted)
-    _round_values(model.graph, graphs.typed_values(model, low), low)
-    rounding = graphs.save(model, folder / "rounding.onnx")
-    wide, spec = open_wide(reference)
-    narrow, _ = open_wide(rounding)
-    names = [tensor.name for tensor in spec.outputs]
+    _round_values(model.graph, graphs.typed_values(model.graph, low), low)
+    rounding = folder / "rounding.onnx"
+    onnx.save(model, rounding)
+    wide, narrow = open_subject(reference, profiles), open_subject(rounding)
+    names = wide.outputs
     worst = {name: OutputFigures(name) for name in names}
     runs: list[str] = []
     for seed in SEEDS:
-        trial = trial_inputs(wide, spec, seed, names)
+        trial = try_inputs(wide, seed, names)
         if isinstance(trial, str):
             return Figures(fault=trial)
-        results = narrow.run(names, trial.inputs)
+        results = narrow.session.run(names, trial.inputs)
         for name, got, expected in zip(names, results, trial.results, strict=True):
             worst[name] = worse(worst[name], compare(name, got, expected))
         runs.append(f"{trial.name} seed={seed}")

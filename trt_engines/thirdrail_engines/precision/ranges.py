@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How large the numbers inside a graph get, measured on seeded inputs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from thirdrail_engines.plans import Profile
 from thirdrail_engines.precision import graphs
-from thirdrail_engines.precision.trials import SEEDS, open_wide, trial_inputs
+from thirdrail_engines.precision.trials import SEEDS, open_subject, try_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +39,15 @@ class Ranges:
         )
 
 
-def find_ranges(path: Path) -> Ranges:
+def find_ranges(path: Path, profiles: Sequence[Profile] = ()) -> Ranges:
     """Run the graph on the seeded inputs, with a measure at each of its values.
 
     The measures are nodes of the graph themselves: only their results, one number for each value,
     outlive the node that made it.
     """
-    model = onnx.load(path)
+    model = graphs.with_types(onnx.load(path))
     names = sorted(
-        graphs.typed_values(model, TensorProto.FLOAT)
+        graphs.typed_values(model.graph, TensorProto.FLOAT)
         & {name for node in model.graph.node for name in node.output}
     )
     for index, name in enumerate(names):
@@ -54,13 +55,14 @@ def find_ranges(path: Path) -> Ranges:
         model.graph.node.append(helper.make_node("Abs", [name], [size]))
         model.graph.node.append(helper.make_node("ReduceMax", [size], [largest], keepdims=0))
         model.graph.output.append(helper.make_tensor_value_info(largest, TensorProto.FLOAT, []))
-    measured = graphs.save(model, path.with_name("measured.onnx"))
-    session, spec = open_wide(measured)
+    measured = path.with_name("measured.onnx")
+    onnx.save(model, measured)
+    subject = open_subject(measured, profiles)
     largest_seen = dict.fromkeys(names, 0.0)
     wanted = [output.name for output in model.graph.output[-len(names) :]] if names else []
     fault = ""
     for seed in SEEDS:
-        trial = trial_inputs(session, spec, seed, wanted)
+        trial = try_inputs(subject, seed, wanted)
         if isinstance(trial, str):
             fault = trial
             break

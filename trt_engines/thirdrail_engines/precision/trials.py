@@ -2,16 +2,16 @@
 """Seeded inputs that a graph accepts, and what it answers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from thirdrail.tensors import Array
-from thirdrail_engines.engine import EngineSpec
+from thirdrail.tensors import Array, TensorSpec
 from thirdrail_engines.inspector import Findings
 from thirdrail_engines.onnxruntime_errors import tidy
 from thirdrail_engines.onnxruntime_session import open_session, spec_of
 from thirdrail_engines.options import EngineOptions
+from thirdrail_engines.plans import Profile
 from thirdrail_engines.proof import TRIAL_BYTES_MAX, seeded_inputs
 
 SEEDS = (0, 1, 2)
@@ -32,22 +32,37 @@ class Trial:
         return " ".join(shapes)
 
 
-def open_wide(path: Path) -> tuple[Any, EngineSpec]:
-    """A session of one thread. Raises ModelFileError."""
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A graph in ONNX Runtime, and what it is fed."""
+
+    session: Any
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+
+
+def open_subject(path: Path, profiles: Sequence[Profile] = ()) -> Subject:
+    """One thread. profiles: of the first, the best shapes are taken. Raises ModelFileError."""
     session = open_session(path, EngineOptions())
-    return session, spec_of(path, session, Findings())
+    spec = spec_of(path, session, Findings())
+    given = profiles[0].inputs if profiles else {}
+    inputs = (
+        replace(tensor, shape=given[tensor.name].best) if tensor.name in given else tensor
+        for tensor in spec.inputs
+        if not tensor.optional
+    )
+    return Subject(session, tuple(inputs), tuple(tensor.name for tensor in spec.outputs))
 
 
-def trial_inputs(session: Any, spec: EngineSpec, seed: int, wanted: Sequence[str]) -> Trial | str:
+def try_inputs(subject: Subject, seed: int, wanted: Sequence[str]) -> Trial | str:
     """The first seeded inputs that the graph takes, with its results; or why it takes none."""
-    inputs = [tensor for tensor in spec.inputs if not tensor.optional]
     refusal = f"trial inputs would take more than {TRIAL_BYTES_MAX} bytes"
     for size, whole_max in _TRIALS:
-        feed = seeded_inputs(inputs, ROWS, size=size, whole_max=whole_max, seed=seed)
+        feed = seeded_inputs(subject.inputs, ROWS, size=size, whole_max=whole_max, seed=seed)
         if feed is None:
             continue
         try:
-            return Trial(feed, session.run(list(wanted), feed))
+            return Trial(feed, subject.session.run(list(wanted), feed))
         except Exception as error:  # ONNX Runtime's own share no parent but Exception
             refusal = f"no seeded inputs were accepted: {tidy(str(error))}"
     return refusal
