@@ -2,17 +2,17 @@
 """How much memory a model version takes: the growth of the process's heap while it was loaded.
 
 From before the load to after its warm-up, but never less than its files: weights that the engine
-maps from there are not on the heap. Measured for models of 1 to 128 MiB: within 0.2 MiB of their
-weights, and 0.1 MiB of it is left after an unload. What requests of other models allocate at that
-moment is counted in. Under a memory budget the front loads one model at a time, so no other load
-is; without one, loads that overlap count each other in, and nobody decides by the figure.
-
-What a version holds only while it runs (activations, results) is not in it.
+maps from there are not on the heap. Seen for models of 1 to 128 MiB: within 0.2 MiB of their
+weights, and 0.1 MiB of it is left after an unload. Loads that overlap cannot be told apart; they
+count as much as their files, which is the estimate. What requests of other models allocate at that
+moment is counted in, and what a version holds only while it runs (activations, results) is not.
 """
 
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from thirdrail_engines.malloc import heap_bytes
 from thirdrail_server.repository.sizes import files_bytes
@@ -29,25 +29,57 @@ class ModelTooLarge(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Weight:
     """What a model version takes, and since when."""
 
-    size: int  # bytes
-    loaded_ms: int  # of the unix clock
+    size: int = 0  # bytes
+    loaded_ms: int = 0  # of the unix clock
+    is_measured: bool = False  # else estimated from its files
 
 
-UNKNOWN = Measured(0, 0)
+UNKNOWN = Weight()
 
 
-class Growth:
-    """Of the heap, from now on."""
+class Weighing:
+    """Of one load, from now on."""
+
+    def __init__(self, scale: "Scale") -> None:
+        self._scale = scale
+        self._heap_before = heap_bytes()
+        self.is_alone = True
+
+    def end(self, folder: Path) -> Weight:
+        """What the version took whose files lie in `folder`."""
+        size, now_ms = files_bytes(folder), time.time_ns() // MS
+        if not self.is_alone:
+            return Weight(size, now_ms)
+        return Weight(max(size, heap_bytes() - self._heap_before), now_ms, is_measured=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._scale.over(self)
+
+
+class Scale:
+    """Of one process. Any thread may weigh."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._weighings: set[Weighing] = set()
+
+    def weigh(self) -> Weighing:
+        """A context: `end` it within, and nobody else is in the way afterwards."""
         import onnxruntime  # noqa: F401  once 7 MiB, which no model is to blame for
 
-        self._before = heap_bytes()
+        with self._lock:
+            weighing = Weighing(self)
+            for other in self._weighings:
+                other.is_alone = weighing.is_alone = False
+            self._weighings.add(weighing)
+        return weighing
 
-    def measured(self, folder: Path) -> Measured:
-        """What the version took whose files lie in `folder`."""
-        size = max(files_bytes(folder), heap_bytes() - self._before)
-        return Measured(size, time.time_ns() // MS)
+    def over(self, weighing: Weighing) -> None:
+        with self._lock:
+            self._weighings.discard(weighing)

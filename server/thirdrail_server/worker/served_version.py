@@ -21,7 +21,7 @@ from thirdrail_server.worker.alarm import Alarm
 from thirdrail_server.worker.execution import Execution, execute
 from thirdrail_server.worker.instance_threads import InstanceThreads
 from thirdrail_server.worker.members import Member, Outcome
-from thirdrail_server.worker.memory import UNKNOWN, Measured
+from thirdrail_server.worker.memory import UNKNOWN, Weight
 from thirdrail_server.worker.policy import QueuePolicy
 from thirdrail_server.worker.queued import Queued
 from thirdrail_server.worker.requests import VersionSpec
@@ -120,10 +120,10 @@ class ServedVersion:
         *,
         instances: int,
         place: RunPlace,
-        measured: Measured = UNKNOWN,
+        weight: Weight = UNKNOWN,
     ) -> None:
         self.spec = spec
-        self.measured = measured
+        self.weight = weight
         self.statistics = VersionStatistics(spec.model, spec.version)
         self._engine = engine
         self._policy = policy
@@ -150,7 +150,7 @@ class ServedVersion:
     @property
     def used_ms(self) -> int:
         """When it was loaded or last answered, by the unix clock."""
-        return max(self.measured.loaded_ms, self.statistics.last_request_unix_ms)
+        return max(self.weight.loaded_ms, self.statistics.last_request_unix_ms)
 
     def submit(
         self, call: Call, *, flow: Hashable, priority: int, timeout_us: int, now_ns: int

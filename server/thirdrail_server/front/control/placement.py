@@ -2,8 +2,8 @@
 """Whether a load fits a worker's memory budget, and what makes room for it. Pure arithmetic.
 
 All figures are bytes of engines: what they hold while nothing runs. Arenas have bounds of their
-own. What is known of a model before its load is an estimate, and of one that is loaded a
-measurement; see worker/memory.py.
+own. Before a load a model's figure is the size of its files; afterwards the worker weighs it, see
+worker/memory.py.
 
 The order of preference, for a model that serves already as well (a swap):
   1. It fits beside all that is loaded, its own old engine included: the swap overlaps.
@@ -50,14 +50,14 @@ class NoRoom:
 def decide(
     need: Need,
     residents: Sequence[Resident],
-    leaving_bytes: int,
+    taken_bytes: int,
     budget: MemoryBudget,
     now_ms: int,
 ) -> Room | NoRoom:
-    """residents: by name, `need.model` among them if it serves. leaving_bytes: of engines that were
-    replaced or unloaded and still finish requests.
+    """residents: `need.model` is among them if it serves. taken_bytes: what others have, which are
+    loads under way and engines that were replaced and still finish requests.
     """
-    in_use = leaving_bytes + sum(each.size for each in residents)
+    in_use = taken_bytes + sum(each.size for each in residents)
     own = sum(each.size for each in residents if each.name == need.model)
     others = [each for each in residents if each.name != need.model]
     ways = [(in_use, False)]

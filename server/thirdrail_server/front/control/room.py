@@ -5,17 +5,20 @@ What leaves for what is decided in placement.py. The figures are the worker's ow
 while others leave, so each eviction is certain or does not happen, and then it is decided anew.
 """
 
+import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Protocol
 
 from thirdrail.errors import ResourceExhausted
-from thirdrail_server.config import MemoryBudget
+from thirdrail_server.config import MemoryBudget, SwapOverBudget
 from thirdrail_server.control_messages import Fields, WorkerMemory
 from thirdrail_server.front.control.placement import Need, NoRoom, Room, decide
 
 TRIES_MAX = 5
+MS = 1_000_000  # nanoseconds
 
 
 class Worker(Protocol):
@@ -46,37 +49,50 @@ class RoomMaker:
         self._is_held = is_held
         self._evict = evict
         self._unload = unload
+        self._reserved: dict[str, int] = {}  # for loads under way: model -> bytes
+        self._deciding = asyncio.Lock()
 
-    @property
-    def has_budget(self) -> bool:
-        return self._budget.bytes_max > 0
+    @contextlib.asynccontextmanager
+    async def made(self, need: Need, *, may_interrupt: bool) -> AsyncIterator[Room]:
+        """Room for a load, which is kept free until the load is over.
 
-    async def make(self, need: Need) -> int:
-        """How much memory the load may take, in bytes; 0: as much as it likes.
-
+        may_interrupt: whether `swap` unload-first holds for it.
         Raises ResourceExhausted, with figures, when there is no room, and what the worker raises.
         """
-        if not self.has_budget:
-            return 0
+        if not self._budget.bytes_max:
+            yield Room(0)
+            return
+        budget = self._budget
+        if not may_interrupt:
+            budget = replace(budget, swap=SwapOverBudget.REFUSE)
+        async with self._deciding:
+            room = await self._make(need, budget)
+            self._reserved[need.model] = need.size
+        try:
+            yield room
+        finally:
+            del self._reserved[need.model]
+
+    async def _make(self, need: Need, budget: MemoryBudget) -> Room:
         for _ in range(TRIES_MAX):
-            room = await self._decide(need)
+            room = await self._decide(need, budget)
             if await self._all_evicted(room, need.model):
                 if room.unload_first:
                     await self._unload(need.model)
-                return room.bytes_max
+                return room
         raise ResourceExhausted(
             f"worker '{self._worker.name}' has no room for '{need.model}': models that could leave "
             "were in use again when they were to"
         )
 
-    async def _decide(self, need: Need) -> Room:
+    async def _decide(self, need: Need, budget: MemoryBudget) -> Room:
         memory = WorkerMemory.from_fields(await self._worker.call("memory"))
         residents = [
             replace(each, is_busy=each.is_busy or self._is_held(each.name))
             for each in memory.residents
         ]
-        now_ms = time.time_ns() // 1_000_000
-        decision = decide(need, residents, memory.leaving_bytes, self._budget, now_ms)
+        taken = memory.leaving_bytes + sum(self._reserved.values())
+        decision = decide(need, residents, taken, budget, time.time_ns() // MS)
         if isinstance(decision, NoRoom):
             raise ResourceExhausted(
                 f"worker '{self._worker.name}' has no room for '{need.model}': {decision.text}"
