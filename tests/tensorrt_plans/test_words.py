@@ -109,6 +109,12 @@ def test_a_silent_parser_and_builder() -> None:
     [
         (CANCELLED, BuildFault.CANCELLED),
         (NO_DRIVER, BuildFault.MISSING),
+        (
+            "IBuilder::buildSerializedNetwork: Error Code 1: Cuda Runtime (In generateForCurrent "
+            "at /_src/runtime/core/cudaDeviceProfile.cpp:198)",  # as 1.4 says it
+            BuildFault.MISSING,
+        ),
+        ("Error Code 1: Cuda Runtime (cudaError 700: an illegal access)", BuildFault.REFUSED),
         ("Error Code 2: OutOfMemory (Requested size was 123 bytes.)", BuildFault.OUT_OF_MEMORY),
         ("Error Code 4: Internal Error (no)", BuildFault.REFUSED),
     ],

@@ -82,7 +82,11 @@ class Api:
         wanted = names or (CURRENT,)
         config.num_compute_capabilities = len(wanted)
         for index, name in enumerate(wanted):
-            config.set_compute_capability(getattr(self.trt.ComputeCapability, name.upper()), index)
+            capability: t.ComputeCapability = getattr(self.trt.ComputeCapability, name.upper())
+            is_set: bool = config.set_compute_capability(capability, index)
+            if not is_set:
+                text = f"{self.title} does not take {name} as a target"
+                raise BuildError(BuildFault.REFUSED, text)
 
     @property
     def has_timing_cache(self) -> bool:

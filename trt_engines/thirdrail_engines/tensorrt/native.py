@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 Module: TypeAlias = Any  # `tensorrt` or `tensorrt_rtx` itself
 
 Builder: TypeAlias = Any
+ComputeCapability: TypeAlias = Any
 ErrorCode: TypeAlias = Any
 IBuilderConfig: TypeAlias = Any
 IHostMemory: TypeAlias = Any

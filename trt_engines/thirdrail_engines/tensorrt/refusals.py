@@ -19,7 +19,11 @@ _COMPILER_PLACE = re.compile(r"\[\w+\.(?:cpp|cc|h|hpp):\d+: \w+\] ")
 _LOGGED_PLACE = re.compile(r"^(?:ERROR: )?[\w.]+\.(?:cpp|hpp|h):\d+(?: In function \w+)?: *")
 _PARSER_CONDITION = re.compile(r'^.*&& "(.*?)"$', re.DOTALL)
 _PARSER_ASSERTION = re.compile(r"^.*Assertion failed: [^\"]*?\)(?: == [^:]+)?: ", re.DOTALL)
-_NO_DRIVER = re.compile(r"cudaError \d+|CUDA_SUCCESS|graph_jit")
+# cudaError_t: no driver or too old a one, no device. Old versions do not tell the number.
+_NO_GPU = re.compile(
+    r"cudaError (?:3|34|35|100|101|803|804)\b|graph_jit|Cuda Runtime \(In \S+ at \S+\)$",
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ def builder_refusal(logged: Sequence[str], known: Circumstances = Circumstances(
     there are others: TensorRT for RTX adds it to every error on a machine without a GPU."""
     causes = [text for text in logged if "catchCudaError" not in text] or list(logged)
     text = _joined(tidy(cause) for cause in causes) or "the builder does not say why"
-    fault = _fault_of(text, causes)
+    fault = _fault_of("\n".join(causes))
     advice = _advice(text, fault, known)
     return Refusal(fault, f"{text}. {advice}" if advice else text)
 
@@ -96,13 +100,12 @@ def _joined(texts: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(text for text in texts if text))[:_TEXT_CHARS_MAX]
 
 
-def _fault_of(text: str, causes: Sequence[str]) -> BuildFault:
-    whole = " ".join(causes)
-    if "BuildCanceled" in whole:
+def _fault_of(said: str) -> BuildFault:
+    if "BuildCanceled" in said:
         return BuildFault.CANCELLED
-    if "OutOfMemory" in whole or "bad_alloc" in whole or "cudaError 2:" in whole:
+    if "OutOfMemory" in said or "bad_alloc" in said or "cudaError 2:" in said:
         return BuildFault.OUT_OF_MEMORY
-    if _NO_DRIVER.search(text):
+    if _NO_GPU.search(said):
         return BuildFault.MISSING
     return BuildFault.REFUSED
 
