@@ -17,9 +17,12 @@ from thirdrail_server.config import (
     MIB,
     CompileConfig,
     ConfigError,
+    MemoryBudget,
     ModelControlMode,
+    OverBudget,
     ServerConfig,
     SessionLimits,
+    SwapOverBudget,
     TlsFiles,
     WorkerConfig,
 )
@@ -46,6 +49,7 @@ _FLAGS = {
     "build_memory_bytes_max": "--build-memory-gib",
     "build_s_max": "--build-minutes-max",
     "builds_at_once_max": "--builds-at-once",
+    "bytes_max": "--memory-gib",
     "cache_bytes_max": "--cache-gib",
     "concurrent_calls_max": "--max-calls",
     "connections_max": "--max-connections",
@@ -53,17 +57,21 @@ _FLAGS = {
     "load_models": "--load-model",
     "message_bytes_max": "--max-message-mib",
     "metrics_port": "--metrics-port",
+    "over_budget": "--over-budget",
     "model_control": "--model-control",
     "poll_interval_s": "--poll-interval",
     "queue_requests_max": "--max-queue",
     "sessions_max": "--max-sessions",
     "sessions_per_uid_max": "--max-sessions-per-uid",
     "shutdown_s_max": "--shutdown-seconds",
+    "spared_s": "--evict-after",
     "stream_requests_in_flight_max": "--max-stream-requests",
     "threads_max": "--threads",
     "uids": "--lane-uid",
 }
 
+_MEMORY = MemoryBudget()
+_WORKER = WorkerConfig()
 _SESSIONS = SessionLimits()
 _COMPILING = CompileConfig()
 
@@ -71,6 +79,7 @@ Listening = "Listening"
 Lane = "Lane"
 Models = "Models"
 Compiling = "Compiling"
+Memory = "Memory"
 Limits = "Limits"
 Operation = "Operation"
 
@@ -244,6 +253,40 @@ def serve(
             panel=Compiling,
         ),
     ] = True,
+    memory_gib: Annotated[
+        float,
+        _option(
+            "Memory of the models together, while nothing runs. 0: no budget.",
+            "--memory-gib",
+            panel=Memory,
+        ),
+    ] = 0,
+    over_budget: Annotated[
+        OverBudget,
+        _option(
+            "A model that does not fit. refuse: is not loaded. evict: idle models make room, the "
+            "least recently used first.",
+            "--over-budget",
+            panel=Memory,
+        ),
+    ] = OverBudget.REFUSE,
+    swap: Annotated[
+        SwapOverBudget,
+        _option(
+            "A reload that does not fit beside what serves. refuse: is not done. unload-first: the "
+            "model is not served meanwhile.",
+            "--swap",
+            panel=Memory,
+        ),
+    ] = SwapOverBudget.REFUSE,
+    evict_after: Annotated[
+        int,
+        _option(
+            "Seconds since its last request or load before a model counts as idle.",
+            "--evict-after",
+            panel=Memory,
+        ),
+    ] = _MEMORY.spared_s,
     max_message_mib: Annotated[
         int, _option("Largest message, each way.", "--max-message-mib", panel=Limits)
     ] = 64,
@@ -364,10 +407,13 @@ def serve(
             connections_max=max_connections,
             stream_requests_in_flight_max=max_stream_requests,
             shutdown_s_max=shutdown_seconds,
+            memory=MemoryBudget(round(memory_gib * GIB), over_budget, swap, evict_after),
             busy_poll_us=busy_poll_us,
             worker=WorkerConfig(
                 busy_poll_us=busy_poll_us,
                 threads_max=threads,
+                # One after the other, so that each can be weighed.
+                loads_at_once_max=1 if memory_gib else _WORKER.loads_at_once_max,
                 queue_requests_max=max_queue,
                 derive_batch_rows=derive_batching,
                 compiling=CompileConfig(

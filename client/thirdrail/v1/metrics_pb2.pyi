@@ -155,6 +155,7 @@ class ModelCounters(google.protobuf.message.Message):
     QUEUED_FIELD_NUMBER: builtins.int
     RUNNING_FIELD_NUMBER: builtins.int
     BATCH_SIZES_FIELD_NUMBER: builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.int
     requests_ok: builtins.int
@@ -181,6 +182,8 @@ class ModelCounters(google.protobuf.message.Message):
     """now"""
     running: builtins.int
     """now"""
+    memory_bytes: builtins.int
+    """of the engine while nothing runs: weighed at load, or else its files; now"""
     @property
     def batch_sizes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___BatchCounters]: ...
     def __init__(
@@ -205,8 +208,9 @@ class ModelCounters(google.protobuf.message.Message):
         queued: builtins.int = ...,
         running: builtins.int = ...,
         batch_sizes: collections.abc.Iterable[global___BatchCounters] | None = ...,
+        memory_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["batch_sizes", b"batch_sizes", "batches", b"batches", "compute_ns", b"compute_ns", "failed_ns", b"failed_ns", "input_copy_ns", b"input_copy_ns", "last_request_unix_ms", b"last_request_unix_ms", "name", b"name", "output_copy_ns", b"output_copy_ns", "queue_ns", b"queue_ns", "queued", b"queued", "requests_cancelled", b"requests_cancelled", "requests_failed", b"requests_failed", "requests_ok", b"requests_ok", "requests_refused", b"requests_refused", "requests_timed_out", b"requests_timed_out", "rows", b"rows", "running", b"running", "total_ns", b"total_ns", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["batch_sizes", b"batch_sizes", "batches", b"batches", "compute_ns", b"compute_ns", "failed_ns", b"failed_ns", "input_copy_ns", b"input_copy_ns", "last_request_unix_ms", b"last_request_unix_ms", "memory_bytes", b"memory_bytes", "name", b"name", "output_copy_ns", b"output_copy_ns", "queue_ns", b"queue_ns", "queued", b"queued", "requests_cancelled", b"requests_cancelled", "requests_failed", b"requests_failed", "requests_ok", b"requests_ok", "requests_refused", b"requests_refused", "requests_timed_out", b"requests_timed_out", "rows", b"rows", "running", b"running", "total_ns", b"total_ns", "version", b"version"]) -> None: ...
 
 global___ModelCounters = ModelCounters
 
@@ -255,6 +259,9 @@ class WorkerStatus(google.protobuf.message.Message):
     SESSIONS_ENDED_FIELD_NUMBER: builtins.int
     ATTACH_REFUSALS_FIELD_NUMBER: builtins.int
     SHARED_BYTES_FIELD_NUMBER: builtins.int
+    MODEL_BYTES_FIELD_NUMBER: builtins.int
+    MODEL_BYTES_MAX_FIELD_NUMBER: builtins.int
+    EVICTIONS_FIELD_NUMBER: builtins.int
     name: builtins.str
     pid: builtins.int
     is_serving: builtins.bool
@@ -273,6 +280,12 @@ class WorkerStatus(google.protobuf.message.Message):
     """whose memory is not given back yet"""
     shared_bytes: builtins.int
     """of tensors that clients hand to each other"""
+    model_bytes: builtins.int
+    """of all engines, those included that still finish requests"""
+    model_bytes_max: builtins.int
+    """the memory budget; 0: there is none"""
+    evictions: builtins.int
+    """models that left to make room for others"""
     @property
     def attach_refusals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___AttachRefusals]: ...
     def __init__(
@@ -292,8 +305,11 @@ class WorkerStatus(google.protobuf.message.Message):
         sessions_ended: builtins.int = ...,
         attach_refusals: collections.abc.Iterable[global___AttachRefusals] | None = ...,
         shared_bytes: builtins.int = ...,
+        model_bytes: builtins.int = ...,
+        model_bytes_max: builtins.int = ...,
+        evictions: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["arena_bytes", b"arena_bytes", "attach_refusals", b"attach_refusals", "input_bytes", b"input_bytes", "is_serving", b"is_serving", "leased_bytes", b"leased_bytes", "leases", b"leases", "name", b"name", "output_bytes", b"output_bytes", "pid", b"pid", "resident_bytes", b"resident_bytes", "restarts", b"restarts", "sessions", b"sessions", "sessions_ended", b"sessions_ended", "shared_bytes", b"shared_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["arena_bytes", b"arena_bytes", "attach_refusals", b"attach_refusals", "evictions", b"evictions", "input_bytes", b"input_bytes", "is_serving", b"is_serving", "leased_bytes", b"leased_bytes", "leases", b"leases", "model_bytes", b"model_bytes", "model_bytes_max", b"model_bytes_max", "name", b"name", "output_bytes", b"output_bytes", "pid", b"pid", "resident_bytes", b"resident_bytes", "restarts", b"restarts", "sessions", b"sessions", "sessions_ended", b"sessions_ended", "shared_bytes", b"shared_bytes"]) -> None: ...
 
 global___WorkerStatus = WorkerStatus
 

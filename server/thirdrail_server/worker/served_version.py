@@ -205,7 +205,9 @@ class ServedVersion:
 
     def counters(self) -> metrics_pb2.ModelCounters:
         return self.statistics.snapshot(
-            queued=self._scheduler.queued_count, running=self._scheduler.running_count
+            queued=self._scheduler.queued_count,
+            running=self._scheduler.running_count,
+            memory_bytes=self.weight.size,
         )
 
     async def retire(self, reason: str, drain_s_max: float) -> None:

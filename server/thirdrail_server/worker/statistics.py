@@ -95,12 +95,15 @@ class VersionStatistics:
         """Of those that succeeded; 0: none has."""
         return self._sums.last_request_unix_ms
 
-    def snapshot(self, *, queued: int, running: int) -> metrics_pb2.ModelCounters:
+    def snapshot(
+        self, *, queued: int, running: int, memory_bytes: int = 0
+    ) -> metrics_pb2.ModelCounters:
         counters = metrics_pb2.ModelCounters(
             name=self._model,
             version=self._version,
             queued=queued,
             running=running,
+            memory_bytes=memory_bytes,
             **dataclasses.asdict(self._sums),
         )
         for rows, batch in sorted(self._by_rows.items()):

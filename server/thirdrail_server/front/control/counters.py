@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from thirdrail.v1.metrics_pb2 import BatchCounters, ModelCounters
 
 # Told as they are now. All other number fields are sums.
-GAUGES = ("queued", "running")
+GAUGES = ("queued", "running", "memory_bytes")
 LATEST = "last_request_unix_ms"
 _KEYS = ("name", "version", "rows", LATEST, "batch_sizes", *GAUGES)
 

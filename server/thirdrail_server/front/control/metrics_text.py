@@ -37,6 +37,7 @@ _TIMES = (
 _GAUGES = (
     ("queued_requests", "queued", "Requests that wait now."),
     ("running_requests", "running", "Requests that the engine runs now."),
+    ("model_memory_bytes", "memory_bytes", "Memory of the engine while nothing runs."),
 )
 
 
@@ -111,9 +112,19 @@ def _of_workers(workers: list[WorkerStatus]) -> Iterator[Metric]:
     restarts = CounterMetricFamily(
         "thirdrail_worker_restarts", "Starts after a death.", labels=("worker",)
     )
+    evictions = CounterMetricFamily(
+        "thirdrail_worker_evictions",
+        "Models that left the worker's memory to make room for others.",
+        labels=("worker",),
+    )
     gauges = {
         "is_serving": ("thirdrail_worker_up", "1 while the worker serves."),
         "resident_bytes": ("thirdrail_worker_resident_bytes", "Memory of the worker."),
+        "model_bytes": ("thirdrail_worker_model_bytes", "Memory of all engines."),
+        "model_bytes_max": (
+            "thirdrail_worker_model_bytes_max",
+            "The budget for it; 0: there is none.",
+        ),
         "sessions": ("thirdrail_worker_sessions", "Lanes, the front's included."),
         "sessions_ended": (
             "thirdrail_worker_sessions_ended",
@@ -128,7 +139,9 @@ def _of_workers(workers: list[WorkerStatus]) -> Iterator[Metric]:
     }
     for worker in workers:
         restarts.add_metric((worker.name,), worker.restarts)
+        evictions.add_metric((worker.name,), worker.evictions)
     yield restarts
+    yield evictions
     for field, (name, text) in gauges.items():
         gauge = GaugeMetricFamily(name, text, labels=("worker",))
         for worker in workers:
