@@ -48,6 +48,11 @@ def model(tmp_path: Path) -> Path:
     return path
 
 
+def builders() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [each for each in children if any("child.py" in word for word in each.cmdline())]
+
+
 def leftovers(folder: Path) -> list[Path]:
     """Locks and unfinished work."""
     return [*(folder / "work").iterdir(), *(folder / "locks").iterdir()]
@@ -115,7 +120,12 @@ def test_a_source_that_cannot_be_read(cache: PlanCache, tmp_path: Path) -> None:
 
 
 def test_a_cancelled_build_leaves_nothing(cache: PlanCache, folder: Path, model: Path) -> None:
-    services = Services(cache, reading=lambda: services.cancelled.set())
+    def cancel() -> None:
+        for child in builders():
+            child.suspend()  # it would be done before the cancel is seen
+        services.cancelled.set()
+
+    services = Services(cache, reading=cancel)
     with pytest.raises(BuildError) as caught:
         compile_plan(request_for(model), services.given)
     assert caught.value.fault is BuildFault.CANCELLED
@@ -127,9 +137,8 @@ def test_a_killed_build_is_an_error_and_the_next_succeeds(
     cache: PlanCache, folder: Path, model: Path
 ) -> None:
     def kill_builder() -> None:
-        for child in psutil.Process().children(recursive=True):
-            if any("child.py" in word for word in child.cmdline()):
-                child.send_signal(signal.SIGKILL)
+        for child in builders():
+            child.kill()
 
     with pytest.raises(BuildError, match="was ended by SIGKILL") as caught:
         compile_plan(request_for(model), Services(cache, reading=kill_builder).given)

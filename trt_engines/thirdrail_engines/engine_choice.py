@@ -72,7 +72,7 @@ def engine_order(
     others = [
         each for each in usual if each.engine is not options.engine and each.engine not in _TENSORRT
     ]
-    return (*(asked or [_absent(options.engine)]), *others)
+    return (*(asked or [_absent(options.engine, host)]), *others)
 
 
 _TENSORRT = {
@@ -81,8 +81,9 @@ _TENSORRT = {
 }
 
 
-def _absent(engine: EngineChoice) -> Candidate:
-    return Candidate(engine, Device.CUDA, _TENSORRT.get(engine))
+def _absent(engine: EngineChoice, host: Host) -> Candidate:
+    builder = _TENSORRT.get(engine)
+    return Candidate(engine, Device.CUDA if builder or host.has_cuda else Device.CPU, builder)
 
 
 def _usual_order(

@@ -13,7 +13,7 @@ class Attempt:
     """An engine that was to run the model and does not."""
 
     engine: str  # as EngineReport names it
-    fault: str  # one word or two: a BuildFault, "not proven", "not loadable"
+    fault: str  # one word or two: a BuildFault, "not proven", "not loadable", "compiling"
     reason: str  # for people
 
 
@@ -34,7 +34,7 @@ class EngineReport:
         if not self.attempts:
             return ""
         first = self.attempts[0]
-        return f"{first.engine}: {first.reason}"
+        return f"{first.engine}: {first.fault}: {first.reason}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""

@@ -42,7 +42,7 @@ class NoEngine(ModelFileError):
     """No engine runs the model. The text holds every reason; `attempts` each by itself."""
 
     def __init__(self, path: Path, attempts: Sequence[Attempt]) -> None:
-        reasons = "; ".join(f"{each.engine}: {each.reason}" for each in attempts)
+        reasons = "; ".join(f"{each.engine}: {each.fault}: {each.reason}" for each in attempts)
         super().__init__(f"{path.name} is run by no engine: {reasons}")
         self.attempts = tuple(attempts)
 
@@ -184,7 +184,7 @@ def _first_of(
             is_only = is_last and len(order) == 1
             if is_only or on_failure is OnFailure.FAIL or _is_final(error):
                 raise
-            attempts.append(Attempt(candidate.name, _fault_of(error), str(error)))
+            attempts.append(_attempt(candidate, error))
             _log.warning("%s: %s cannot be used: %s", loader.path.name, candidate.name, error)
     raise NoEngine(loader.path, attempts)
 
@@ -196,9 +196,10 @@ def _is_final(error: ModelFileError) -> bool:
     return isinstance(error, ProfileError)
 
 
-def _fault_of(error: ModelFileError) -> str:
+def _attempt(candidate: Candidate, error: ModelFileError) -> Attempt:
     from thirdrail_engines.one_engine import ProofError
 
-    if isinstance(error, BuildError):
-        return error.fault.value
-    return "not proven" if isinstance(error, ProofError) else "not loadable"
+    if isinstance(error, ProofError):
+        return Attempt(candidate.name, "not proven", "; ".join(error.proof.faults))
+    fault = error.fault.value if isinstance(error, BuildError) else "not loadable"
+    return Attempt(candidate.name, fault, str(error))

@@ -77,6 +77,7 @@ class EngineLoader:
 
         Raises ModelFileError: BuildError, ProofError and ProfileError among others.
         """
+        self._check_cancelled()
         if candidate.reads_model:
             engine = self._take_reference()
             return LoadedEngine(engine, EngineReport(candidate.name, attempts))
@@ -116,6 +117,10 @@ class EngineLoader:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _check_cancelled(self) -> None:
+        if self._services.cancelled.is_set():
+            raise BuildError(BuildFault.CANCELLED, f"the load of {self.path.name} was cancelled")
 
     # The reference
 
@@ -160,6 +165,7 @@ class EngineLoader:
         request = self._request(builder)
         plan, is_hit = compile_plan(request, self._services)
         try:
+            self._check_cancelled()
             self._services.tell("loading the engine", 0, 0)
             engine = self._open_plan(builder, plan)
             with _closing_on_error(engine):
@@ -256,6 +262,7 @@ class EngineLoader:
         self, engine: Engine, precision: Precision, profiles: Sequence[Profile]
     ) -> ReferenceProof:
         reference = self._need_reference()
+        self._check_cancelled()
         self._services.tell("proving the engine", 0, 0)
         return prove(engine, reference, profiles, self._tolerance(engine, precision))
 

@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a model file to an engine: which one runs it, and why not another."""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from support.compilations import BUILD_PHASES, GIB, Services
+from support.models import double
+from support.perceptrons import two_layers, with_outputs_swapped, with_weight
+from thirdrail_engines import EngineOptions, Inspector, LoadedEngine, ModelFileError, load
+from thirdrail_engines.builds import run_build
+from thirdrail_engines.compile_options import CompileOptions, read_compile_options
+from thirdrail_engines.compiling import CompileServices
+from thirdrail_engines.load import BegunLoad, NoEngine, begin_load, stays
+from thirdrail_engines.one_engine import ProofError
+from thirdrail_engines.onnxruntime_engine import OnnxRuntimeEngine
+from thirdrail_engines.plan_cache import Manifest, PlanCache, key_of
+from thirdrail_engines.plan_requests import onnxruntime_request
+from thirdrail_engines.plans import BuildError, BuildFault, Precision
+from thirdrail_engines.profiles import ProfileError
+
+LoadModel = Callable[..., LoadedEngine]
+
+PLAN = {"plan_source_mib_min": "0"}
+FAIL = {"on_compile_failure": "fail"}
+PROVING, LOADING = "proving the engine", "loading the engine"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[PlanCache]:
+    with PlanCache(tmp_path / "cache", GIB) as made:
+        yield made
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "model/model.onnx"
+    onnx.save(two_layers(), path)
+    return path
+
+
+@pytest.fixture
+def load_model(inspector: Inspector, cache: PlanCache) -> Iterator[LoadModel]:
+    """load_model(path, parameters, services=None): closed after the test."""
+    loaded: list[LoadedEngine] = []
+
+    def load_one(
+        path: Path, parameters: dict[str, str], services: Services | None = None
+    ) -> LoadedEngine:
+        loaded.append(
+            load(
+                path,
+                options=EngineOptions(),
+                inspector=inspector,
+                compile=read_compile_options(parameters),
+                services=(services or Services(cache)).given,
+            )
+        )
+        return loaded[-1]
+
+    yield load_one
+    for each in loaded:
+        each.engine.close()
+
+
+def results(loaded: LoadedEngine, rows: int = 3) -> dict[str, list[object]]:
+    x = np.arange(rows * 16, dtype=np.float32).reshape(rows, 16)
+    return {name: y.tolist() for name, y in loaded.engine.run({"x": x}, ["y", "z"], {}).items()}
+
+
+def test_a_small_model_is_read_as_it_is(
+    load_model: LoadModel, cache: PlanCache, model: Path
+) -> None:
+    services = Services(cache)
+    loaded = load_model(model, {}, services)
+    assert loaded.report.to_dict() == {
+        "engine": "onnxruntime",
+        "why_not_first": "",
+        "attempts": [],
+        "plan_key": "",
+        "is_cache_hit": False,
+        "build_s": 0.0,
+        "proof": None,
+    }
+    assert services.phases == []
+
+
+def test_a_plan_is_built_proven_and_found_again(
+    load_model: LoadModel, cache: PlanCache, model: Path
+) -> None:
+    first, second = Services(cache), Services(cache)
+    built = load_model(model, PLAN, first)
+    found = load_model(model, PLAN, second)
+    assert first.phases == [*BUILD_PHASES, LOADING, PROVING]
+    assert second.phases == [LOADING]  # the proof is on record
+    assert (built.report.engine, built.report.attempts) == ("onnxruntime plan", ())
+    assert (built.report.is_cache_hit, found.report.is_cache_hit) == (False, True)
+    assert built.report.build_s == found.report.build_s > 0
+    assert built.report.plan_key == found.report.plan_key
+    assert built.report.proof == found.report.proof
+    assert built.report.proof is not None
+    assert built.report.proof.runs == ("trial sizes", "trial sizes, one row")
+    assert results(built) == results(found) == results(load_model(model, {}))
+
+
+def test_a_proof_uses_the_shapes_of_profiles(load_model: LoadModel, model: Path) -> None:
+    proof = load_model(model, {**PLAN, "profile.0.x": "1x16,2x16,4x16"}).report.proof
+    assert proof is not None
+    assert proof.runs == ("profile 0 best", "profile 0 smallest", "profile 0 largest")
+    assert proof.outputs[0].compared == (1 + 2 + 4) * 8
+
+
+def test_weights_beside_the_model_count(load_model: LoadModel, model: Path) -> None:
+    """From one MiB on: the file itself is smaller."""
+    wide = two_layers(width=1 << 14)
+    onnx.save(wide, model, save_as_external_data=True, location="weights", size_threshold=0)
+    assert model.stat().st_size < 1 << 20
+    bound = {"plan_source_mib_min": "1"}
+    assert load_model(model, bound).report.engine == "onnxruntime plan"
+    onnx.save(two_layers(), model)
+    assert load_model(model, bound).report.engine == "onnxruntime"
+
+
+def test_another_precision_is_another_plan_with_other_figures(
+    load_model: LoadModel, model: Path
+) -> None:
+    loaded = load_model(model, {"precision": "fp16"})
+    assert loaded.report.engine == "onnxruntime plan"
+    assert loaded.report.proof is not None
+    assert 0 < loaded.report.proof.outputs[0].max_rel < 5e-2
+
+
+# What goes wrong
+
+
+def put_damaged(cache: PlanCache, model: Path, damaged: onnx.ModelProto) -> None:
+    """Into the cache, under the key of the model: the plan of another, whole and sound by all
+    checksums."""
+    other = model.with_name("damaged.onnx")
+    onnx.save(damaged, other)
+    services = CompileServices(cache)
+    wanted = CompileOptions()
+    requests = [
+        onnxruntime_request(path, wanted, precision=Precision.AS_IS, threads_max=1)
+        for path in (model, other)
+    ]
+    with cache.workspace() as folder:
+        built = run_build(requests[1], folder, services.limits, services.tell, services.cancelled)
+        cache.put(key_of(requests[0]), built.plan, Manifest())
+    cache.release(key_of(requests[0]))
+    other.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damaged", "expected"),
+    [
+        (with_weight(two_layers(), "b", (3, 2), 9.0), "output 'y' has max_rel"),
+        (with_outputs_swapped(two_layers()), "output 'z' has cosine"),
+        (with_weight(two_layers(), "c", (0, 0), np.nan), "elements that are NaN or infinite"),
+    ],
+    ids=["a weight", "swapped outputs", "a NaN"],
+)
+def test_a_damaged_plan_is_not_served(
+    load_model: LoadModel,
+    cache: PlanCache,
+    model: Path,
+    caplog: pytest.LogCaptureFixture,
+    damaged: onnx.ModelProto,
+    expected: str,
+) -> None:
+    put_damaged(cache, model, damaged)
+    with caplog.at_level(logging.WARNING):
+        loaded = load_model(model, PLAN)
+    assert loaded.report.engine == "onnxruntime"
+    (attempt,) = loaded.report.attempts
+    assert (attempt.engine, attempt.fault) == ("onnxruntime plan", "not proven")
+    assert expected in attempt.reason
+    assert loaded.report.why_not_first.startswith("onnxruntime plan: not proven: output ")
+    assert "onnxruntime plan cannot be used" in caplog.text
+    assert results(loaded) == results(load_model(model, {}))
+    with pytest.raises(ProofError, match=expected) as caught:
+        load_model(model, {**PLAN, **FAIL})
+    assert not caught.value.proof.is_proven
+
+
+def test_wider_bounds_are_taken_without_another_run(
+    load_model: LoadModel, cache: PlanCache, model: Path
+) -> None:
+    put_damaged(cache, model, with_weight(two_layers(), "b", (3, 2), 2.0))
+    assert load_model(model, PLAN).report.engine == "onnxruntime"
+    services = Services(cache)
+    wide = {"tolerance.max_abs": "1000", "tolerance.cosine": "0", "tolerance.equal": "0"}
+    assert load_model(model, {**PLAN, **wide}, services).report.engine == "onnxruntime plan"
+    assert services.phases == [LOADING]
+
+
+def test_an_engine_that_is_not_here_is_named(load_model: LoadModel, model: Path) -> None:
+    loaded = load_model(model, {"engine": "tensorrt_rtx"})
+    assert loaded.report.engine == "onnxruntime"
+    (attempt,) = loaded.report.attempts
+    assert (attempt.engine, attempt.fault) == ("tensorrt_rtx on cuda", "missing")
+    assert loaded.report.why_not_first == f"tensorrt_rtx on cuda: missing: {attempt.reason}"
+    with pytest.raises(BuildError) as caught:
+        load_model(model, {"engine": "tensorrt_rtx", **FAIL})
+    assert caught.value.fault is BuildFault.MISSING
+
+
+def test_what_the_builder_refuses_is_told_and_the_next_runs_it(
+    load_model: LoadModel, model: Path
+) -> None:
+    """ONNX Runtime has no BF16 kernels for matrices on the CPU."""
+    loaded = load_model(model, {"precision": "bf16"})
+    assert loaded.report.engine == "onnxruntime"
+    assert "Could not find an implementation for MatMul" in loaded.report.why_not_first
+    assert results(loaded) == results(load_model(model, {}))
+
+
+def test_a_configuration_that_contradicts_the_model_is_refused_by_every_engine(
+    load_model: LoadModel, model: Path
+) -> None:
+    wrong = {"profile.0.x": "1x15,2x15,3x15"}
+    for engine in ({}, PLAN, {"engine": "tensorrt_rtx"}):
+        with pytest.raises(ProfileError, match=r"profile.0.x has the size 15 on axis 1"):
+            load_model(model, {**wrong, **engine})
+
+
+def test_a_cancelled_load_falls_back_to_nothing(
+    load_model: LoadModel, cache: PlanCache, model: Path
+) -> None:
+    services = Services(cache, reading=lambda: services.cancelled.set())
+    with pytest.raises(BuildError) as caught:
+        load_model(model, PLAN, services)
+    assert caught.value.fault is BuildFault.CANCELLED
+
+
+def test_a_file_that_no_engine_reads_has_each_reason(load_model: LoadModel, model: Path) -> None:
+    model.write_bytes(b"no model")
+    with pytest.raises(ModelFileError, match=r"^model.onnx: not a readable ONNX file"):
+        load_model(model, {})
+    with pytest.raises(NoEngine, match=r"^model.onnx is run by no engine: ") as caught:
+        load_model(model, PLAN)
+    assert [each.engine for each in caught.value.attempts] == ["onnxruntime plan", "onnxruntime"]
+
+
+@pytest.mark.parametrize("name", ["model.plan", "model.engine"])
+def test_a_bare_plan_needs_a_gpu_and_says_what_built_it(
+    load_model: LoadModel, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / name
+    with pytest.raises(ModelFileError, match=f"^{name} cannot be read: no such file"):
+        load_model(path, {})
+    path.write_bytes(b"ptrt" + bytes(100))
+    with pytest.raises(ModelFileError, match=f"^{name}: .*here: "):
+        load_model(path, {})
+
+
+# In two steps
+
+
+SERVE = {**PLAN, "serve_while_compiling": "true"}
+
+
+@pytest.fixture
+def begin(inspector: Inspector, cache: PlanCache) -> Iterator[Callable[..., BegunLoad]]:
+    begun: list[BegunLoad] = []
+
+    def begin_one(
+        path: Path, parameters: dict[str, str], services: Services | None = None
+    ) -> BegunLoad:
+        begun.append(
+            begin_load(
+                path,
+                options=EngineOptions(),
+                inspector=inspector,
+                compile=read_compile_options(parameters),
+                services=(services or Services(cache)).given,
+            )
+        )
+        return begun[-1]
+
+    yield begin_one
+    for each in begun:
+        each.now.engine.close()
+
+
+Begin = Callable[..., BegunLoad]
+
+
+def test_one_engine_answers_while_the_other_is_compiled(
+    begin: Begin, cache: PlanCache, model: Path
+) -> None:
+    services = Services(cache)
+    begun = begin(model, SERVE, services)
+    assert services.phases == []
+    assert begun.now.report.engine == "onnxruntime"
+    assert begun.now.report.why_not_first == (
+        "onnxruntime plan: compiling: its plan is being built and proven"
+    )
+    before = results(begun.now)
+    assert begun.later is not None
+    final = begun.later()
+    assert services.phases == [*BUILD_PHASES, LOADING, PROVING]
+    assert (final.report.engine, final.report.attempts) == ("onnxruntime plan", ())
+    assert results(final) == before == results(begun.now)
+    final.engine.close()
+
+
+def test_nothing_is_to_come_when_the_plan_is_there(
+    begin: Begin, cache: PlanCache, model: Path
+) -> None:
+    first = begin(model, SERVE).later
+    assert first is not None
+    first().engine.close()
+    services = Services(cache)
+    begun = begin(model, SERVE, services)
+    assert begun.later is None
+    assert begun.now.report.engine == "onnxruntime plan"
+    assert services.phases == [LOADING]
+
+
+@pytest.mark.parametrize("parameters", [{}, PLAN, {"serve_while_compiling": "true"}], ids=str)
+def test_one_step_is_enough_without_the_wish_or_without_a_build(
+    begin: Begin, model: Path, parameters: dict[str, str]
+) -> None:
+    assert begin(model, parameters).later is None
+
+
+def test_no_gpu_is_known_at_once(begin: Begin, model: Path) -> None:
+    begun = begin(model, {**SERVE, "engine": "tensorrt_rtx", "plan_source_mib_min": "64"})
+    assert begun.later is None
+    assert [each.fault for each in begun.now.report.attempts] == ["missing"]
+
+
+def test_an_engine_stays_when_the_other_is_not_proven(
+    begin: Begin, cache: PlanCache, model: Path
+) -> None:
+    strict = {**SERVE, "precision": "fp16", "tolerance.max_abs": "1e-9"}
+    begun = begin(model, strict)
+    assert begun.later is not None
+    with pytest.raises(NoEngine, match=": not proven: ") as caught:
+        begun.later()
+    report = stays(begun.now.report, caught.value)
+    assert report.engine == "onnxruntime"
+    assert [each.fault for each in report.attempts] == ["not proven"]
+    assert "output 'y' has max_abs" in report.why_not_first
+
+
+def test_a_compilation_on_the_side_can_be_cancelled(
+    begin: Begin, cache: PlanCache, model: Path
+) -> None:
+    services = Services(cache, reading=lambda: services.cancelled.set())
+    begun = begin(model, SERVE, services)
+    assert begun.later is not None
+    with pytest.raises(BuildError) as caught:
+        begun.later()
+    assert caught.value.fault is BuildFault.CANCELLED
+    assert results(begun.now)
+
+
+def test_engines_are_closed_on_every_way_out(
+    load_model: LoadModel,
+    cache: PlanCache,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also the reference of a proof, and the engine that was not proven."""
+    open_engines: set[OnnxRuntimeEngine] = set()
+    opened, close = OnnxRuntimeEngine.__init__, OnnxRuntimeEngine.close
+
+    def remember(self: OnnxRuntimeEngine, *arguments: object) -> None:
+        opened(self, *arguments)  # type: ignore[arg-type]
+        open_engines.add(self)
+
+    def forget(self: OnnxRuntimeEngine) -> None:
+        close(self)
+        open_engines.discard(self)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "__init__", remember)
+    monkeypatch.setattr(OnnxRuntimeEngine, "close", forget)
+    kept = [load_model(model, PLAN).engine]
+    put_damaged(cache, model, double())
+    kept.append(load_model(model, PLAN).engine)
+    with pytest.raises(ProofError):
+        load_model(model, {**PLAN, **FAIL})
+    assert open_engines == set(kept)
