@@ -25,12 +25,16 @@ class LoadCommand:
     name: str
     config: ModelConfig | None  # None: everything is read from the model
     versions: tuple[tuple[int, Path], ...]  # number, where it lies
+    takes_stopgap: bool = False  # what can serve at once will do, where the best has to be built
+    memory_bytes_max: int = 0  # all versions together may take so much; 0: as much as they like
 
     def to_fields(self) -> Fields:
         return {
             "name": self.name,
             "config": None if self.config is None else message_to_text(self.config),
             "versions": [[version, str(path)] for version, path in self.versions],
+            "takes_stopgap": self.takes_stopgap,
+            "memory_bytes_max": self.memory_bytes_max,
         }
 
     @classmethod
@@ -42,6 +46,8 @@ class LoadCommand:
                 str(fields["name"]),
                 None if config is None else message_of_text(ModelConfig, config),
                 tuple((int(version), Path(path)) for version, path in fields["versions"]),
+                bool(fields["takes_stopgap"]),
+                int(fields["memory_bytes_max"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise Internal(f"a load command that cannot be read: {error!r}") from None
@@ -118,6 +124,7 @@ class LoadProgress:
     steps: int = 0
     phase_step: int = 0
     phase_steps: int = 0
+    is_building: bool = False  # another process is at work, and this one waits
 
     def to_fields(self) -> Fields:
         return dataclasses.asdict(self)
@@ -125,9 +132,14 @@ class LoadProgress:
     @classmethod
     def from_fields(cls, fields: Fields) -> "LoadProgress":
         """Never fails: a report that makes no sense is one without content."""
-        phase, *numbers = (fields.get(each.name) for each in dataclasses.fields(cls))
-        counts = [n if isinstance(n, int) and 0 <= n < 1 << 32 else 0 for n in numbers]
-        return cls(phase if isinstance(phase, str) else "", *counts)
+        phase = fields.get("phase")
+        numbers = map(fields.get, ("step", "steps", "phase_step", "phase_steps"))
+        step, steps, phase_step, phase_steps = (
+            n if isinstance(n, int) and 0 <= n < 1 << 32 else 0 for n in numbers
+        )
+        text = phase if isinstance(phase, str) else ""
+        is_building = fields.get("is_building") is True
+        return cls(text, step, steps, phase_step, phase_steps, is_building)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +158,10 @@ class WorkerMemory:
 
     residents: list[Resident]
     leaving_bytes: int  # of engines that were replaced or unloaded and still finish requests
+
+    @property
+    def total(self) -> int:
+        return self.leaving_bytes + sum(each.size for each in self.residents)
 
     def to_fields(self) -> Fields:
         return {

@@ -33,7 +33,7 @@ def suggestions(config: ServerConfig) -> Iterator[str]:
                     config.worker,
                     cores,
                     inspector,
-                    lambda _phase: None,
+                    lambda _phase, _step, _steps: None,
                 )
             except (ThirdrailError, ModelFileError) as error:
                 yield f"# Model '{name}' cannot be served: {error}\n"

@@ -6,14 +6,13 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 from thirdrail.errors import NotFound
 from thirdrail.v1 import metrics_pb2
 from thirdrail_engines.engine import ModelFileError
 from thirdrail_server.control_channel import ChannelLimits
-from thirdrail_server.control_messages import LoadedModel, LoadProgress, VersionEngine
+from thirdrail_server.control_messages import LoadCommand, LoadedModel, LoadProgress, VersionEngine
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.worker.control import serve_control
 
@@ -26,12 +25,9 @@ class Models:
         self.loads = 0
 
     async def load(
-        self,
-        name: str,
-        config: ModelConfig | None,
-        versions: Sequence[tuple[int, Path]],
-        progress: Callable[[LoadProgress], None],
+        self, command: LoadCommand, progress: Callable[[LoadProgress], None]
     ) -> LoadedModel:
+        name, versions = command.name, command.versions
         self.loads += 1
         for _version, path in versions:
             # From another thread, as an engine's loader does.
@@ -39,7 +35,7 @@ class Models:
             await _obey(path.read_text().strip())
         self.names.add(name)
         complete = ModelConfig(name=name, max_batch_size=4)
-        complete.MergeFrom(config or ModelConfig())
+        complete.MergeFrom(command.config or ModelConfig())
         return LoadedModel(
             complete,
             {version: None for version, _path in versions},
@@ -47,6 +43,9 @@ class Models:
             ["a field has no effect"],
             {version: VersionEngine("nothing") for version, _path in versions},
         )
+
+    def cancel_loads(self, name: str | None) -> None:
+        pass
 
     async def unload(self, name: str) -> None:
         if name not in self.names:

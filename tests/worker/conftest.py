@@ -13,10 +13,11 @@ from support.engines import WatchedEngine
 from support.models import write
 from support.sessions import Session
 from thirdrail_engines import EngineOptions, Inspector, LoadedEngine
+from thirdrail_engines.plans import TellProgress
 from thirdrail_server.config import WorkerConfig
 from thirdrail_server.control_messages import LoadCommand
 from thirdrail_server.front.control.load_source import LoadSource, prepare
-from thirdrail_server.worker.loading import PreparedVersion, TellPhase, prepare_version
+from thirdrail_server.worker.loading import PreparedVersion, prepare_version
 
 Prepare = Callable[..., PreparedVersion]
 OpenSession = Callable[..., Session]
@@ -55,7 +56,7 @@ def prepare_model(tmp_path: Path, inspector: Inspector) -> Iterator[Prepare]:
         *,
         cores: int = 1,
         files: Mapping[str, str] | None = None,
-        tell: TellPhase = lambda phase: None,
+        tell: TellProgress = lambda phase, step, steps: None,
         **settings: Any,
     ) -> PreparedVersion:
         name = f"m{len(prepared)}"

@@ -193,8 +193,10 @@ def test_a_configuration_that_does_not_fit_is_refused_and_nothing_stays_loaded(
 
 def test_phases_are_told_in_order(prepare_model: Prepare) -> None:
     phases: list[str] = []
-    prepare_model(sums(axis=1), derive_batch_rows=2, tell=phases.append)
+    prepare_model(
+        sums(axis=1), derive_batch_rows=2, tell=lambda phase, _step, _steps: phases.append(phase)
+    )
     assert phases == ["building", "proving", "warming up"]
     phases.clear()
-    prepare_model(sums(axis=1), tell=phases.append)
+    prepare_model(sums(axis=1), tell=lambda phase, _step, _steps: phases.append(phase))
     assert phases == ["building", "warming up"]

@@ -17,7 +17,7 @@ from support.sessions import Session
 from thirdrail.errors import InvalidArgument, NotFound, ThirdrailError, Unavailable
 from thirdrail_engines import ModelFileError
 from thirdrail_server.config import WorkerConfig
-from thirdrail_server.control_messages import LoadedModel, LoadProgress
+from thirdrail_server.control_messages import LoadCommand, LoadedModel, LoadProgress
 from thirdrail_server.repository.errors import RepositoryError
 from thirdrail_server.repository.layout import scan
 from thirdrail_server.repository.model_config import read_config
@@ -54,7 +54,7 @@ class Table:
         folder = scan(self.repository)["m"]
         versions = [(v, folder.path / str(v) / "model.onnx") for v in sorted(folder.versions)]
         config = read_config(folder)
-        return await self.models.load("m", config, versions, self._note)
+        return await self.models.load(LoadCommand("m", config, tuple(versions)), self._note)
 
     def _note(self, told: LoadProgress) -> None:
         self.progress.append((told.phase, told.step, told.steps))

@@ -150,6 +150,7 @@ class Front:
         self._native.begin_stop()
         self._kserve.begin_stop()
         ends_at = time.monotonic() + self._config.shutdown_s_max
+        await self._control.cancel_loads()
         await asyncio.gather(self._until_answered(), self._stop_sessions())
         await self._server.stop(max(0.0, ends_at - time.monotonic()))
         await self._metrics_endpoint.stop()

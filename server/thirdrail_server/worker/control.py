@@ -4,9 +4,8 @@
 import asyncio
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from thirdrail.errors import Internal
@@ -24,9 +23,10 @@ from thirdrail_server.control_messages import (
     LoadedModel,
     LoadProgress,
     OpenedSession,
+    WorkerMemory,
     message_to_text,
 )
-from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
+from thirdrail_server.worker.memory import ModelTooLarge
 
 TellProgress = Callable[[LoadProgress], None]
 
@@ -34,15 +34,15 @@ TellProgress = Callable[[LoadProgress], None]
 class Models(Protocol):
     """The worker's models as the front controls them."""
 
-    async def load(
-        self,
-        name: str,
-        config: ModelConfig | None,
-        versions: Sequence[tuple[int, Path]],
-        progress: TellProgress,
-    ) -> LoadedModel: ...
+    async def load(self, command: LoadCommand, progress: TellProgress) -> LoadedModel: ...
+
+    def cancel_loads(self, name: str | None) -> None: ...
 
     async def unload(self, name: str) -> None: ...
+
+    async def evict(self, name: str) -> bool: ...
+
+    def memory(self) -> WorkerMemory: ...
 
     def counters(self) -> list[metrics_pb2.ModelCounters]: ...
 
@@ -72,6 +72,14 @@ class _Desk:
             case "unload":
                 await self.models.unload(str(fields["name"]))
                 return {}
+            case "cancel loads":
+                name = fields.get("name")
+                self.models.cancel_loads(None if name is None else str(name))
+                return {}
+            case "evict":
+                return {"evicted": await self.models.evict(str(fields["name"]))}
+            case "memory":
+                return self.models.memory().to_fields()
             case "counters":
                 return {"models": [message_to_text(each) for each in self.models.counters()]}
             case "status":
@@ -88,7 +96,9 @@ class _Desk:
     async def _load(self, command: LoadCommand, on_progress: OnProgress) -> Fields:
         tell = _on_this_loop(lambda progress: on_progress(progress.to_fields()))
         try:
-            loaded = await self.models.load(command.name, command.config, command.versions, tell)
+            loaded = await self.models.load(command, tell)
+        except ModelTooLarge as error:
+            return {"too_large_bytes": error.size}
         except ModelFileError as error:
             raise Internal(str(error)) from None
         return loaded.to_fields()

@@ -5,14 +5,18 @@ Runs on a loader thread; nothing of it is visible to callers until the model tab
 """
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import thirdrail_engines
 from thirdrail.tensors import Array
-from thirdrail_engines import EngineOptions, Inspector, threads_per_run
+from thirdrail_engines import EngineOptions, EngineReport, Inspector, LoadedEngine, threads_per_run
+from thirdrail_engines.compile_options import CompileOptions
 from thirdrail_engines.engine import Engine, EngineError, EngineSpec, ModelFileError
+from thirdrail_engines.load import begin_load
+from thirdrail_engines.plans import TellProgress
 from thirdrail_engines.proof import prove_batching, seeded_inputs
 from thirdrail_server.config import WorkerConfig
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
@@ -23,8 +27,12 @@ from thirdrail_server.repository.options import (
     instance_count,
     model_options,
 )
+from thirdrail_server.worker.memory import UNKNOWN, Weight
 from thirdrail_server.worker.requests import VersionSpec
 from thirdrail_server.worker.served_version import RunPlace
+
+if TYPE_CHECKING:
+    from thirdrail_engines.compiling import CompileServices
 
 # Trial runs of a model that may be small enough for the loop. One quiet round is enough: in the
 # others a busy host may have been at work.
@@ -33,7 +41,17 @@ TRIAL_RUNS = 100
 TRIAL_BUDGET_NS_MAX = 20_000_000
 TRIAL_ELEMENTS_MAX = 4096  # of one input; an open dimension that could exceed it is the size rule's
 
-TellPhase = Callable[[str], None]
+
+@dataclass(frozen=True, slots=True)
+class EngineWish:
+    """Which engine a version shall have. Without services none that has to be built.
+
+    takes_stopgap: another one will do for now, if this one has to be built first.
+    """
+
+    compile: CompileOptions = field(default_factory=CompileOptions)
+    services: "CompileServices | None" = None
+    takes_stopgap: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +64,9 @@ class PreparedVersion:
     config: ModelConfig  # complete
     place: RunPlace
     notes: tuple[str, ...]  # what the load decided, for people
+    report: EngineReport
+    is_stopgap: bool  # the engine serves until a better one is built
+    weight: Weight = UNKNOWN
 
 
 def prepare_version(
@@ -56,41 +77,65 @@ def prepare_version(
     config: WorkerConfig,
     cores: int,
     inspector: Inspector,
-    tell: TellPhase,
+    tell: TellProgress,
+    wish: EngineWish | None = None,
 ) -> PreparedVersion:
     """Load, complete, prove and warm up one version.
 
     Raises ModelFileError or RepositoryError; then nothing is left loaded.
     """
-    tell("building")
+    tell("building", 0, 0)
     asked = given or ModelConfig()
     threads = engine_threads(asked) or threads_per_run(cores, instance_count(asked))
     options_of_engine = EngineOptions(threads_max=threads)
-    loaded = thirdrail_engines.load(path, options=options_of_engine, inspector=inspector)
+    loaded, is_stopgap = _load(path, options_of_engine, inspector, wish or EngineWish())
     engine = loaded.engine
     try:
         proven_rows, notes = _proven_rows(engine, given, config.derive_batch_rows, tell)
-        whole = complete(name, given, engine.spec, proven_rows=proven_rows)
+        whole = complete(name, given, engine.spec, proven_rows=proven_rows, filename=path.name)
         options = model_options(
             whole, path.parent.parent, queue_requests_max=config.queue_requests_max
         )
         spec = _version_spec(name, version, options, engine.spec)
-        tell("warming up")
+        tell("warming up", 0, 0)
         _warm_up(engine, options, spec)
         place = _run_place(engine, options, config)
     except BaseException:
         engine.close()
         raise
-    return PreparedVersion(spec, engine, options, whole, place, (*options.warnings, *notes))
+    all_notes = (*options.warnings, *notes)
+    return PreparedVersion(
+        spec, engine, options, whole, place, all_notes, loaded.report, is_stopgap
+    )
+
+
+def _load(
+    path: Path, options: EngineOptions, inspector: Inspector, wish: EngineWish
+) -> tuple[LoadedEngine, bool]:
+    if wish.services is None:
+        return thirdrail_engines.load(path, options=options, inspector=inspector), False
+    if not wish.takes_stopgap:
+        loaded = thirdrail_engines.load(
+            path,
+            options=options,
+            inspector=inspector,
+            compile=wish.compile,
+            services=wish.services,
+        )
+        return loaded, False
+    begun = begin_load(
+        path, options=options, inspector=inspector, compile=wish.compile, services=wish.services
+    )
+    return begun.now, begun.later is not None
 
 
 def _proven_rows(
-    engine: Engine, given: ModelConfig | None, rows: int, tell: TellPhase
+    engine: Engine, given: ModelConfig | None, rows: int, tell: TellProgress
 ) -> tuple[int, tuple[str, ...]]:
     """The batch size that nobody configured but a proof allows; 0 for none."""
     if rows < 1 or not may_derive_batching(given, engine.spec):
         return 0, ()
-    tell("proving")
+    tell("proving", 0, 0)
     proof = prove_batching(engine, rows)
     if not proof.agreed:
         return 0, (f"batching was not derived: {proof.reason}",)

@@ -6,26 +6,42 @@ whoever was found before finishes on the old ones, whoever comes after meets the
 """
 
 import asyncio
+import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from thirdrail.errors import InvalidArgument, NotFound, ThirdrailError
+from thirdrail.errors import Cancelled, InvalidArgument, NotFound, ThirdrailError
 from thirdrail.v1 import metrics_pb2
 from thirdrail_engines import Inspector
+from thirdrail_engines.compile_options import OnFailure
 from thirdrail_engines.engine import ModelFileError
 from thirdrail_server.config import WorkerConfig
-from thirdrail_server.control_messages import LoadedModel, LoadProgress, VersionEngine
+from thirdrail_server.control_messages import (
+    LoadCommand,
+    LoadedModel,
+    LoadProgress,
+    Resident,
+    WorkerMemory,
+)
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
-from thirdrail_server.worker.loading import PreparedVersion, prepare_version
+from thirdrail_server.repository.compilation import compile_options
+from thirdrail_server.repository.errors import blaming
+from thirdrail_server.worker.loading import EngineWish, PreparedVersion, prepare_version
+from thirdrail_server.worker.memory import ModelTooLarge, Scale
+from thirdrail_server.worker.plans import Plans, may_build
+from thirdrail_server.worker.reports import version_engine
 from thirdrail_server.worker.served_version import ServedVersion
 
 log = logging.getLogger(__name__)
 
-ENGINE_NAME = "onnxruntime"
+CANCELLED = "the load was cancelled"
+STOPPING = "the server is stopping"
+CLOSING_S_MAX = 2.0
 STEPS_PER_VERSION = 3  # building, proving, warming up
 
 TellProgress = Callable[[LoadProgress], None]
@@ -34,6 +50,11 @@ TellProgress = Callable[[LoadProgress], None]
 @dataclass(slots=True)
 class _Model:
     versions: dict[int, ServedVersion] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes that its engines hold."""
+        return sum(each.weight.size for each in self.versions.values())
 
 
 class ModelTable:
@@ -45,7 +66,15 @@ class ModelTable:
         self._cores = config.threads_max or len(os.sched_getaffinity(0))
         self._inspector = Inspector()
         self._retiring: set[asyncio.Task[None]] = set()
+        self._leaving_bytes = 0  # of engines that are out of the table and not yet closed
+        self._scale = Scale()
         self._loaders = ThreadPoolExecutor(config.loads_at_once_max, thread_name_prefix="loader")
+        self._builders = ThreadPoolExecutor(
+            config.compiling.loads_at_once_max, thread_name_prefix="builder"
+        )
+        self._plans = Plans(config.compiling)
+        self._loading: dict[str, set[threading.Event]] = {}  # by model; set: the load is to end
+        self._is_stopping = False
 
     def find(self, name: str, version: int) -> ServedVersion:
         """The version that takes a request now; 0 is the newest.
@@ -64,32 +93,53 @@ class ModelTable:
             raise InvalidArgument(f"a model version is a number above 0, got {version}")
         raise NotFound(f"Request for unknown model: '{name}' version {version} is not found")
 
-    async def load(
-        self,
-        name: str,
-        config: ModelConfig | None,
-        versions: Sequence[tuple[int, Path]],
-        progress: TellProgress,
-    ) -> LoadedModel:
+    async def load(self, command: LoadCommand, progress: TellProgress) -> LoadedModel:
         """Load these versions in place of what the model has.
 
         In a model that serves already, one failure leaves everything as it was; in one that does
         not, the versions that load are served and the others' reasons told.
         Raises ModelFileError or RepositoryError, of the newest failing version, when nothing
-        changed.
+        changed; Cancelled.
         """
+        if self._is_stopping:
+            raise Cancelled(STOPPING)
+        cancelled = threading.Event()
+        self._loading.setdefault(command.name, set()).add(cancelled)
+        try:
+            return await self._load(command, progress, cancelled)
+        finally:
+            self._loading[command.name].discard(cancelled)
+            if not self._loading[command.name]:
+                del self._loading[command.name]
+
+    def cancel_loads(self, name: str | None) -> None:
+        """End the builds of a model that is being loaded, and with them its loads. None: of all
+        models, and no load begins any more."""
+        self._is_stopping |= name is None
+        for key, loads in self._loading.items():
+            if name in (None, key):
+                for cancelled in loads:
+                    cancelled.set()
+
+    async def _load(
+        self, command: LoadCommand, progress: TellProgress, cancelled: threading.Event
+    ) -> LoadedModel:
+        name = command.name
         prepared: list[PreparedVersion] = []
         failures: dict[int, Exception] = {}
-        steps = len(versions) * STEPS_PER_VERSION
+        steps = len(command.versions) * STEPS_PER_VERSION
         try:
-            for number, (version, path) in enumerate(versions):
+            for number, (version, path) in enumerate(command.versions):
                 tell = _Phases(progress, number * STEPS_PER_VERSION, steps)
                 try:
-                    prepared.append(await self._prepare(name, version, path, config, tell))
+                    prepared.append(await self._prepare(command, version, path, tell, cancelled))
                 except (ModelFileError, ThirdrailError) as error:
                     failures[version] = error
+                if cancelled.is_set():
+                    raise Cancelled(STOPPING if self._is_stopping else CANCELLED)
             if failures and (name in self._models or not prepared):
                 raise failures[max(failures)]
+            _require_size(prepared, command.memory_bytes_max)
             self._swap(name, prepared)
         except BaseException:
             for each in prepared:
@@ -103,24 +153,48 @@ class ModelTable:
             versions={each.spec.version: None for each in prepared} | texts,
             in_place={each.spec.version: sorted(_in_place(each)) for each in prepared},
             warnings=list(dict.fromkeys(note for each in prepared for note in each.notes)),
-            engines={each.spec.version: VersionEngine(ENGINE_NAME) for each in prepared},
+            engines={
+                each.spec.version: version_engine(each.report, is_stopgap=each.is_stopgap)
+                for each in prepared
+            },
         )
 
     async def _prepare(
-        self, name: str, version: int, path: Path, config: ModelConfig | None, tell: "_Phases"
+        self,
+        command: LoadCommand,
+        version: int,
+        path: Path,
+        tell: "_Phases",
+        cancelled: threading.Event,
     ) -> PreparedVersion:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._loaders,
-            prepare_version,
-            name,
-            version,
-            path,
-            config,
-            self._config,
-            self._cores,
-            self._inspector,
-            tell,
-        )
+        """On a thread of those that load, or of those that wait for builds."""
+        given, config = command.config or ModelConfig(), self._config
+        with blaming(command.name):
+            options = compile_options(
+                given,
+                on_failure=OnFailure.FALLBACK if config.compiling.falls_back else OnFailure.FAIL,
+                derive_batch_rows=config.derive_batch_rows,
+            )
+        builds = await asyncio.to_thread(may_build, path, options)
+
+        def prepare() -> PreparedVersion:
+            services = self._plans.services(tell, cancelled) if builds else None
+            with self._scale.weigh() as weighing:
+                prepared = prepare_version(
+                    command.name,
+                    version,
+                    path,
+                    command.config,
+                    config,
+                    self._cores,
+                    self._inspector,
+                    tell,
+                    EngineWish(options, services, command.takes_stopgap),
+                )
+                return replace(prepared, weight=weighing.end(path.parent))
+
+        threads = self._builders if builds else self._loaders
+        return await asyncio.get_running_loop().run_in_executor(threads, prepare)
 
     def _swap(self, name: str, prepared: Sequence[PreparedVersion]) -> None:
         new = _Model()
@@ -131,6 +205,7 @@ class ModelTable:
                 each.options.queue,
                 instances=each.options.instances,
                 place=each.place,
+                weight=each.weight,
             )
         old = self._models.get(name)
         self._models[name] = new
@@ -152,10 +227,45 @@ class ModelTable:
             raise NotFound(f"Request for unknown model: '{name}' is not found")
         await self._retire(model, f"model '{name}' was unloaded")
 
+    async def evict(self, name: str) -> bool:
+        """`unload` a model, unless a request waits or runs. Raises NotFound."""
+        model = self._models.get(name)
+        if model is not None and not all(each.is_idle for each in model.versions.values()):
+            return False
+        await self.unload(name)
+        return True
+
     async def _retire(self, model: _Model, reason: str) -> None:
-        await asyncio.gather(
-            *(v.retire(reason, self._config.drain_s_max) for v in model.versions.values())
-        )
+        size = model.size
+        self._leaving_bytes += size
+        try:
+            await asyncio.gather(
+                *(v.retire(reason, self._config.drain_s_max) for v in model.versions.values())
+            )
+        finally:
+            self._leaving_bytes -= size
+
+    def memory(self) -> WorkerMemory:
+        """What the engines hold."""
+        residents = [
+            Resident(
+                name,
+                model.size,
+                max(each.used_ms for each in model.versions.values()),
+                not all(each.is_idle for each in model.versions.values()),
+            )
+            for name, model in sorted(self._models.items())
+        ]
+        return WorkerMemory(residents, self._leaving_bytes)
+
+    async def close(self) -> None:
+        """End the builds that are under way, and whatever they have started."""
+        self.cancel_loads(None)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSING_S_MAX):
+                while self._loading:
+                    await asyncio.sleep(CLOSING_S_MAX / 100)
+        self._plans.close()
 
     def counters(self) -> list[metrics_pb2.ModelCounters]:
         return [
@@ -165,21 +275,37 @@ class ModelTable:
         ]
 
 
-@dataclass(slots=True)
+# What the worker does itself, and how far a version is then.
+_PHASES = {
+    "building": 0,
+    "loading the engine": 1,
+    "proving the engine": 1,
+    "proving": 1,
+    "warming up": 2,
+}
+
+
+@dataclass(frozen=True, slots=True)
 class _Phases:
     """Turns the phases of one version into steps of the whole load."""
 
     progress: TellProgress
     first: int
     steps: int
-    _reached: int = 0
 
-    def __call__(self, phase: str, step: int = 0, steps: int = 0) -> None:
-        """step, steps: within the phase. One that is not known here belongs to the one before."""
-        order = ("building", "proving", "warming up")
-        if phase in order:
-            self._reached = max(self._reached, order.index(phase))
-        self.progress(LoadProgress(phase, self.first + self._reached, self.steps, step, steps))
+    def __call__(self, phase: str, step: int, steps: int) -> None:
+        """step, steps: within the phase. Those that are not known here are phases of a build."""
+        order = _PHASES.get(phase, 0)
+        whole = self.first + order, self.steps
+        is_building = phase not in _PHASES
+        self.progress(LoadProgress(phase, *whole, step, steps, is_building))
+
+
+def _require_size(prepared: Sequence[PreparedVersion], bytes_max: int) -> None:
+    """Raises ModelTooLarge. 0: any size will do."""
+    size = sum(each.weight.size for each in prepared)
+    if 0 < bytes_max < size:
+        raise ModelTooLarge(size)
 
 
 def _in_place(prepared: PreparedVersion) -> frozenset[str]:

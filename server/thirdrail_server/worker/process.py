@@ -126,6 +126,7 @@ async def _serve(config: WorkerConfig, inherited: InheritedSockets) -> None:
             pid=os.getpid(),
             is_serving=True,
             resident_bytes=_resident_bytes(),
+            model_bytes=models.memory().total,
         )
         sessions.describe(status)
         return status
@@ -137,6 +138,7 @@ async def _serve(config: WorkerConfig, inherited: InheritedSockets) -> None:
     log.debug("ready for models")
     await ended.wait()
     del channel
+    await models.close()
     sessions.close()
 
 

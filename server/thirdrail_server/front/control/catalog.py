@@ -53,6 +53,10 @@ class ServedModel:
     def ready_versions(self) -> tuple[int, ...]:
         return tuple(each.version for each in self.versions if each.state == READY)
 
+    def engine_reason(self, version: int) -> str:
+        """Why a version does not run on the engine of first choice; empty when it does."""
+        return self.engines[version].reason if version in self.engines else ""
+
     def status(self, version: int) -> VersionStatus | None:
         return next((each for each in self.versions if each.version == version), None)
 
@@ -230,6 +234,15 @@ class Catalog:
                 worker,
             )
         )
+
+    def cancel_load(self, name: str) -> None:
+        """Somebody wanted it to end: what was serving goes on serving."""
+        model = self._models.get(name)
+        kept = tuple(each for each in model.versions if each.state == READY) if model else ()
+        if model is None or not kept:
+            self.fail_load(name, "the load was cancelled")
+        else:
+            self._put(replace(model, versions=kept, load_phase=""))
 
     def fail_load(self, name: str, reason: str) -> None:
         """What was serving goes on serving, and says in its warnings what happened."""

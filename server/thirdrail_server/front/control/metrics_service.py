@@ -56,6 +56,7 @@ class MetricsServicer(metrics_pb2_grpc.MetricsServicer):
             workers=[status],
             regions=self._regions.count,
             region_bytes=self._regions.total_bytes,
+            engines=self._control.engines.counters(),
         )
 
     async def text(self) -> str:

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from thirdrail.v1.metrics_pb2 import ModelCounters, SnapshotResponse, WorkerStatus
+from thirdrail.v1.metrics_pb2 import EngineCounters, ModelCounters, SnapshotResponse, WorkerStatus
 
 NS_PER_S = 1e9
 MODEL = ("model", "version")
@@ -33,6 +33,18 @@ _TIMES = (
     ("output_copy", "output_copy_ns", "Time spent handing out results."),
     ("request", "total_ns", "Time from receipt to reply, of requests that succeeded."),
     ("failed_request", "failed_ns", "Time from receipt to reply, of all other requests."),
+)
+_ENGINE_SUMS = (
+    ("plan_cache_hits", "cache_hits", "Loads that found their plan in the cache."),
+    ("plan_cache_misses", "cache_misses", "Loads that had their plan built."),
+    ("plan_build_seconds", "build_ns", "Time that these builds took."),
+    ("engine_fallbacks", "fallbacks", "Loads that came to another engine than the first choice."),
+)
+_PROOF_FIGURES = (
+    ("max_abs_error", "max_abs_error", "Largest difference to ONNX Runtime on the CPU."),
+    ("mean_abs_error", "mean_abs_error", "Mean difference to ONNX Runtime on the CPU."),
+    ("max_rel_error", "max_rel_error", "Largest difference, by the output's largest magnitude."),
+    ("cosine", "cosine", "1: the same direction as the output of ONNX Runtime on the CPU."),
 )
 _GAUGES = (
     ("queued_requests", "queued", "Requests that wait now."),
@@ -64,6 +76,7 @@ class _Figures(Collector):
         )
         yield GaugeMetricFamily("thirdrail_region_bytes", "Their sizes.", snapshot.region_bytes)
         yield from _of_models(list(snapshot.models))
+        yield from _of_engines(list(snapshot.engines))
         yield from _of_workers(list(snapshot.workers))
 
 
@@ -106,6 +119,21 @@ def _batch_sizes(models: list[ModelCounters]) -> Metric:
         for each in model.batch_sizes:
             sizes.add_metric((*_labels(model), str(each.rows)), each.batches)
     return sizes
+
+
+def _of_engines(engines: list[EngineCounters]) -> Iterator[Metric]:
+    for name, field, text in _ENGINE_SUMS:
+        counter = CounterMetricFamily(f"thirdrail_{name}", text, labels=MODEL)
+        for each in engines:
+            value = getattr(each, field)
+            counter.add_metric(_labels(each), value / NS_PER_S if field == "build_ns" else value)
+        yield counter
+    for name, field, text in _PROOF_FIGURES:
+        gauge = GaugeMetricFamily(f"thirdrail_proof_{name}", text, labels=(*MODEL, "output"))
+        for each in engines:
+            for proof in each.proofs:
+                gauge.add_metric((*_labels(each), proof.output), getattr(proof, field))
+        yield gauge
 
 
 def _of_workers(workers: list[WorkerStatus]) -> Iterator[Metric]:
@@ -166,5 +194,5 @@ def _of_workers(workers: list[WorkerStatus]) -> Iterator[Metric]:
     yield refusals
 
 
-def _labels(model: ModelCounters) -> tuple[str, str]:
+def _labels(model: ModelCounters | EngineCounters) -> tuple[str, str]:
     return model.name, str(model.version)

@@ -8,12 +8,20 @@ is that model's own affair.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from thirdrail.errors import Internal, InvalidArgument, NotFound, ThirdrailError, Unavailable
+from thirdrail.errors import (
+    Cancelled,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    ThirdrailError,
+    Unavailable,
+)
 from thirdrail.v1 import metrics_pb2
 from thirdrail_server.config import ModelControlMode, ServerConfig
 from thirdrail_server.control_messages import LoadedModel, LoadProgress, message_of_text
@@ -21,6 +29,7 @@ from thirdrail_server.front.announcements import shortened
 from thirdrail_server.front.control.access import refuse_unless_explicit
 from thirdrail_server.front.control.catalog import Catalog
 from thirdrail_server.front.control.counters import CounterBook
+from thirdrail_server.front.control.engine_book import EngineBook
 from thirdrail_server.front.control.load_source import (
     LoadSource,
     ModelMissing,
@@ -38,9 +47,42 @@ from thirdrail_server.repository.layout import ModelFolder, scan
 from thirdrail_server.repository.poll import Decision, Poller
 
 TellProgress = Callable[[LoadProgress], None]
+
+
+def _to_nobody(_progress: LoadProgress) -> None:
+    """A TellProgress for loads that nobody waits for."""
+
+
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """A load to be done. is_patient: it waits for a worker that is not there.
+
+    improves: the model serves, from the same source, and gets the engine that had to be built.
+    settles_for: why the engine that can serve at once has to do, for good.
+    """
+
+    name: str
+    source: LoadSource
+    is_patient: bool = False
+    improves: bool = False
+    settles_for: str = ""
+
+    def settled(self, loaded: LoadedModel) -> LoadedModel:
+        """What came of it, as it is to be told."""
+        if not self.settles_for:
+            return loaded
+        engines = {
+            version: replace(engine, reason=self.settles_for, is_stopgap=False)
+            if engine.is_stopgap
+            else engine
+            for version, engine in loaded.engines.items()
+        }
+        return replace(loaded, engines=engines)
 
 
 class ModelControl:
@@ -51,11 +93,14 @@ class ModelControl:
         self._catalog = catalog
         self._worker = worker
         self._turns = Turns(config.control.waiting_per_model_max)
-        self._gate = LoadGate(config.worker.loads_at_once_max)
+        worker_loads_max = config.worker.loads_at_once_max
+        self._gate = LoadGate(worker_loads_max + config.worker.compiling.loads_at_once_max)
         self._ledger: LoadLedger[LoadSource] = LoadLedger()
         self._uploads = Uploads(config.control.upload_files_max, config.upload_bytes_max)
         self._counters = CounterBook()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._improving: dict[str, LoadSource] = {}  # these serve while a better engine is built
+        self.engines = EngineBook()
         catalog.expect_worker(worker.name)
 
     @property
@@ -108,7 +153,8 @@ class ModelControl:
                 raise InvalidArgument(f"uploaded files for '{name}' need a configuration with them")
             repository = await asyncio.to_thread(self._uploads.store, name, files)
             source = LoadSource(repository, config)
-        load = self._spawn(self._load(name, source, progress, is_patient=False))
+        await self._stop_improving(name)
+        load = self._spawn(self._load(_Order(name, source), progress))
         return await asyncio.shield(load)
 
     async def unload(self, name: str, *, wait: bool = True) -> None:
@@ -120,6 +166,7 @@ class ModelControl:
         refuse_unless_explicit(self._config.model_control)
         if self._catalog.get(name) is None:
             raise NotFound(f"Request for unknown model: '{name}' is not found")
+        await self._cancel_loads(name)
         is_leaving = asyncio.Event()
         unload = self._spawn(self._unload(name, is_leaving))
         left = self._spawn(is_leaving.wait())
@@ -128,6 +175,10 @@ class ModelControl:
         left.cancel()
         if unload.done():
             unload.result()
+
+    async def cancel_loads(self) -> None:
+        """Begin to stop: builds end now, and the loads that wait for them."""
+        await self._cancel_loads(None)
 
     async def counters(self) -> list[metrics_pb2.ModelCounters]:
         """Of every model version since the server started; they never decrease."""
@@ -163,29 +214,47 @@ class ModelControl:
 
     # Loading
 
-    async def _load(
-        self, name: str, source: LoadSource, progress: TellProgress, *, is_patient: bool
-    ) -> list[int]:
-        """Load in the model's turn. is_patient: wait for a worker that is not there."""
-        before: LoadSource | None = source  # what is not needed any more, whichever way this ends
+    async def _load(self, order: _Order, progress: TellProgress = _to_nobody) -> list[int]:
+        """Load in the model's turn."""
+        name = order.name
+        before: LoadSource | None = order.source  # not needed any more, whichever way this ends
         try:
             async with self._turns.of(name):
-                loaded, before = await self._load_in_turn(name, source, progress, is_patient)
+                loaded, before = await self._load_in_turn(order, progress)
         except ThirdrailError as error:
             _log.warning("%s", error)
             raise
         finally:
-            if before is not None:
+            if before is not None and not order.improves:  # else it served before, and still does
                 self._uploads.discard(before.repository)
         versions = [version for version, failure in loaded.versions.items() if failure is None]
         _log.info("model '%s' serves, version %s", name, ", ".join(map(str, versions)))
+        if any(engine.is_stopgap for engine in loaded.engines.values()):
+            self._spawn(self._improve(name, order.source))
         return versions
 
+    async def _improve(self, name: str, source: LoadSource) -> None:
+        """Load again, now waiting for the engine that has to be built, while another one serves.
+
+        Another load, or an unload, comes first and puts an end to this.
+        """
+        self._improving[name] = source
+        try:
+            await self._load(_Order(name, source, is_patient=True, improves=True))
+        except WorkerDied as death:
+            is_culprit = self._ledger.verdict(name) is Verdict.BROKEN
+            reason = f"worker died while loading a better engine: {death.how}"
+            again = _Order(name, source, is_patient=True, settles_for=reason if is_culprit else "")
+            self._spawn(self._load(again))
+        finally:
+            if self._improving.get(name) is source:
+                del self._improving[name]
+
     async def _load_in_turn(
-        self, name: str, source: LoadSource, progress: TellProgress, is_patient: bool
+        self, order: _Order, progress: TellProgress
     ) -> tuple[LoadedModel, LoadSource | None]:
         """Returns what serves now, and the source that it serves from no longer."""
-        is_alone = False
+        is_patient, is_alone, name = order.is_patient, False, order.name
         while True:
             if is_patient:
                 await self._worker.wait_until_up()
@@ -193,22 +262,28 @@ class ModelControl:
                 if is_patient and not self._worker.is_up:
                     continue
                 try:
-                    return await self._load_once(name, source, progress)
+                    return await self._load_once(order, progress)
                 except WorkerDied as death:
-                    if self._ledger.verdict(name) is Verdict.BROKEN:
+                    if order.improves:
+                        raise
+                    verdict = self._ledger.verdict(name)
+                    if verdict is Verdict.BROKEN:
                         reason = f"worker died while loading it: {death.how}"
                         self._catalog.fail_load(name, reason)
                         raise Internal(f"failed to load '{name}', {reason}") from None
-                    is_patient = is_alone = True
+                    is_patient, is_alone = True, verdict is Verdict.RETRY_ALONE
                 except Unavailable:
                     if not is_patient:
                         raise
 
     async def _load_once(
-        self, name: str, source: LoadSource, progress: TellProgress
+        self, order: _Order, progress: TellProgress
     ) -> tuple[LoadedModel, LoadSource | None]:
+        name, source = order.name, order.source
         progress(LoadProgress("reading"))
-        prepared = await self._prepare(name, source)
+        prepared = await self._prepare(order)
+        if order.improves and self._improving.get(name) is not source:
+            raise Cancelled(f"a better engine for '{name}' is not wanted any more")
         if not self._worker.is_up:
             raise Unavailable(
                 f"failed to load '{name}': worker '{self._worker.name}' is being restarted"
@@ -216,9 +291,13 @@ class ModelControl:
         self._catalog.begin_load(name, dict(prepared.command.versions), self._worker.name)
         self._ledger.begin(name)
         try:
-            loaded = await self._load_in_worker(prepared, progress)
+            loaded = order.settled(await self._load_in_worker(prepared, progress))
         except WorkerDied:
             raise
+        except Cancelled as error:
+            self._ledger.fail(name)
+            self._catalog.cancel_load(name)
+            raise Cancelled(f"loading '{name}' ended early: {error}") from None
         except ThirdrailError as error:
             self._ledger.fail(name)
             self._catalog.fail_load(name, error.message)
@@ -228,11 +307,24 @@ class ModelControl:
             raise
         before = self._ledger.succeed(name, source)
         self._catalog.end_load(name, loaded, self._worker.name)
+        self.engines.loaded(name, loaded.engines)
+        for version, engine in loaded.engines.items():
+            if engine.reason:
+                _log.warning(
+                    "model '%s' version %d is run by %s: %s",
+                    name,
+                    version,
+                    engine.name,
+                    engine.reason,
+                )
         return loaded, before
 
-    async def _prepare(self, name: str, source: LoadSource) -> PreparedLoad:
+    async def _prepare(self, order: _Order) -> PreparedLoad:
+        name = order.name
         try:
-            return await asyncio.to_thread(prepare, name, source)
+            prepared = await asyncio.to_thread(prepare, name, order.source)
+            command = replace(prepared.command, takes_stopgap=not order.improves)
+            return replace(prepared, command=command)
         except ModelMissing as error:
             # A name that nobody knows leaves no trace, or callers could fill the catalog.
             if self._catalog.get(name) is not None:
@@ -248,6 +340,7 @@ class ModelControl:
         def tell(fields: dict[str, Any]) -> None:
             told = LoadProgress.from_fields(fields)
             self._catalog.tell_phase(prepared.command.name, told.phase)
+            self._ledger.note(prepared.command.name, is_building=told.is_building)
             progress(told)
 
         answer = await self._worker.call("load", prepared.command.to_fields(), tell)
@@ -260,7 +353,19 @@ class ModelControl:
         return replace(loaded, versions=dict(sorted(versions.items())))
 
     def _load_later(self, name: str, source: LoadSource) -> None:
-        self._spawn(self._load(name, source, lambda _progress: None, is_patient=True))
+        self._spawn(self._load(_Order(name, source, is_patient=True)))
+
+    async def _cancel_loads(self, name: str | None) -> None:
+        """None: of all models, for good."""
+        if name is not None:
+            self._improving.pop(name, None)
+        with contextlib.suppress(ThirdrailError):  # no worker: nothing is built
+            await self._worker.call("cancel loads", {} if name is None else {"name": name})
+
+    async def _stop_improving(self, name: str) -> None:
+        """For a load that is to take its place."""
+        if self._improving.pop(name, None) is not None:
+            await self._cancel_loads(name)
 
     # Unloading
 
@@ -321,9 +426,14 @@ class ModelControl:
         if decision.action == "unload":
             self._spawn(self._unload_and_remove(decision.name))
         else:
-            self._load_later(decision.name, LoadSource(self._config.repository))
+            self._spawn(self._reload(decision.name))
+
+    async def _reload(self, name: str) -> None:
+        await self._stop_improving(name)
+        await self._load(_Order(name, LoadSource(self._config.repository), is_patient=True))
 
     async def _unload_and_remove(self, name: str) -> None:
+        await self._cancel_loads(name)
         await self._unload(name, asyncio.Event())
         self._catalog.remove(name)
 

@@ -119,7 +119,15 @@ class _Progress:
         self._is_over = False
 
     def tell(self, progress: LoadProgress) -> None:
-        self._reports.append(pb.LoadResponse(**progress.to_fields()))
+        self._reports.append(
+            pb.LoadResponse(
+                phase=progress.phase,
+                step=progress.step,
+                steps=progress.steps,
+                phase_step=progress.phase_step,
+                phase_steps=progress.phase_steps,
+            )
+        )
         self._wake.set()
 
     def end(self, _load: object) -> None:

@@ -4,7 +4,8 @@
 A model whose load was under way when the worker died is a suspect. One suspect alone is the
 culprit: it is not loaded again until it changes or somebody asks for it, so a poison model costs
 one restart, not an endless row of them. Of several, each is tried again with no other load beside
-it, so that the next death names one.
+it, so that the next death names one. A load that waits for a build, which another process does, is
+no suspect.
 """
 
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class Verdict(Enum):
 
     BROKEN = "it alone was being loaded: it killed the worker"
     RETRY_ALONE = "others were being loaded too: try again with none beside it"
+    RETRY = "it was being built, in another process: try again"
 
 
 Source = TypeVar("Source")
@@ -62,6 +64,7 @@ class LoadLedger(Generic[Source]):
     """Which loads are under way; which models serve, from what, in the order of their loads."""
 
     _loading: set[str] = field(default_factory=set)
+    _building: set[str] = field(default_factory=set)  # of these, those that wait for a build
     _serving: dict[str, Source] = field(default_factory=dict)
     _verdicts: dict[str, Verdict] = field(default_factory=dict)
 
@@ -70,9 +73,16 @@ class LoadLedger(Generic[Source]):
         self._loading.add(name)
         self._verdicts.pop(name, None)
 
+    def note(self, name: str, *, is_building: bool) -> None:
+        """Whether a load waits for another process at the moment."""
+        if is_building and name in self._loading:
+            self._building.add(name)
+        else:
+            self._building.discard(name)
+
     def succeed(self, name: str, source: Source) -> Source | None:
         """The model serves from `source` now. Returns what it served from before."""
-        self._loading.discard(name)
+        self.fail(name)
         before = self._serving.get(name)
         self._serving[name] = source
         return before
@@ -80,6 +90,7 @@ class LoadLedger(Generic[Source]):
     def fail(self, name: str) -> None:
         """The load is over. What served goes on serving."""
         self._loading.discard(name)
+        self._building.discard(name)
 
     def forget(self, name: str) -> Source | None:
         """The model was unloaded, and does not come back by itself. Returns what it served from."""
@@ -87,13 +98,16 @@ class LoadLedger(Generic[Source]):
 
     def on_death(self) -> Aftermath[Source]:
         """The worker died, and with it all that it served and was loading."""
-        suspects, self._loading = frozenset(self._loading), set()
+        loading, self._loading = frozenset(self._loading), set()
+        building, self._building = frozenset(self._building), set()
+        suspects = loading - building
         verdict = Verdict.BROKEN if len(suspects) == 1 else Verdict.RETRY_ALONE
         self._verdicts.update(dict.fromkeys(suspects, verdict))
+        self._verdicts.update(dict.fromkeys(building, Verdict.RETRY))
         lost, self._serving = self._serving, {}
         # A suspect that served before would, from now on, be loaded from what killed the worker.
-        again = [(name, source) for name, source in lost.items() if name not in suspects]
-        return Aftermath(again, suspects if verdict is Verdict.RETRY_ALONE else frozenset())
+        again = [(name, source) for name, source in lost.items() if name not in loading]
+        return Aftermath(again, loading if verdict is Verdict.RETRY_ALONE else building)
 
     def verdict(self, name: str) -> Verdict:
         """About a load that failed because the worker died."""

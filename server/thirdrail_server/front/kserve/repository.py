@@ -63,13 +63,14 @@ def refuse_repository_name(name: str) -> None:
 
 
 def model_index(model: ServedModel) -> Iterator[ModelIndex]:
-    """One line per version; where none is known, one line without a version."""
+    """One line per version; where none is known, one line without a version. The reason of one
+    that serves is why that is not on the engine of first choice."""
     for status in model.versions:
         yield ModelIndex(
             name=model.name,
             version=str(status.version) if status.version else "",
             state=_STATES.get(status.state, "UNKNOWN"),
-            reason=status.reason,
+            reason=status.reason or model.engine_reason(status.version),
         )
 
 

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker's loads share for compiling: the plan cache, and the limits of builds.
+
+Most models need no plan. So the cache is opened, and what compiles is imported, when the first one
+does.
+"""
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from thirdrail_engines.compile_options import CompileOptions
+from thirdrail_engines.engine import ModelFileError
+from thirdrail_engines.engine_choice import Source, engine_order
+from thirdrail_engines.host import host_of
+from thirdrail_engines.plans import TellProgress
+from thirdrail_server.config import CompileConfig
+
+if TYPE_CHECKING:
+    from thirdrail_engines.compiling import CompileServices
+    from thirdrail_engines.plan_cache import PlanCache
+
+
+class Plans:
+    """Safe to use from several threads."""
+
+    def __init__(self, config: CompileConfig) -> None:
+        self._config = config
+        self._opening = threading.Lock()
+        self._cache: PlanCache | None = None
+
+    def services(self, tell: TellProgress, cancelled: threading.Event) -> "CompileServices":
+        """For one load. Raises ModelFileError when the cache's folder is not to be trusted."""
+        from thirdrail_engines.builds import BuildLimits
+        from thirdrail_engines.compiling import CompileServices
+
+        limits = BuildLimits(
+            seconds_max=self._config.build_s_max,
+            memory_bytes_max=self._config.build_memory_bytes_max,
+            builds_at_once_max=self._config.builds_at_once_max,
+        )
+        return CompileServices(self._open_cache(), limits, tell, cancelled)
+
+    def close(self) -> None:
+        with self._opening:
+            if self._cache is not None:
+                self._cache.close()
+                self._cache = None
+
+    def _open_cache(self) -> "PlanCache | None":
+        if self._config.cache_dir is None:
+            return None
+        from thirdrail_engines.plan_cache import CacheFolderError, PlanCache
+
+        with self._opening:
+            if self._cache is None:
+                try:
+                    self._cache = PlanCache(
+                        self._config.cache_dir,
+                        self._config.cache_bytes_max,
+                        self._config.read_only_caches,
+                    )
+                except CacheFolderError as error:
+                    raise ModelFileError(str(error)) from None
+            return self._cache
+
+
+def may_build(path: Path, options: CompileOptions) -> bool:
+    """Whether an engine that may run this model needs a plan. Quick, and says yes in doubt."""
+    size = sum(each.stat().st_size for each in path.parent.iterdir() if each.is_file())
+    order = engine_order(Source(path.suffix, size), options, host_of(path.suffix), keeps_plans=True)
+    return any(candidate.builder is not None for candidate in order)
