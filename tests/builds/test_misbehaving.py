@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever a build's process does becomes a BuildError that says what happened, and no more."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from thirdrail_engines.builds import BuildLimits, BuiltPlan
+from thirdrail_engines.plans import BuildError, BuildFault
+
+MIB = 1 << 20
+Misbehave = Callable[..., BuiltPlan]
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        (
+            "segfault",
+            "the process of the onnxruntime build was ended by SIGSEGV without a result; "
+            "its last words: about to read address 0",
+        ),
+        (
+            "abort",
+            "the process of the onnxruntime build was ended by SIGABRT without a result; its last "
+            "words: first line | terminate called after throwing an instance of 'std::bad_cast'",
+        ),
+        ("exit_code", "the process of the onnxruntime build ended with exit code 7 without a"),
+        ("exit_after_result", "the process of the onnxruntime build ended with exit code 7"),
+        ("killed", "the process of the onnxruntime build was ended by SIGKILL without a result"),
+        ("nothing", "the process of the onnxruntime build ended with exit code 0 without a"),
+        ("garbage", "the process of the onnxruntime build made no sense: it sent "),
+        ("huge_line", "made no sense: it sent more than a build has to say"),
+        ("deep", "made no sense: it sent a line nested too deeply"),
+        ("progress_for_ever", "made no sense: it sent more than a build has to say"),
+        ("plan_elsewhere", "made no sense: it sent a plan with the name '../model.plan'"),
+        ("plan_is_a_link", "the build left a plan that is no file, or empty"),
+        ("plan_is_absent", "the build left no plan: No such file or directory"),
+    ],
+)
+def test_a_crash_is_an_error(misbehave: Misbehave, what: str, text: str) -> None:
+    with pytest.raises(BuildError) as caught:
+        misbehave(what)
+    assert caught.value.fault is BuildFault.CRASHED
+    assert text in str(caught.value)
+
+
+def test_a_refusal_is_presentable(misbehave: Misbehave) -> None:
+    with pytest.raises(BuildError) as caught:
+        misbehave("escape_codes")
+    assert caught.value.fault is BuildFault.REFUSED
+    assert str(caught.value) == "no [2Jthing forged line"
+
+
+@pytest.mark.parametrize("what", ["hang", "hang_deaf"])
+def test_a_build_that_takes_too_long_is_ended(misbehave: Misbehave, what: str) -> None:
+    began_s = time.monotonic()
+    with pytest.raises(BuildError) as caught:
+        misbehave(what, BuildLimits(seconds_max=0.5))
+    assert caught.value.fault is BuildFault.OUT_OF_TIME
+    assert "the onnxruntime build took longer than 0.5 s" in str(caught.value)
+    assert ("still at it" in str(caught.value)) == (what == "hang")
+    assert time.monotonic() - began_s < 3
+
+
+@pytest.mark.parametrize("what", ["hog", "hog_in_children"])
+def test_a_build_that_takes_too_much_memory_is_ended(misbehave: Misbehave, what: str) -> None:
+    with pytest.raises(BuildError) as caught:
+        misbehave(what, BuildLimits(seconds_max=60, memory_bytes_max=300 * MIB))
+    assert caught.value.fault is BuildFault.OUT_OF_MEMORY
+    assert "may take 300 MiB" in str(caught.value)
+
+
+def test_much_output_is_read_and_not_kept(misbehave: Misbehave) -> None:
+    before = psutil.Process().memory_info().rss
+    assert misbehave("flood").plan.read_bytes() == b"plan"
+    assert psutil.Process().memory_info().rss - before < 10 * MIB
+
+
+def test_what_a_build_leaves_running_is_ended_with_it(misbehave: Misbehave) -> None:
+    began_s = time.monotonic()
+    conversion = misbehave("leaves_a_child").conversion
+    assert conversion is not None
+    child = conversion["child"]
+    assert isinstance(child, int)
+    assert time.monotonic() - began_s < 3
+    deadline_s = time.monotonic() + 5
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_an_error_of_who_listens_ends_the_build(misbehave: Misbehave) -> None:
+    def tell(phase: str, done: int, steps: int) -> None:
+        raise KeyError(phase, done, steps)
+
+    with pytest.raises(KeyError, match="at work"):
+        misbehave("progress_for_ever", tell=tell)
+
+
+def test_a_process_that_cannot_be_started_is_an_error(misbehave: Misbehave, folder: Path) -> None:
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), limits[1]))
+    try:
+        with pytest.raises(BuildError, match="no process could be started"):
+            misbehave("well")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
