@@ -100,7 +100,7 @@ def test_an_answer_with_anything_else_in_it_is_refused_or_valid(answer: Any, dat
 
 @given(st.binary(max_size=200))
 def test_bytes_of_any_kind_are_refused(line: bytes) -> None:
-    with pytest.raises(ValueError, match=""):
+    with pytest.raises(ValueError, match=r"."):
         read_answer(line)
 
 
@@ -131,7 +131,7 @@ def test_bytes_of_any_kind_are_refused(line: bytes) -> None:
 def test_a_result_beyond_its_bounds_is_refused(change: dict[str, Any]) -> None:
     message = json.loads(write_answer(RESULT))
     message["result"].update(change)
-    with pytest.raises(ValueError, match=r"^a "):
+    with pytest.raises(ValueError, match=r"none|name|other fields|longer"):
         read_answer(json.dumps(message).encode())
 
 
