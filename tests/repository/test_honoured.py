@@ -28,6 +28,8 @@ WARMUP = """max_batch_size: 4
     model_warmup { name: 'w' %s inputs { key: 'x' value {
         data_type: TYPE_FP32 dims: [3] %s } } }"""
 
+TENSORRTS = (EngineChoice.TENSORRT, EngineChoice.TENSORRT_RTX)  # by what is installed
+
 Check = Callable[[Path], None]
 CHECKS: dict[str, Check] = {}
 
@@ -70,7 +72,7 @@ def name(_: Path) -> None:
 @honours("platform")
 def platform(_: Path) -> None:
     assert compiled("platform: 'onnxruntime_onnx'").engine is EngineChoice.AUTO
-    assert compiled("platform: 'tensorrt_plan'").engine is EngineChoice.TENSORRT
+    assert compiled("platform: 'tensorrt_plan'").engine in TENSORRTS
     with pytest.raises(RepositoryError, match="platform: "):
         check_fields(parse("platform: 'ensemble'"))
 
@@ -286,7 +288,8 @@ def gpu_accelerator(_: Path) -> None:
         "parameters { key: 'max_workspace_size_bytes' value: '3145728' } } } }"
     )
     found = compiled(text)
-    assert (found.engine, found.precision) == (EngineChoice.TENSORRT, Precision.FP16)
+    assert found.engine in TENSORRTS
+    assert found.precision is Precision.FP16
     assert found.workspace_bytes == 3 << 20
     ours = "parameters { key: 'engine' value { string_value: 'onnxruntime' } }"
     assert compiled(text + ours).engine is EngineChoice.ONNXRUNTIME

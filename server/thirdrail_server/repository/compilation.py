@@ -6,6 +6,7 @@ the TensorRT accelerator of `optimization`. Where those are silent too, the serv
 """
 
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 
 from thirdrail.errors import InvalidArgument
 from thirdrail_engines.compile_options import (
@@ -19,10 +20,17 @@ from thirdrail_engines.profiles import BatchRows, config_line
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig, ModelOptimizationPolicy
 from thirdrail_server.repository.errors import RepositoryError
 
+
+def _installed_tensorrt() -> EngineChoice:
+    """Which of the two packages Triton's word for TensorRT means here."""
+    is_other = find_spec("tensorrt") is None and find_spec("tensorrt_rtx") is not None
+    return EngineChoice.TENSORRT_RTX if is_other else EngineChoice.TENSORRT
+
+
 ENGINES_BY_PLATFORM = {
     "onnxruntime": EngineChoice.AUTO,  # the kind of file; `engine` says what it shall run on
     "onnxruntime_onnx": EngineChoice.AUTO,
-    "tensorrt": EngineChoice.TENSORRT,
+    "tensorrt": EngineChoice.TENSORRT,  # or that for RTX, where only it is installed
     "tensorrt_plan": EngineChoice.TENSORRT,
     "tensorrt_rtx": EngineChoice.TENSORRT_RTX,
     "pytorch": EngineChoice.AUTO,
@@ -87,13 +95,15 @@ def _of_triton(config: ModelConfig) -> Iterator[tuple[str, str]]:
     accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
     for accelerator in accelerators:
         if accelerator.name == ACCELERATOR:
-            yield "engine", EngineChoice.TENSORRT.value
+            yield "engine", _installed_tensorrt().value
             yield from _of_accelerator(accelerator.parameters)
 
 
 def _of_platform(config: ModelConfig) -> Iterator[tuple[str, str]]:
     for name in (config.platform, config.backend):
         choice = ENGINES_BY_PLATFORM.get(name, EngineChoice.AUTO)
+        if choice is EngineChoice.TENSORRT:
+            choice = _installed_tensorrt()
         if choice is not EngineChoice.AUTO:
             yield "engine", choice.value
 
