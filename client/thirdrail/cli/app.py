@@ -71,7 +71,9 @@ class _Commands(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, shared_options_first(args, set(self.commands)))
+        return super().parse_args(
+            ctx, shared_options_first(args, {*self.commands, *extensions.SHARING_OPTIONS})
+        )
 
     def invoke(self, ctx: Any) -> Any:
         try:

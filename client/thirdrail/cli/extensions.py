@@ -2,8 +2,8 @@
 """Commands that other packages add to `thirdrail` through the entry points "thirdrail.commands".
 
 The client comes first in the import order, so it learns of them by name. An entry point names a
-function with typer's annotations. It is imported when it is invoked; for `thirdrail --help` its
-docstring is read from its source.
+function with typer's annotations, or a typer app whose callback has the command's name. It is
+imported when it is invoked; for `thirdrail --help` its docstring is read from its source.
 """
 
 import ast
@@ -19,6 +19,9 @@ from typer.core import TyperCommand
 GROUP = "thirdrail.commands"
 _DEFAULT_EXTRA = "server"
 
+# Those that take `thirdrail`'s own options behind them as well. `serve` has others of these names.
+SHARING_OPTIONS = frozenset(("cache", "compile"))
+
 
 @functools.cache
 def _entry_points() -> dict[str, metadata.EntryPoint]:
@@ -31,11 +34,16 @@ def names() -> list[str]:
 
 def load(name: str) -> Any:
     """The command itself. Raises ModuleNotFoundError when a package that it needs is missing."""
+    loaded = _entry_points()[name].load()
+    if isinstance(loaded, typer.Typer):
+        group = typer.main.get_command(loaded)
+        group.name = name
+        return group
     holder = typer.Typer(
         add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
     )
     holder.command(name, cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})(
-        _entry_points()[name].load()
+        loaded
     )
     return typer.main.get_command(holder)
 
@@ -71,7 +79,8 @@ def outline(name: str) -> TyperCommand | None:
     point = _entry_points().get(name)
     if point is None:
         return None
-    return TyperCommand(name, help=summary(point.module, point.attr))
+    text = summary(point.module, point.attr) or summary(point.module, name)
+    return TyperCommand(name, help=text)
 
 
 def summary(module: str, function: str) -> str:

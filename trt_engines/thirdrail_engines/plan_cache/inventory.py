@@ -15,7 +15,7 @@ from thirdrail_engines.plan_cache.store import occupants
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """manifest: None if it cannot be read, or there are only notes; `problem` says which.
+    """manifest: None if it cannot be read, or there are only notes; `problem` says why.
 
     size_bytes: with the notes. used_ns: when it was last used, since the epoch.
     """
@@ -27,6 +27,7 @@ class Entry:
     used_ns: int
     is_in_use: bool
     notes: tuple[tuple[str, int], ...]  # names and sizes in bytes
+    has_only_notes: bool = False  # the plan is in another cache
 
 
 def entries(layout: Layout) -> list[Entry]:
@@ -58,20 +59,23 @@ def read_verified(layout: Layout, digest: str) -> Plan:
 
 def _entry(layout: Layout, digest: str, size_bytes: int, used_ns: int) -> Entry:
     manifest, problem, is_in_use = None, "", False
+    notes = _notes(layout, digest)
     try:
         fd = open_folder(layout.plans / digest)
-        try:
-            manifest = read_manifest(digest, fd)
-            is_in_use = not try_lock(fd)
-        finally:
-            os.close(fd)
-    except FileNotFoundError:
-        problem = "only notes about a plan that is in another cache, or incomplete"
+    except OSError as error:
+        is_alone = isinstance(error, FileNotFoundError)
+        problem = "only notes, about a plan in another cache" if is_alone else reason_of(error)
+        return Entry(digest, None, problem, size_bytes, used_ns, False, notes, is_alone)
+    try:
+        manifest = read_manifest(digest, fd)
+        is_in_use = not try_lock(fd)
     except Damaged as error:
         problem = str(error)
     except OSError as error:
-        problem = reason_of(error)
-    return Entry(digest, manifest, problem, size_bytes, used_ns, is_in_use, _notes(layout, digest))
+        problem = f"no manifest can be read: {reason_of(error)}"
+    finally:
+        os.close(fd)
+    return Entry(digest, manifest, problem, size_bytes, used_ns, is_in_use, notes)
 
 
 def _notes(layout: Layout, digest: str) -> tuple[tuple[str, int], ...]:
