@@ -90,7 +90,7 @@ class EngineLoader:
         if candidate.builder is None:
             return False
         try:
-            request = self._request(candidate.builder)
+            request = self.request(candidate.builder)
             key = key_of(request)
         except ModelFileError:  # which `load` raises again
             return False
@@ -162,7 +162,7 @@ class EngineLoader:
     def _load_plan(
         self, candidate: Candidate, builder: Builder, attempts: tuple[Attempt, ...]
     ) -> LoadedEngine:
-        request = self._request(builder)
+        request = self.request(builder)
         plan, is_hit = compile_plan(request, self._services)
         try:
             self._check_cancelled()
@@ -176,6 +176,7 @@ class EngineLoader:
         report = EngineReport(
             candidate.name,
             attempts,
+            precision=request.precision,
             plan_key=plan.key.digest,
             is_cache_hit=is_hit,
             build_s=plan.manifest.build_s,
@@ -183,14 +184,19 @@ class EngineLoader:
         )
         return LoadedEngine(engine, report)
 
-    def _request(self, builder: Builder) -> PlanRequest:
+    def request(self, builder: Builder, target: Target | None = None) -> PlanRequest:
+        """What to build. target: the GPU that the plan is for; None: the one at hand.
+
+        Raises BuildError (MISSING, REFUSED), and ProfileError; ModelFileError where the model
+        cannot be read.
+        """
         if builder is Builder.ONNXRUNTIME:
             return self._onnxruntime_request(self._wanted.precision)
         version = tensorrt_version(builder)
-        device = _device_for(builder)
+        gpu = target or _device_for(builder)
         spec, wanted = self._need_reference().spec, self._wanted
         profiles = profiles_for(spec.inputs, wanted.profiles, wanted.rows, spec.unranked)
-        return tensorrt_request(self.path, builder, version, wanted, profiles, device=device)
+        return tensorrt_request(self.path, builder, version, wanted, profiles, gpu)
 
     def _onnxruntime_request(self, precision: Precision) -> PlanRequest:
         return onnxruntime_request(
