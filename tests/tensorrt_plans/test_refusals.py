@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from support.plan_models import PlanModel
-from thirdrail_engines.builds import BuildLimits, run_build
+from thirdrail_engines.builds import BuildLimits, BuiltPlan, run_build
 from thirdrail_engines.builds.result import Built
 from thirdrail_engines.plans import (
     Builder,
@@ -223,3 +224,29 @@ def test_a_library_without_plugins(refusal: Refuse, sum_path: Path, tmp_path: Pa
     assert text.endswith(
         "the plugin plugins.so: No creator returned by getPluginCreators in plugins.so"
     )
+
+
+@pytest.mark.needs_gcc
+def test_a_library_with_a_plugin(
+    request_for: Callable[..., PlanRequest], sum_path: Path, tmp_path: Path
+) -> None:
+    """It is loaded, warned of, and asked for its plugin, which it does not create."""
+
+    def build_apart(name: str) -> BuiltPlan:
+        folder = tmp_path / name
+        folder.mkdir()
+        request = request_for(sum_path, profiles=(ROWS,), plugins=(library,))
+        return run_build(request, folder, BuildLimits(), lambda *_: None, threading.Event())
+
+    library = tmp_path / "plugin.so"
+    source = Path(__file__).with_name("plugin.cpp")
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", library, source], check=True)
+    assert build_apart("first").warnings == (
+        "the plugin plugin.so is trusted code: it runs with the rights of the build, and with "
+        "those of the server once the plan is loaded",
+    )
+    model = onnx.load(sum_path, load_external_data=False)
+    model.graph.node[0].op_type, model.graph.node[0].domain = "Nope", "own"
+    onnx.save(model, sum_path)
+    with pytest.raises(BuildError, match="Nope node 'sum': Could not create the plugin"):
+        build_apart("second")

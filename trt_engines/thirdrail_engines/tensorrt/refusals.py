@@ -18,7 +18,7 @@ _ENGINE_PLACE = re.compile(r"\s*In \S+(?: \S+)? at /\S*?:\d+")
 _COMPILER_PLACE = re.compile(r"\[\w+\.(?:cpp|cc|h|hpp):\d+: \w+\] ")
 _LOGGED_PLACE = re.compile(r"^(?:ERROR: )?[\w.]+\.(?:cpp|hpp|h):\d+(?: In function \w+)?: *")
 _PARSER_CONDITION = re.compile(r'^.*&& "(.*?)"$', re.DOTALL)
-_PARSER_ASSERTION = re.compile(r"^.*Assertion failed: [^\"]*?\)(?: == [^:]+)?: ", re.DOTALL)
+_PARSER_ASSERTION = re.compile(r"^.*Assertion failed: (?:\w+|[^\"]*?\)(?: == [^:]+)?): ", re.DOTALL)
 # cudaError_t: no driver or too old a one, no device. Old versions do not tell the number.
 _NO_GPU = re.compile(
     r"cudaError (?:3|34|35|100|101|803|804)\b|graph_jit|Cuda Runtime \(In \S+ at \S+\)$",
