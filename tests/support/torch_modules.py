@@ -104,27 +104,38 @@ class Picks(torch.nn.Module):
         return x[x > 0]
 
 
+class Nested(torch.nn.Module):
+    def forward(self, pair: Any, flag: bool, *, scale: Any) -> Any:
+        return (pair["left"] - pair["right"][0]) * scale if flag else scale
+
+
 class Identity(torch.nn.Module):
     def forward(self, x: Any) -> Any:
         return x.clone()
 
 
 def save_exported(
-    path: Path, module: Any, examples: tuple[Any, ...], open_dims: Any = None
+    path: Path,
+    module: Any,
+    examples: tuple[Any, ...],
+    open_dims: Any = None,
+    named: Any = None,
+    size_min: int = 1,
 ) -> Path:
-    """open_dims: per argument, axis -> name of a dimension; equal names are equal sizes."""
+    """open_dims: per argument, axis -> name of a dimension; equal names are equal sizes.
+
+    named: arguments by name, after `examples`.
+    """
     torch.manual_seed(0)
     names = {name for each in open_dims or () for name in each.values()}
-    dims = {name: torch.export.Dim(name, min=1, max=1024) for name in names}
-    shapes = (
-        None
-        if open_dims is None
-        else tuple({axis: dims[name] for axis, name in each.items()} for each in open_dims)
-    )
+    dims = {name: torch.export.Dim(name, min=size_min, max=1 << 30) for name in names}
+    shapes = None
+    if open_dims is not None:
+        shapes = tuple({axis: dims[name] for axis, name in each.items()} for each in open_dims)
     with warnings.catch_warnings():
         # torch's own LSTM keeps its weights in a list beside its parameters, which export notices.
         warnings.filterwarnings("ignore", "The tensor attributes? self.*_flat_weights", UserWarning)
-        program = torch.export.export(module.eval(), examples, dynamic_shapes=shapes)
+        program = torch.export.export(module.eval(), examples, named, dynamic_shapes=shapes)
         torch.export.save(program, path)
     return path
 

@@ -12,12 +12,12 @@ SaveModel = Callable[..., Path]
 
 @pytest.fixture
 def save_exported(tmp_path: Path) -> SaveModel:
-    """save_exported(module, examples, open_dims) -> the path of its .pt2."""
+    """save_exported(module, examples, open_dims, named) -> the path of its .pt2."""
 
-    def save(module: Any, examples: tuple[Any, ...], open_dims: Any = None) -> Path:
+    def save(module: Any, *arguments: Any) -> Path:
         from support import torch_modules
 
-        return torch_modules.save_exported(tmp_path / "model.pt2", module, examples, open_dims)
+        return torch_modules.save_exported(tmp_path / "model.pt2", module, *arguments)
 
     return save
 

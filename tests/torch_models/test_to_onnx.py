@@ -158,6 +158,21 @@ def test_an_output_with_the_name_of_an_input_gets_another_one(
     assert_agrees(path, {"x": x}, {"x_out": x + 1, "y_low": x - 1})
 
 
+def test_arguments_that_are_nested_named_or_constant(
+    save_exported: SaveModel, onnx_folder: Path
+) -> None:
+    import torch
+
+    from support.torch_modules import Nested
+
+    left, right, scale = torch.randn(2), torch.randn(2), torch.randn(2)
+    arguments = ({"left": left, "right": [right]}, True)
+    source = save_exported(Nested(), arguments, None, {"scale": scale})
+    path = to_onnx(source, onnx_folder, ignore)
+    feed = {"pair_left": left, "pair_right_0": right, "scale": scale}
+    assert_agrees(path, feed, {"output": (left - right) * scale})
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -78,6 +78,15 @@ def refusal(path: Path, text: str) -> BuildError:
     return BuildError(BuildFault.REFUSED, f"{path.name}: {text}")
 
 
+def changes_itself(names: Iterable[str]) -> str:
+    """Why a program with state is not served: runs would see each other, in any order."""
+    listed = ", ".join(f"'{name}'" for name in names)
+    return (
+        f"each run changes {listed}; one request would then change the results of the next. Call "
+        "model.eval() before it is exported, and make state an input and an output"
+    )
+
+
 def tidy(error: BaseException) -> str:
     """What torch said first, on one line: without advice, colours and traces."""
     while error.__cause__ is not None:  # ends: causes are a chain that Python keeps free of rings
@@ -99,11 +108,11 @@ def _inputs(path: Path, program: Any) -> Iterable[TensorSpec]:
 
 
 def _user_inputs(program: Any) -> Iterable[Any]:
-    """The nodes of what the caller passes. A constant among the arguments has no name here."""
+    """The nodes of what the caller passes: not those of constants among the arguments."""
     names = {
         spec.arg.name
         for spec in program.graph_signature.input_specs
-        if spec.kind.name == "USER_INPUT" and hasattr(spec.arg, "name")
+        if spec.kind.name == "USER_INPUT" and not hasattr(spec.arg, "value")
     }
     return (n for n in program.graph.nodes if n.op == "placeholder" and n.name in names)
 

@@ -50,7 +50,12 @@ def to_onnx(path: Path, folder: Path, tell: TellProgress, profiles: Sequence[Pro
 def _convert_exported(path: Path, target: Path, tell: TellProgress) -> None:
     import torch
 
-    from thirdrail_engines.torch_sources.exported import load_exported, refusal, tidy
+    from thirdrail_engines.torch_sources.exported import (
+        changes_itself,
+        load_exported,
+        refusal,
+        tidy,
+    )
     from thirdrail_engines.torch_sources.quiet import quiet_exporter
 
     exported = load_exported(path)
@@ -79,15 +84,6 @@ def _convert_exported(path: Path, target: Path, tell: TellProgress) -> None:
         raise BuildError(BuildFault.OUT_OF_DISK, f"{target.name}: {error.strerror}") from None
     except Exception as error:  # its parts raise whatever they happen to
         raise refusal(path, f"PyTorch cannot write it as ONNX: {tidy(error)}") from None
-
-
-def changes_itself(names: Iterable[str]) -> str:
-    """Why a program with state is not served: runs would see each other, in any order."""
-    listed = ", ".join(f"'{name}'" for name in names)
-    return (
-        f"each run changes {listed}; one request would then change the results of the next. Call "
-        "model.eval() before it is exported, and make state an input and an output"
-    )
 
 
 def _name_dimensions(model: Any) -> None:

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine on PyTorch itself: runs a torch.export program, operator by operator.
+
+It serves what cannot be written as ONNX, and runs on any GPU that PyTorch knows. Importing this
+module imports torch, some hundred MB: a worker does so only for a model that is served by it.
+
+Inputs are read where they lie, and may lie in read-only memory; programs that write to their inputs
+or buffers are refused when they are loaded. Results lie where their operators put them: an array of
+`into` is never written to.
+
+On CUDA this was not yet run on a GPU.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from thirdrail import dtypes
+from thirdrail.dtypes import DType
+from thirdrail.tensors import Array, TensorSpec
+from thirdrail_engines.engine import EngineError, EngineSpec, ModelFileError
+from thirdrail_engines.malloc import return_free_memory
+from thirdrail_engines.options import EngineOptions
+from thirdrail_engines.torch_sources.exported import (
+    DTYPES,
+    Exported,
+    changes_itself,
+    load_exported,
+    refusal,
+    tidy,
+)
+
+_PLATFORM = "pytorch_exported"
+
+_BF16, _BOOL = dtypes.BY_NAME["BF16"], dtypes.BOOL
+
+
+def load_torch(path: Path, *, options: EngineOptions, device: str = "cpu") -> "TorchEngine":
+    """Load a `.pt2` file, onto the CPU or a CUDA device ("cuda", "cuda:1").
+
+    Raises ModelFileError when the file cannot be read or served, or the device is not there.
+    """
+    if path.suffix == ".pt":
+        raise refusal(
+            path,
+            "a TorchScript file does not say what it takes, so it is compiled and not run by "
+            "PyTorch: save the model with torch.export.save as model.pt2",
+        )
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ModelFileError(f"{path.name}: this PyTorch sees no CUDA device")
+    exported = load_exported(path)
+    if exported.changed:
+        raise refusal(path, changes_itself(exported.changed))
+    program = exported.program
+    try:
+        if device != "cpu":
+            program = torch.export.passes.move_to_device_pass(program, device)
+        module = program.module()
+    except Exception as error:  # its parts raise whatever they happen to
+        raise refusal(path, f"PyTorch cannot load it: {tidy(error)}") from None
+    return_free_memory()
+    return TorchEngine(module, exported, options, torch.device(device))
+
+
+class TorchEngine:
+    """See Engine. Build it with `load_torch`."""
+
+    def __init__(
+        self, module: Any, exported: Exported, options: EngineOptions, device: Any
+    ) -> None:
+        self._module: Any = module
+        self._device = device
+        self._threads = options.threads_max
+        self._inputs = {spec.name: spec for spec in exported.inputs}
+        self._outputs = {spec.name: (place, spec) for place, spec in exported.outputs}
+        self._arguments = _arguments(exported.program, list(self._inputs))
+        self._constants = frozenset(_storages((*module.parameters(), *module.buffers())))
+        self._constants |= frozenset(_storages(exported.program.constants.values()))
+        self._spec = EngineSpec(
+            exported.inputs,
+            tuple(spec for _, spec in exported.outputs),
+            _PLATFORM,
+            # Nothing was found out about how its operators read: every input is copied first.
+            positional_inputs=frozenset(),
+        )
+
+    @property
+    def spec(self) -> EngineSpec:
+        return self._spec
+
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        wanted: Sequence[str],
+        into: Mapping[str, Array],
+    ) -> dict[str, Array]:
+        """See Engine.run. All outputs are computed, whichever are wanted."""
+        tensors = {name: self._tensor(name, array) for name, array in inputs.items()}
+        self._check_names(tensors, wanted)
+        for name, array in into.items():
+            self._check_target(name, array)
+        if not wanted:
+            return {}
+        # PyTorch keeps the number for each thread, and starts threads with all cores.
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        positional, named = self._arguments(tensors)
+        try:
+            with torch.inference_mode():
+                returned = pytree.tree_leaves(
+                    self._module(*positional, **named), is_leaf=lambda leaf: leaf is None
+                )
+                foreign = self._constants.union(_storages(tensors.values()))
+                return {name: self._fetch(name, returned, foreign, into) for name in wanted}
+        except EngineError:
+            raise
+        except Exception as error:  # an operator raises whatever it happens to
+            raise EngineError(_words(error)) from None
+
+    def close(self) -> None:
+        """See Engine.close. Results that were handed out stay valid."""
+        self._module = None
+        return_free_memory()
+
+    def _tensor(self, name: str, array: Array) -> Any:
+        """The array as a tensor on the device: on the CPU, its own memory."""
+        spec = self._inputs.get(name)
+        if spec is None:
+            raise EngineError(f"'{name}' is no input, expected {', '.join(self._inputs)}")
+        if array.dtype != spec.dtype.numpy or not _fits(array.shape, spec.shape):
+            raise EngineError(
+                f"input '{name}' is {array.dtype} with the shape {list(array.shape)}, expected "
+                f"{spec.dtype.name} with {list(spec.shape)}"
+            )
+        if spec.dtype is _BOOL:
+            array = array.view(np.uint8) != 0  # a byte of 255 is no boolean to every kernel
+        tensor = _tensor_of(array, spec.dtype)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device)
+
+    def _check_names(self, tensors: Mapping[str, Any], wanted: Sequence[str]) -> None:
+        absent = self._inputs.keys() - tensors.keys()
+        if absent:
+            raise EngineError(f"input '{min(absent)}' is absent")
+        unknown = [name for name in wanted if name not in self._outputs]
+        if unknown:
+            raise EngineError(f"'{unknown[0]}' is no output, expected {', '.join(self._outputs)}")
+
+    def _check_target(self, name: str, array: Array) -> None:
+        place_and_spec = self._outputs.get(name)
+        if place_and_spec is None:
+            raise EngineError(f"'{name}' is no output, expected {', '.join(self._outputs)}")
+        dtype = place_and_spec[1].dtype
+        if array.dtype != dtype.numpy or not array.flags.carray:
+            raise EngineError(
+                f"output '{name}' needs a writable, contiguous array of {dtype.name}, "
+                f"got {array.dtype}"
+            )
+
+    def _fetch(
+        self, name: str, returned: Sequence[Any], foreign: frozenset[int], into: Mapping[str, Array]
+    ) -> Array:
+        """One result as an array that is nobody else's memory."""
+        place, spec = self._outputs[name]
+        tensor = returned[place]
+        if name in into and tuple(tensor.shape) != into[name].shape:
+            raise EngineError(
+                f"output '{name}' has the shape {list(tensor.shape)}, "
+                f"the array to write it to has {list(into[name].shape)}"
+            )
+        if tensor.untyped_storage().data_ptr() in foreign:
+            tensor = tensor.clone()
+        return _array_of(tensor.cpu().contiguous(), spec)
+
+
+def _arguments(
+    program: Any, names: Sequence[str]
+) -> Callable[[Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]]:
+    """How named tensors become what the program is called with: nested as it was exported, with
+    the constants among its arguments."""
+    tree = program.call_spec.in_spec
+    specs = program.graph_signature.input_specs
+    taken = [spec.arg for spec in specs if spec.kind.name == "USER_INPUT"]
+    constants = [getattr(argument, "value", None) for argument in taken]
+    places = [place for place, argument in enumerate(taken) if not hasattr(argument, "value")]
+
+    def arrange(tensors: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        leaves = list(constants)
+        for place, name in zip(places, names, strict=True):
+            leaves[place] = tensors[name]
+        positional, named = pytree.tree_unflatten(leaves, tree)
+        return positional, named
+
+    return arrange
+
+
+def _storages(tensors: Any) -> list[int]:
+    return [t.untyped_storage().data_ptr() for t in tensors if isinstance(t, torch.Tensor)]
+
+
+def _fits(shape: Sequence[int], spec: Sequence[int]) -> bool:
+    return len(shape) == len(spec) and all(
+        wanted in (-1, found) for found, wanted in zip(shape, spec, strict=True)
+    )
+
+
+class _Writable:
+    """An array's memory, said to be writable: torch has no tensors that are not, and warns."""
+
+    def __init__(self, array: Array) -> None:
+        self._array = array  # lives as long as what looks at its memory
+        interface = array.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+
+
+def _tensor_of(array: Array, dtype: DType) -> Any:
+    """The same memory as a tensor. It is never written to: see the programs that are refused."""
+    if dtype is _BF16:  # torch knows numpy's own types only
+        array = array.view(np.uint16)
+    if not array.flags.writeable:
+        array = np.asarray(_Writable(array))
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype is _BF16 else tensor
+
+
+def _array_of(tensor: Any, spec: TensorSpec) -> Array:
+    if DTYPES.get(tensor.dtype) is not spec.dtype:
+        raise EngineError(f"output '{spec.name}' is a {tensor.dtype}, not {spec.dtype.name}")
+    if spec.dtype is _BF16:
+        assert _BF16.numpy is not None
+        array: Array = tensor.view(torch.uint16).numpy().view(_BF16.numpy)
+        return array
+    plain: Array = tensor.numpy()
+    return plain
+
+
+def _words(error: Exception) -> str:
+    """A guard of the program says which of its assumptions is broken, in Python's words."""
+    text = tidy(error)
+    if isinstance(error, AssertionError) and text.startswith("Guard failed: "):
+        return f"the model takes no such shape: it needs {text.removeprefix('Guard failed: ')}"
+    return text
