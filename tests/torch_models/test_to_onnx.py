@@ -2,6 +2,7 @@
 # mypy: disallow-subclassing-any=False
 """PyTorch's files as ONNX: the same results, names that say something, errors that help."""
 
+import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_several_inputs_and_outputs_with_an_open_batch(
         save_exported(module, examples, axes), onnx_folder, lambda *step: told.append(step)
     )
     assert path == onnx_folder / "model.onnx"
-    assert told == [("torch to ONNX", done, 3) for done in range(4)]
+    assert told == [("torch to ONNX", done, 4) for done in range(5)]
     assert dims(path) == {
         "words": ["words_dim0", "words_dim1", 8],
         "mask": ["words_dim0", "words_dim1", 1],
@@ -204,6 +205,48 @@ def test_an_operator_that_onnx_has_no_word_for(save_exported: SaveModel, onnx_fo
     assert "bessel_j0" in text
     assert "\x1b" not in text
     assert "\n" not in text
+
+
+def test_a_program_that_answers_differently_each_time(
+    save_exported: SaveModel, onnx_folder: Path
+) -> None:
+    import torch
+
+    class Noisy(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return {"low": x - 1, "high": x + torch.rand_like(x)}
+
+    text = refused(save_exported(Noisy(), (torch.ones(64),)), onnx_folder)
+    assert "do not agree on the example inputs in it: output 'high' differs by " in text
+    assert "Was model.eval() called before it was exported?" in text
+
+
+def test_a_conversion_that_is_wrong_is_seen(
+    monkeypatch: pytest.MonkeyPatch, save_exported: SaveModel, onnx_folder: Path
+) -> None:
+    """As if the exporter had taken one operator for another."""
+    import torch
+
+    from support.torch_modules import TwoInTwoOut
+    from thirdrail_engines.torch_sources import to_onnx as module
+
+    def damage(model: Any) -> None:
+        node = next(node for node in model.graph.all_nodes() if node.op_type == "Relu")
+        node.op_type = "Abs"
+
+    monkeypatch.setattr(sys.modules[module.__module__], "_name_dimensions", damage)
+    source = save_exported(TwoInTwoOut(), (torch.randn(3, 5, 8), torch.ones(3, 5, 1)))
+    assert "do not agree on the example inputs in it: output 'each'" in refused(source, onnx_folder)
+
+
+def test_bf16_is_written_though_not_compared(save_exported: SaveModel, onnx_folder: Path) -> None:
+    import torch
+
+    from support.torch_modules import TwoInTwoOut
+
+    examples = (torch.randn(3, 5, 8).bfloat16(), torch.ones(3, 5, 1).bfloat16())
+    path = to_onnx(save_exported(TwoInTwoOut().bfloat16(), examples), onnx_folder, ignore)
+    assert onnx.load(path).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
 
 
 def test_complex_numbers_are_no_tensors_of_ours(

@@ -264,7 +264,7 @@ def test_a_process_that_loads_onnx_models_never_imports_torch(tmp_path: Path) ->
     onnx.save(model, tmp_path / "model.onnx")
     code = (
         "import sys; from pathlib import Path; import thirdrail_engines as e; "
-        "e.load(Path(sys.argv[1]), options=e.EngineOptions()).close(); "
+        "e.load(Path(sys.argv[1]), options=e.EngineOptions()).engine.close(); "
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "model.onnx"], check=True, timeout=60)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from thirdrail_engines.engine import ModelFileError
 from thirdrail_engines.plans import BuildError, BuildFault, Profile, TellProgress
 from thirdrail_engines.torch_sources.archive import EXPORT_ADVICE, Kind, kind_of
 
@@ -13,7 +14,7 @@ from thirdrail_engines.torch_sources.archive import EXPORT_ADVICE, Kind, kind_of
 OPSET = 20
 
 _PHASE = "torch to ONNX"
-_STEPS = 3
+_STEPS = 4
 
 
 def to_onnx(path: Path, folder: Path, tell: TellProgress, profiles: Sequence[Profile] = ()) -> Path:
@@ -25,7 +26,7 @@ def to_onnx(path: Path, folder: Path, tell: TellProgress, profiles: Sequence[Pro
     one name.
 
     profiles: TorchScript files do not say what they take, so the first profile must.
-    Raises BuildError.
+    Raises BuildError, and OSError when the file cannot be written.
     """
     tell(_PHASE, 0, _STEPS)
     kind = kind_of(path)
@@ -50,6 +51,7 @@ def to_onnx(path: Path, folder: Path, tell: TellProgress, profiles: Sequence[Pro
 def _convert_exported(path: Path, target: Path, tell: TellProgress) -> None:
     import torch
 
+    from thirdrail_engines.torch_sources.agreement import disagreement
     from thirdrail_engines.torch_sources.exported import (
         changes_itself,
         load_exported,
@@ -80,10 +82,20 @@ def _convert_exported(path: Path, target: Path, tell: TellProgress) -> None:
             _name_dimensions(made.model)
             tell(_PHASE, 2, _STEPS)
             made.save(target)
-    except OSError as error:
-        raise BuildError(BuildFault.OUT_OF_DISK, f"{target.name}: {error.strerror}") from None
+        tell(_PHASE, 3, _STEPS)
+        fault = disagreement(exported, target)
+    except OSError:  # of writing
+        raise
+    except ModelFileError as error:
+        raise refusal(path, f"ONNX Runtime cannot run its ONNX form: {error}") from None
     except Exception as error:  # its parts raise whatever they happen to
         raise refusal(path, f"PyTorch cannot write it as ONNX: {tidy(error)}") from None
+    if fault:
+        raise refusal(
+            path,
+            f"its ONNX form and PyTorch do not agree on the example inputs in it: {fault}. Was "
+            "model.eval() called before it was exported?",
+        )
 
 
 def _name_dimensions(model: Any) -> None:
