@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What we ask of a device, whether it is a GPU or its twin.
+
+Rules that both obey. Work of one stream happens in order; work of two happens in any order unless
+an event joins them. `Stream.wait` waits for the event's last record at the time of the call, and
+an event that was never recorded counts as done. Calls that give work to a stream return before it
+is done, and whoever gave it keeps the memory alive until then. An error of the work may come up in
+any later call; a sticky one (DeviceLost) comes up in every later call.
+
+All methods may be called from any thread. Blocking ones let other Python threads run.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from thirdrail.tensors import Array
+from thirdrail_engines.cuda.identity import DeviceFacts
+
+# The driver gives no allocation a smaller alignment (CUDA programming guide: "at least 256 bytes").
+ALIGNMENT_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a device offers for sharing memory and events with other processes."""
+
+    has_virtual_memory: bool = False  # cuMemCreate and its kin
+    has_posix_fds: bool = False  # such memory can be exported as a file descriptor
+    has_fabric_handles: bool = False
+    has_memory_pools: bool = False
+    has_pool_posix_fds: bool = False  # a pool can be exported as a file descriptor
+    has_ipc_events: bool = False
+    can_register_host: bool = False
+    can_register_host_read_only: bool = False
+    has_host_pools: bool = False
+    is_integrated: bool = False  # it shares the host's memory: Jetson and its like
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFigures:
+    free_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PinnedMemory:
+    """Host memory that the device reads and writes by itself."""
+
+    address: int
+    view: Array  # its bytes, valid until it is freed
+
+
+class Event(Protocol):
+    @property
+    def handle(self) -> int: ...
+
+    def is_done(self) -> bool:
+        """Whether all work before the last record is done. Raises DeviceLost, CudaError."""
+        ...
+
+    def wait(self) -> None:
+        """Block this thread until it is. Raises DeviceLost, CudaError."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Graph(Protocol):
+    """Work that was recorded once, to be done as often as wanted."""
+
+    def close(self) -> None:
+        """It must not be under way."""
+        ...
+
+
+class Stream(Protocol):
+    """Raises, from every method: DeviceLost, CudaError."""
+
+    @property
+    def handle(self) -> int: ...
+
+    def copy_in(self, target: int, source: int, nbytes: int) -> None:
+        """From host memory. From memory that is not pinned, it may block until it was read."""
+        ...
+
+    def copy_out(self, target: int, source: int, nbytes: int) -> None:
+        """To host memory. To memory that is not pinned, it may block until it is done."""
+        ...
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Within the device."""
+        ...
+
+    def fill(self, target: int, nbytes: int, value: int = 0) -> None: ...
+
+    def record(self, event: Event) -> None: ...
+
+    def wait(self, event: Event) -> None: ...
+
+    def begin_capture(self) -> None:
+        """From here to `end_capture`, work is recorded and not done. One thread does both."""
+        ...
+
+    def end_capture(self) -> Graph: ...
+
+    def launch(self, graph: Graph) -> None: ...
+
+    def synchronize(self) -> None:
+        """Block this thread until all work given so far is done."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Device(Protocol):
+    @property
+    def facts(self) -> DeviceFacts: ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    def memory(self) -> MemoryFigures:
+        """As the driver sees it now, other processes counted."""
+        ...
+
+    def allocate(self, nbytes: int) -> int:
+        """Device memory of at least one byte. Raises OutOfDeviceMemory."""
+        ...
+
+    def free(self, address: int) -> None:
+        """No work may use it any more. It may block until the device is idle."""
+        ...
+
+    def allocate_pinned(self, nbytes: int) -> PinnedMemory:
+        """Raises OutOfDeviceMemory."""
+        ...
+
+    def free_pinned(self, memory: PinnedMemory) -> None: ...
+
+    def new_stream(self) -> Stream: ...
+
+    def new_event(self) -> Event: ...
+
+    def check(self) -> None:
+        """Raises DeviceLost if the device is. Returns at once otherwise."""
+        ...
+
+    def close(self) -> None:
+        """Everything that came from it is closed or freed before."""
+        ...

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices on the CUDA driver API, through cuda.bindings. Every call is checked.
+
+Not yet run on a GPU. What was tested, without one: that each function exists with the arguments
+and results that are used here, and all of it against a driver made for the purpose that keeps
+device memory on the host (tests/cuda/stub_driver.c).
+
+The primary context is used, which TensorRT and torch use as well: memory and streams are common to
+all of them. The driver's calls let other Python threads run.
+"""
+
+import ctypes
+import threading
+from typing import Any
+
+import numpy as np
+
+from thirdrail.tensors import Array
+from thirdrail_engines.cuda.device import Capabilities, Event, Graph, MemoryFigures, PinnedMemory
+from thirdrail_engines.cuda.errors import error_of
+from thirdrail_engines.cuda.identity import DeviceFacts, choose_device, uuid_text
+from thirdrail_engines.plans import BuildError, BuildFault
+
+_NAME_BYTES_MAX = 256
+_INSTALL = "pip install 'thirdrail[cuda]'"
+
+
+def open_device(uuid: str = "") -> "DriverDevice":
+    """The device that `uuid` names, see `choose_device`. Raises BuildError MISSING."""
+    api = _load()
+    handles = _devices(api)
+    facts = choose_device(uuid, list(handles))
+    return DriverDevice(api, handles[facts], facts)
+
+
+def list_devices() -> tuple[DeviceFacts, ...]:
+    """All that this process may use. Raises BuildError MISSING without bindings or driver."""
+    return tuple(_devices(_load()))
+
+
+class Api:
+    """cuda.bindings.driver, with every result checked."""
+
+    def __init__(self, bindings: Any) -> None:
+        self.names: Any = bindings
+
+    def __call__(self, name: str, *arguments: object) -> Any:
+        """Call a function. Returns its one result, a tuple of several, None for none."""
+        code, *results = getattr(self.names, name)(*arguments)
+        if code:
+            raise self.error(code, name)
+        if len(results) == 1:
+            return results[0]
+        return tuple(results) or None
+
+    def error(self, code: Any, call: str) -> Exception:
+        failed, meaning = self.names.cuGetErrorString(code)
+        return error_of(code.name, call, "" if failed else meaning.decode(errors="replace"))
+
+
+def _load() -> Api:
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        raise BuildError(
+            BuildFault.MISSING, f"cuda-bindings is not installed. Run: {_INSTALL}"
+        ) from None
+    api = Api(driver)
+    try:
+        (code,) = driver.cuInit(0)
+    except Exception as error:  # the class for a missing library depends on the bindings' version
+        raise BuildError(
+            BuildFault.MISSING, f"no CUDA device: the NVIDIA driver's libcuda.so.1: {error}"
+        ) from None
+    if code:
+        raise BuildError(BuildFault.MISSING, f"no CUDA device: {api.error(code, 'cuInit')}")
+    return api
+
+
+def _devices(api: Api) -> dict[DeviceFacts, Any]:
+    found = {}
+    version: int = api("cuDriverGetVersion")
+    for ordinal in range(api("cuDeviceGetCount")):
+        handle = api("cuDeviceGet", ordinal)
+        name = api("cuDeviceGetName", _NAME_BYTES_MAX, handle)
+        text = name.split(b"\0")[0].decode(errors="replace")
+        facts = DeviceFacts(
+            uuid=uuid_text(api("cuDeviceGetUuid", handle).bytes, text),
+            name=text,
+            compute_capability=(
+                _attribute(api, handle, "COMPUTE_CAPABILITY_MAJOR"),
+                _attribute(api, handle, "COMPUTE_CAPABILITY_MINOR"),
+            ),
+            memory_bytes=api("cuDeviceTotalMem", handle),
+            driver=(version // 1000, version % 1000 // 10),
+        )
+        found[facts] = handle
+    return found
+
+
+def _attribute(api: Api, handle: Any, name: str) -> int:
+    attribute = getattr(api.names.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+    value: int = api("cuDeviceGetAttribute", attribute, handle)
+    return value
+
+
+def _capabilities(api: Api, handle: Any) -> Capabilities:
+    def has(name: str) -> bool:
+        return bool(_attribute(api, handle, name))
+
+    kinds = api.names.CUmemAllocationHandleType
+    pool_kinds = _attribute(api, handle, "MEMPOOL_SUPPORTED_HANDLE_TYPES")
+    return Capabilities(
+        has_virtual_memory=has("VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED"),
+        has_posix_fds=has("HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED"),
+        has_fabric_handles=has("HANDLE_TYPE_FABRIC_SUPPORTED"),
+        has_memory_pools=has("MEMORY_POOLS_SUPPORTED"),
+        has_pool_posix_fds=bool(pool_kinds & int(kinds.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR)),
+        has_ipc_events=has("IPC_EVENT_SUPPORTED"),
+        can_register_host=has("HOST_REGISTER_SUPPORTED"),
+        can_register_host_read_only=has("READ_ONLY_HOST_REGISTER_SUPPORTED"),
+        has_host_pools=has("HOST_NUMA_MEMORY_POOLS_SUPPORTED"),
+        is_integrated=has("INTEGRATED"),
+    )
+
+
+class DriverDevice:
+    """See Device."""
+
+    def __init__(self, api: Api, handle: Any, facts: DeviceFacts) -> None:
+        self._api = api
+        self._handle = handle
+        self._facts = facts
+        self._context: Any = api("cuDevicePrimaryCtxRetain", handle)
+        self._entered = threading.local()
+        self._capabilities = _capabilities(api, handle)
+
+    @property
+    def facts(self) -> DeviceFacts:
+        return self._facts
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    def call(self, name: str, *arguments: object) -> Any:
+        """Call the driver with this device's context on the calling thread."""
+        self.enter()
+        return self._api(name, *arguments)
+
+    def enter(self) -> None:
+        """The context belongs to a thread, and every thread has to ask for it once. Others that
+        use the driver from this thread (TensorRT) rely on it as well."""
+        if not hasattr(self._entered, "yes"):
+            self._api("cuCtxSetCurrent", self._context)
+            self._entered.yes = True
+
+    @property
+    def names(self) -> Any:
+        return self._api.names
+
+    def memory(self) -> MemoryFigures:
+        return MemoryFigures(*self.call("cuMemGetInfo"))
+
+    def allocate(self, nbytes: int) -> int:
+        return int(self.call("cuMemAlloc", nbytes))
+
+    def free(self, address: int) -> None:
+        self.call("cuMemFree", address)
+
+    def allocate_pinned(self, nbytes: int) -> PinnedMemory:
+        address = int(self.call("cuMemHostAlloc", nbytes, self.names.CU_MEMHOSTALLOC_PORTABLE))
+        return PinnedMemory(address, bytes_at(address, nbytes))
+
+    def free_pinned(self, memory: PinnedMemory) -> None:
+        self.call("cuMemFreeHost", memory.address)
+
+    def new_stream(self) -> "DriverStream":
+        return DriverStream(self)
+
+    def new_event(self) -> "DriverEvent":
+        return DriverEvent(self)
+
+    def check(self) -> None:
+        self.call("cuMemGetInfo")  # answers at once, and with the sticky error if there is one
+
+    def close(self) -> None:
+        self._api("cuDevicePrimaryCtxRelease", self._handle)
+
+
+class DriverEvent:
+    """See Event."""
+
+    def __init__(self, device: DriverDevice) -> None:
+        self._device = device
+        flags = device.names.CUevent_flags
+        # Blocking: a thread that spins takes a core from those that have something to do.
+        self.native: Any = device.call(
+            "cuEventCreate", flags.CU_EVENT_DISABLE_TIMING | flags.CU_EVENT_BLOCKING_SYNC
+        )
+
+    @property
+    def handle(self) -> int:
+        return int(self.native)
+
+    def is_done(self) -> bool:
+        self._device.enter()
+        (code,) = self._device.names.cuEventQuery(self.native)
+        if code == self._device.names.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        if code:
+            raise self._device._api.error(code, "cuEventQuery")
+        return True
+
+    def wait(self) -> None:
+        self._device.call("cuEventSynchronize", self.native)
+
+    def close(self) -> None:
+        self._device.call("cuEventDestroy", self.native)
+
+
+class DriverGraph:
+    """See Graph."""
+
+    def __init__(self, device: DriverDevice, captured: Any) -> None:
+        self._device = device
+        try:
+            self.native: Any = device.call("cuGraphInstantiate", captured, 0)
+        finally:
+            device.call("cuGraphDestroy", captured)
+
+    def close(self) -> None:
+        self._device.call("cuGraphExecDestroy", self.native)
+
+
+class DriverStream:
+    """See Stream."""
+
+    def __init__(self, device: DriverDevice) -> None:
+        self._device = device
+        # Non-blocking: the legacy default stream, which libraries may use, does not join it.
+        flags = device.names.CUstream_flags.CU_STREAM_NON_BLOCKING
+        self.native: Any = device.call("cuStreamCreate", flags)
+
+    @property
+    def handle(self) -> int:
+        return int(self.native)
+
+    def copy_in(self, target: int, source: int, nbytes: int) -> None:
+        self._device.call("cuMemcpyHtoDAsync", target, source, nbytes, self.native)
+
+    def copy_out(self, target: int, source: int, nbytes: int) -> None:
+        self._device.call("cuMemcpyDtoHAsync", target, source, nbytes, self.native)
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        self._device.call("cuMemcpyDtoDAsync", target, source, nbytes, self.native)
+
+    def fill(self, target: int, nbytes: int, value: int = 0) -> None:
+        self._device.call("cuMemsetD8Async", target, value, nbytes, self.native)
+
+    def record(self, event: Event) -> None:
+        assert isinstance(event, DriverEvent)
+        self._device.call("cuEventRecord", event.native, self.native)
+
+    def wait(self, event: Event) -> None:
+        assert isinstance(event, DriverEvent)
+        self._device.call("cuStreamWaitEvent", self.native, event.native, 0)
+
+    def begin_capture(self) -> None:
+        # Thread-local: what other threads do with the device meanwhile does not disturb it.
+        mode = self._device.names.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._device.call("cuStreamBeginCapture", self.native, mode)
+
+    def end_capture(self) -> DriverGraph:
+        return DriverGraph(self._device, self._device.call("cuStreamEndCapture", self.native))
+
+    def launch(self, graph: Graph) -> None:
+        assert isinstance(graph, DriverGraph)
+        self._device.call("cuGraphLaunch", graph.native, self.native)
+
+    def synchronize(self) -> None:
+        self._device.call("cuStreamSynchronize", self.native)
+
+    def close(self) -> None:
+        self._device.call("cuStreamDestroy", self.native)
+
+
+def bytes_at(address: int, nbytes: int) -> Array:
+    """Host memory as an array of bytes, valid as long as the memory is."""
+    memory = (ctypes.c_ubyte * nbytes).from_address(address)
+    return np.frombuffer(memoryview(memory), np.uint8)
