@@ -5,6 +5,7 @@ import contextlib
 import logging
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx
@@ -19,7 +20,7 @@ from support.compilations import (
     die_while_building,
     request_for,
 )
-from support.killable import killable
+from support.killable import killable, until
 from support.perceptrons import two_layers
 from support.small_disk import run_on_small_disk
 from thirdrail_engines import EngineOptions, ModelFileError
@@ -48,9 +49,17 @@ def model(tmp_path: Path) -> Path:
     return path
 
 
-def builders() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [each for each in children if any("child.py" in word for word in each.cmdline())]
+def caught_builder() -> psutil.Process:
+    """The process that builds, as soon as there is one: it has not yet read what to build."""
+    found: list[psutil.Process] = []
+
+    def is_there() -> bool:
+        children = psutil.Process().children()
+        found[:] = [each for each in children if "child.py" in " ".join(each.cmdline())]
+        return bool(found)
+
+    until(is_there)
+    return found[0]
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -120,14 +129,13 @@ def test_a_source_that_cannot_be_read(cache: PlanCache, tmp_path: Path) -> None:
 
 
 def test_a_cancelled_build_leaves_nothing(cache: PlanCache, folder: Path, model: Path) -> None:
-    def cancel() -> None:
-        for child in builders():
-            child.suspend()  # it would be done before the cancel is seen
+    services = Services(cache)
+    with ThreadPoolExecutor(1) as pool:
+        building = pool.submit(compile_plan, request_for(model), services.given)
+        caught_builder().suspend()  # or it might be done before the cancel is seen
         services.cancelled.set()
-
-    services = Services(cache, reading=cancel)
-    with pytest.raises(BuildError) as caught:
-        compile_plan(request_for(model), services.given)
+        with pytest.raises(BuildError) as caught:
+            building.result()
     assert caught.value.fault is BuildFault.CANCELLED
     assert leftovers(folder) == []
     assert list((folder / "plans").iterdir()) == []
@@ -136,12 +144,11 @@ def test_a_cancelled_build_leaves_nothing(cache: PlanCache, folder: Path, model:
 def test_a_killed_build_is_an_error_and_the_next_succeeds(
     cache: PlanCache, folder: Path, model: Path
 ) -> None:
-    def kill_builder() -> None:
-        for child in builders():
-            child.kill()
-
-    with pytest.raises(BuildError, match="was ended by SIGKILL") as caught:
-        compile_plan(request_for(model), Services(cache, reading=kill_builder).given)
+    with ThreadPoolExecutor(1) as pool:
+        building = pool.submit(compile_plan, request_for(model), Services(cache).given)
+        caught_builder().kill()
+        with pytest.raises(BuildError, match="was ended by SIGKILL") as caught:
+            building.result()
     assert caught.value.fault is BuildFault.CRASHED
     assert leftovers(folder) == []
     assert compile_plan(request_for(model), CompileServices(cache))[1] is False

@@ -83,6 +83,7 @@ def test_a_small_model_is_read_as_it_is(
         "engine": "onnxruntime",
         "why_not_first": "",
         "attempts": [],
+        "precision": "as_is",
         "plan_key": "",
         "is_cache_hit": False,
         "build_s": 0.0,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from thirdrail_engines.engine import Engine
+from thirdrail_engines.plans import Precision
 from thirdrail_engines.reference_proof import ReferenceProof
 
 
@@ -23,6 +24,7 @@ class EngineReport:
 
     engine: str
     attempts: tuple[Attempt, ...] = ()  # in the order of choice; none: this is the first choice
+    precision: Precision = Precision.AS_IS  # that the model was converted to
     plan_key: str = ""  # "": no plan, the engine reads the model file
     is_cache_hit: bool = False
     build_s: float = 0.0  # of the plan, whenever it was built
@@ -44,6 +46,7 @@ class EngineReport:
             "attempts": [
                 {"engine": a.engine, "fault": a.fault, "reason": a.reason} for a in self.attempts
             ],
+            "precision": self.precision.value,
             "plan_key": self.plan_key,
             "is_cache_hit": self.is_cache_hit,
             "build_s": self.build_s,

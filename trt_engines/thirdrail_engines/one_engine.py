@@ -78,6 +78,8 @@ class EngineLoader:
         Raises ModelFileError: BuildError, ProofError and ProfileError among others.
         """
         self._check_cancelled()
+        if candidate.device is Device.CUDA:
+            _device_for(candidate.engine)  # before anything is built for it
         if candidate.reads_model:
             engine = self._take_reference()
             return LoadedEngine(engine, EngineReport(candidate.name, attempts))
@@ -90,6 +92,8 @@ class EngineLoader:
         if candidate.builder is None:
             return False
         try:
+            if candidate.device is Device.CUDA:
+                _device_for(candidate.engine)
             request = self.request(candidate.builder)
             key = key_of(request)
         except ModelFileError:  # which `load` raises again
@@ -184,8 +188,8 @@ class EngineLoader:
         )
         return LoadedEngine(engine, report)
 
-    def request(self, builder: Builder, target: Target | None = None) -> PlanRequest:
-        """What to build. target: the GPU that the plan is for; None: the one at hand.
+    def request(self, builder: Builder, capability: str = "") -> PlanRequest:
+        """What to build. capability: in place of the configured ones, and of the GPU at hand.
 
         Raises BuildError (MISSING, REFUSED), and ProfileError; ModelFileError where the model
         cannot be read.
@@ -193,10 +197,12 @@ class EngineLoader:
         if builder is Builder.ONNXRUNTIME:
             return self._onnxruntime_request(self._wanted.precision)
         version = tensorrt_version(builder)
-        gpu = target or _device_for(builder)
+        names = (capability,) if capability else self._wanted.compute_capabilities
+        is_named = builder is Builder.TENSORRT_RTX and names
+        device = None if is_named else _device_for(builder)
         spec, wanted = self._need_reference().spec, self._wanted
         profiles = profiles_for(spec.inputs, wanted.profiles, wanted.rows, spec.unranked)
-        return tensorrt_request(self.path, builder, version, wanted, profiles, gpu)
+        return tensorrt_request(self.path, builder, version, wanted, profiles, names, device)
 
     def _onnxruntime_request(self, precision: Precision) -> PlanRequest:
         return onnxruntime_request(
@@ -293,11 +299,11 @@ def _closing_on_error(engine: Engine) -> Iterator[None]:
         raise
 
 
-def _device_for(builder: Builder) -> CudaDevice:
+def _device_for(engine: str) -> CudaDevice:
     devices = cuda_devices()
     if not devices:
         raise BuildError(
-            BuildFault.MISSING, f"there is no CUDA device here, and {builder} plans run on no other"
+            BuildFault.MISSING, f"there is no CUDA device here, and {engine} runs on no other"
         )
     return devices[0]
 

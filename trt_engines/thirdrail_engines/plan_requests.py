@@ -49,31 +49,30 @@ def tensorrt_request(
     version: str,
     wanted: CompileOptions,
     profiles: Sequence[Profile],
-    *,
-    capabilities: Sequence[str] = (),
-    device: CudaDevice | None = None,
+    capabilities: Sequence[str],
+    device: CudaDevice | None,
 ) -> PlanRequest:
     """A plan for GPUs by their compute capability, or for the one at hand.
 
     TensorRT for RTX builds for a capability, so that plans which were built ahead of time on
     another machine have the key that is asked for here. TensorRT times kernels on the GPU itself:
     its plans belong to that model of GPU and to the driver.
-    capabilities: in place of what is wanted, and of the device's. device: None to build ahead.
+    device: the one at hand; None where capabilities are named for a builder that takes them.
+    Raises BuildError REFUSED for a capability that the builder does not build for.
     """
-    target = ""
-    if builder is Builder.TENSORRT_RTX:
-        of_device = (device.capability,) if device else ()
-        capabilities = tuple(capabilities) or wanted.compute_capabilities or of_device
-    elif device is not None:
-        target = f"{device.name} {device.capability} driver {device.driver}"
+    from thirdrail_engines.tensorrt import check_capabilities
+
+    names = check_capabilities(builder, capabilities)
+    if not names and device and builder is Builder.TENSORRT_RTX:
+        names = (device.capability,)
     return PlanRequest(
         source=path,
         builder=builder,
         builder_version=version,
         precision=wanted.precision,
         profiles=tuple(profiles),
-        compute_capabilities=tuple(capabilities),
-        target=target,
+        compute_capabilities=names,
+        target=_gpu(device) if device and builder is Builder.TENSORRT else "",
         workspace_bytes=wanted.workspace_bytes,
         optimization_level=wanted.optimization_level,
         is_version_compatible=wanted.is_version_compatible,
@@ -81,3 +80,7 @@ def tensorrt_request(
         plugins=tuple(path.parent / plugin for plugin in wanted.plugins),
         uses_timing_cache=wanted.uses_timing_cache,
     )
+
+
+def _gpu(device: CudaDevice) -> str:
+    return f"{device.name} {device.capability} driver {device.driver}"

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch sources, and plans for GPUs that are not here."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from support.compilations import GIB, Services
+from support.perceptrons import two_layers
+from thirdrail_engines import EngineOptions, Inspector, LoadedEngine, load, one_engine
+from thirdrail_engines.ahead import PlanAhead, compile_ahead
+from thirdrail_engines.compile_options import CompileOptions, read_compile_options
+from thirdrail_engines.host import CudaDevice
+from thirdrail_engines.load import NoEngine
+from thirdrail_engines.one_engine import EngineLoader
+from thirdrail_engines.plan_cache import PlanCache, key_of
+from thirdrail_engines.plans import Builder, BuildError
+
+ROWS = {"profile.0.x": "1x16,4x16,8x16"}
+AMPERE = CudaDevice(0, "GPU-0", "NVIDIA A10", "sm86", "13.0")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[PlanCache]:
+    with PlanCache(tmp_path / "cache", GIB) as made:
+        yield made
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "model/model.onnx"
+    onnx.save(two_layers(), path)
+    return path
+
+
+def ahead(
+    path: Path, cache: PlanCache, builder: Builder, *capabilities: str, **parameters: str
+) -> list[PlanAhead]:
+    plans = compile_ahead(
+        path,
+        builder,
+        capabilities,
+        options=EngineOptions(),
+        compile=read_compile_options({**ROWS, **parameters}),
+        services=Services(cache).given,
+    )
+    return list(plans)
+
+
+def test_a_plan_for_this_cpu_is_found_when_the_model_is_loaded(
+    cache: PlanCache, model: Path, inspector: Inspector
+) -> None:
+    (plan,) = ahead(model, cache, Builder.ONNXRUNTIME)
+    (again,) = ahead(model, cache, Builder.ONNXRUNTIME)
+    assert (plan.is_cache_hit, again.is_cache_hit) == (False, True)
+    assert plan.manifest.build_s > 0
+    loaded = load(
+        model,
+        options=EngineOptions(),
+        inspector=inspector,
+        compile=CompileOptions(plan_source_bytes_min=0),
+        services=Services(cache).given,
+    )
+    loaded.engine.close()
+    assert loaded.report.is_cache_hit
+    assert loaded.report.plan_key == plan.key
+
+
+@pytest.mark.needs_tensorrt
+def test_a_plan_for_a_gpu_is_found_where_that_gpu_is(
+    cache: PlanCache, model: Path, inspector: Inspector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = ahead(model, cache, Builder.TENSORRT_RTX, "sm86", "8.9")
+    assert [(each.capability, each.is_cache_hit) for each in plans] == [
+        ("sm86", False),
+        ("8.9", False),
+    ]
+    monkeypatch.setattr(one_engine, "cuda_devices", lambda: (AMPERE,))
+    wanted = read_compile_options(ROWS)
+    with EngineLoader(model, EngineOptions(), inspector, wanted, None) as loader:
+        assert key_of(loader.request(Builder.TENSORRT_RTX)).digest == plans[0].key
+
+
+@pytest.mark.needs_tensorrt
+def test_one_plan_for_several_gpus(cache: PlanCache, model: Path) -> None:
+    both = ahead(model, cache, Builder.TENSORRT_RTX, "sm120", compute_capabilities="sm86,sm89")
+    assert [each.capability for each in both] == [""]
+    with pytest.raises(BuildError, match="sm90"):
+        ahead(model, cache, Builder.TENSORRT_RTX, "sm90")
+
+
+# PyTorch
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    import torch
+
+    from support.torch_modules import TwoInTwoOut, save_exported
+
+    examples = (torch.ones(2, 8), torch.ones(2, 1))
+    rows = {0: "n"}
+    (tmp_path / "exported").mkdir()
+    return save_exported(tmp_path / "exported/model.pt2", TwoInTwoOut(), examples, (rows, rows))
+
+
+def loaded_from(path: Path, cache: PlanCache | None, **parameters: str) -> LoadedEngine:
+    return load(
+        path,
+        options=EngineOptions(),
+        compile=read_compile_options(parameters),
+        services=Services(cache).given,
+    )
+
+
+def total(loaded: LoadedEngine) -> list[float]:
+    random = np.random.default_rng(0)
+    words = random.standard_normal((3, 8), dtype=np.float32)
+    inputs = {"words": words, "mask": np.ones((3, 1), np.float32)}
+    result = loaded.engine.run(inputs, ["total"], {})["total"]
+    loaded.engine.close()
+    return [float(each) for each in result]
+
+
+@pytest.mark.needs_torch
+def test_an_exported_program_runs_as_a_plan_of_onnx_runtime(
+    cache: PlanCache, exported: Path
+) -> None:
+    first, second = loaded_from(exported, cache), loaded_from(exported, cache)
+    assert first.report.engine == "onnxruntime plan"
+    assert (first.report.is_cache_hit, second.report.is_cache_hit) == (False, True)
+    assert first.report.proof is None  # it is the reference for others
+    by_torch = loaded_from(exported, cache, engine="torch")
+    assert by_torch.report.engine == "torch"
+    assert total(first) == total(second) == pytest.approx(total(by_torch), rel=1e-5)
+
+
+@pytest.mark.needs_torch
+def test_an_exported_program_in_another_precision_is_proven(
+    cache: PlanCache, exported: Path
+) -> None:
+    loaded = loaded_from(exported, cache, precision="fp16")
+    assert loaded.report.engine == "onnxruntime plan"
+    assert loaded.report.proof is not None
+    assert 0 < loaded.report.proof.outputs[0].max_rel < 5e-2
+    loaded.engine.close()
+
+
+@pytest.mark.needs_torch
+def test_a_file_that_is_no_program_has_the_reason_of_each(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    path.write_bytes(b"no archive")
+    with pytest.raises(NoEngine, match=r"onnxruntime plan: refused: .*; torch: ") as caught:
+        loaded_from(path, None)
+    assert len(caught.value.attempts) == 2
