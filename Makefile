@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 STAMP_ALL := $(VENV)/.installed-all
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-all proto demo bench bench-triton clean
+.PHONY: help setup check format test test-all test-gpu proto demo bench bench-triton clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # torch as constraints.txt pins it; on a machine that offers only its CUDA build, gigabytes.
 $(STAMP_ALL): $(STAMP)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,torch,tensorrt]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,torch,tensorrt,cuda]'
 	@touch $@
 
 setup: $(STAMP) ## install everything into .venv
@@ -38,6 +38,9 @@ test: $(STAMP) ## the fast tests; skips what needs gcc, node or other packages
 
 test-all: $(STAMP_ALL) ## every test; installs what they need, and a skip is a failure
 	$(BIN)/pytest --all
+
+test-gpu: ## the tests that need a GPU, on a machine that has the packages; without one they say why
+	$(BIN)/pytest -rs tests/gpu
 
 proto: ## regenerate the stubs from protos/
 	$(PYTHON) protos/generate.py

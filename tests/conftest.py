@@ -15,6 +15,7 @@ from support.server import RunningServer, running_server
 
 NEEDS_ALL = (
     "slow",
+    "needs_cuda_bindings",
     "needs_gcc",
     "needs_node",
     "needs_packages",
