@@ -101,10 +101,13 @@ def hog() -> None:
 
 
 def hog_in_children() -> None:
-    """Each of them is below the limit, and in a session of its own."""
-    work = f"held = b'\\1' * {100 * MIB}; import time; time.sleep(600)"
+    """Each is below the limit, in a session of its own, and the child of nobody any more."""
+    work = (
+        "import os, time; open(f'hog{os.getpid()}', 'w'); "
+        f"held = b'1' * {100 * MIB}; time.sleep(600)"
+    )
     for _ in range(8):
-        subprocess.Popen([sys.executable, "-c", work], start_new_session=True)
+        subprocess.run(["setsid", "sh", "-c", f'"{sys.executable}" -c "{work}" &'], check=True)
     time.sleep(600)
 
 
@@ -155,7 +158,10 @@ def escape_codes() -> None:
 
 def leaves_a_child() -> None:
     """That holds the pipes, and prints all the time."""
-    child = subprocess.Popen([sys.executable, "-c", "while True: print('x' * 1000)"], stdout=2)
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import os\nwhile True: os.write(2, b'x' * 65536)"]
+    )
+    time.sleep(0.3)
     finish(child=child.pid)
 
 

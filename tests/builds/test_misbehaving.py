@@ -68,17 +68,22 @@ def test_a_build_that_takes_too_long_is_ended(misbehave: Misbehave, what: str) -
 
 
 @pytest.mark.parametrize("what", ["hog", "hog_in_children"])
-def test_a_build_that_takes_too_much_memory_is_ended(misbehave: Misbehave, what: str) -> None:
+def test_a_build_that_takes_too_much_memory_is_ended(
+    misbehave: Misbehave, folder: Path, what: str
+) -> None:
     with pytest.raises(BuildError) as caught:
         misbehave(what, BuildLimits(seconds_max=60, memory_bytes_max=300 * MIB))
     assert caught.value.fault is BuildFault.OUT_OF_MEMORY
     assert "may take 300 MiB" in str(caught.value)
+    for file in folder.glob("hog*"):
+        assert_gone(int(file.name.removeprefix("hog")))
 
 
 def test_much_output_is_read_and_not_kept(misbehave: Misbehave) -> None:
-    before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak_bytes()
     assert misbehave("flood").plan.read_bytes() == b"plan"
-    assert psutil.Process().memory_info().rss - before < 10 * MIB
+    assert peak_bytes() - before < 10 * MIB
 
 
 def test_what_a_build_leaves_running_is_ended_with_it(misbehave: Misbehave) -> None:
@@ -88,10 +93,7 @@ def test_what_a_build_leaves_running_is_ended_with_it(misbehave: Misbehave) -> N
     child = conversion["child"]
     assert isinstance(child, int)
     assert time.monotonic() - began_s < 3
-    deadline_s = time.monotonic() + 5
-    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+    assert_gone(child)
 
 
 def test_an_error_of_who_listens_ends_the_build(misbehave: Misbehave) -> None:
@@ -112,3 +114,15 @@ def test_a_process_that_cannot_be_started_is_an_error(misbehave: Misbehave, fold
             misbehave("well")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def assert_gone(pid: int) -> None:
+    deadline_s = time.monotonic() + 5
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def peak_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
