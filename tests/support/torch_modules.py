@@ -104,6 +104,13 @@ class Picks(torch.nn.Module):
         return x[x > 0]
 
 
+class Special(torch.nn.Module):
+    """An operator that ONNX does not have."""
+
+    def forward(self, x: Any) -> Any:
+        return torch.special.bessel_j0(x)
+
+
 class Nested(torch.nn.Module):
     def forward(self, pair: Any, flag: bool, *, scale: Any) -> Any:
         return (pair["left"] - pair["right"][0]) * scale if flag else scale

@@ -153,6 +153,17 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         assert "cut short" in text or "empty" in text or "no zip archive" in text
 
 
+def test_the_archive_inside_is_not_taken_for_a_file_that_is_cut_short(tmp_path: Path) -> None:
+    inner = write_archive(tmp_path / "inputs.pt", {"inputs/data.pkl": b"", "inputs/version": b"3"})
+    members = {**program_members(), "m/data/sample_inputs/model.pt": inner.read_bytes()}
+    path = write_archive(tmp_path / "m.pt2", members)
+    assert kind_of(path) is Kind.EXPORTED
+    whole = path.read_bytes()
+    for length in range(whole.index(inner.read_bytes()) + inner.stat().st_size, len(whole)):
+        path.write_bytes(whole[:length])
+        assert reason(path) == "m.pt2: cut short or damaged: its table of contents is missing"
+
+
 def test_an_archive_that_unpacks_to_much_is_refused_unread(tmp_path: Path) -> None:
     members = {**program_members(), "m/code": b"\0" * (65 << 20)}
     path = write_archive(tmp_path / "m.pt2", members, zipfile.ZIP_DEFLATED)

@@ -196,9 +196,7 @@ def test_programs_that_cannot_be_served(
 def test_an_operator_that_onnx_has_no_word_for(save_exported: SaveModel, onnx_folder: Path) -> None:
     import torch
 
-    class Special(torch.nn.Module):
-        def forward(self, x: Any) -> Any:
-            return torch.special.bessel_j0(x)
+    from support.torch_modules import Special
 
     text = refused(save_exported(Special(), (torch.ones(2),)), onnx_folder)
     assert text.startswith("model.pt2: PyTorch cannot write it as ONNX: ")

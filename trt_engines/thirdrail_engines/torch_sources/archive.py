@@ -50,6 +50,7 @@ def kind_of(path: Path) -> Kind:
         if not zipfile.is_zipfile(path):
             raise _refusal(path, _no_archive(start))
         with zipfile.ZipFile(path) as archive:
+            _check_start(path, archive)
             _check_sizes(path, archive)
             members = _members(archive)
             kind = _kind(path, archive, members)
@@ -75,7 +76,7 @@ def _no_archive(start: bytes) -> str:
     if not start:
         return "the file is empty"
     if start.startswith(b"PK\x03\x04"):
-        return "the archive is cut short or damaged: its table of contents is missing"
+        return "cut short or damaged: its table of contents is missing"
     if start.startswith(b"\x80") and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return (
             "a Python pickle, as torch.save wrote it before PyTorch 1.6; loading one runs the "
@@ -86,6 +87,13 @@ def _no_archive(start: bytes) -> str:
     if start[8:9] == b"{":
         return f"looks like safetensors, which holds weights and no model: {EXPORT_ADVICE}"
     return f"not a file of PyTorch's: no zip archive. To make one, {EXPORT_ADVICE}"
+
+
+def _check_start(path: Path, archive: zipfile.ZipFile) -> None:
+    """Programs hold an archive with their example inputs. Of a program that is cut short, it would
+    be taken for the whole."""
+    if min((member.header_offset for member in archive.infolist()), default=0):
+        raise _refusal(path, "cut short or damaged: its table of contents is missing")
 
 
 def _check_sizes(path: Path, archive: zipfile.ZipFile) -> None:
