@@ -38,7 +38,10 @@ def error_of_missing(status: ModelStatus) -> ThirdrailError:
     """What it means that a worker did not find a model that the server knows: in the words that a
     call over gRPC gets, where the front looks the same up."""
     if status.state == "unavailable" and not status.is_expected_back:
-        return NotFound(f"Request for unknown model: '{status.name}' has no available versions")
+        why = f": {status.reason}" if status.reason.startswith("evicted ") else ""
+        return NotFound(
+            f"Request for unknown model: '{status.name}' has no available versions{why}"
+        )
     return Unavailable(f"model '{status.name}' was not ready when the request came")
 
 

@@ -26,7 +26,7 @@ class LoadCommand:
     config: ModelConfig | None  # None: everything is read from the model
     versions: tuple[tuple[int, Path], ...]  # number, where it lies
     takes_stopgap: bool = False  # what can serve at once will do, where the best has to be built
-    memory_bytes_max: int = 0  # all versions together may take so much; 0: as much as they like
+    memory_bytes_max: int = 0  # all engines of the worker together may hold so much; 0: no matter
 
     def to_fields(self) -> Fields:
         return {

@@ -12,9 +12,19 @@ from thirdrail.errors import NotFound
 from thirdrail.v1 import metrics_pb2
 from thirdrail_engines.engine import ModelFileError
 from thirdrail_server.control_channel import ChannelLimits
-from thirdrail_server.control_messages import LoadCommand, LoadedModel, LoadProgress, VersionEngine
+from thirdrail_server.control_messages import (
+    LoadCommand,
+    LoadedModel,
+    LoadProgress,
+    Resident,
+    VersionEngine,
+    WorkerMemory,
+)
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.worker.control import serve_control
+
+# How often a model of this name is in use when it is to be evicted.
+REFUSED_EVICTIONS = {"used_once": 1, "used_always": 1000}
 
 
 class Models:
@@ -22,7 +32,8 @@ class Models:
 
     def __init__(self) -> None:
         self.names: set[str] = set()
-        self.loads = 0
+        self.sizes: dict[str, int] = {}
+        self.loads = self.evictions = 0
 
     async def load(
         self, command: LoadCommand, progress: Callable[[LoadProgress], None]
@@ -32,8 +43,9 @@ class Models:
         for _version, path in versions:
             # From another thread, as an engine's loader does.
             await asyncio.to_thread(progress, LoadProgress("building", 1, 2))
-            await _obey(path.read_text().strip())
+            await _obey(path.read_text().strip().partition(" ")[0])
         self.names.add(name)
+        self.sizes[name] = sum(path.stat().st_size for _version, path in versions)
         complete = ModelConfig(name=name, max_batch_size=4)
         complete.MergeFrom(command.config or ModelConfig())
         return LoadedModel(
@@ -51,6 +63,16 @@ class Models:
         if name not in self.names:
             raise NotFound(f"no '{name}'")
         self.names.discard(name)
+
+    async def evict(self, name: str) -> bool:
+        self.evictions += 1
+        if self.evictions <= REFUSED_EVICTIONS.get(name, 0):
+            return False
+        await self.unload(name)
+        return True
+
+    def memory(self) -> WorkerMemory:
+        return WorkerMemory([Resident(name, self.sizes[name], 0) for name in sorted(self.names)], 0)
 
     def counters(self) -> list[metrics_pb2.ModelCounters]:
         return [

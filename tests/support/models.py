@@ -103,9 +103,10 @@ def gather() -> onnx.ModelProto:
     return model([node], [tensor("index", "INT64", ("n",))], [tensor("y", "FP32", ("n",))], [table])
 
 
-def slow() -> onnx.ModelProto:
+def slow(width: int = 64) -> onnx.ModelProto:
     """y = x after `turns` turns of a loop that multiplies two 64x64 matrices: 5 to 30 us each.
 
+    width: of the second matrix, the model's weights, where they are to be larger.
     Inputs: x FP32 [n], turns INT64 []. It lets a test hold an instance for as long as it wants.
     """
     body = helper.make_graph(
@@ -117,11 +118,11 @@ def slow() -> onnx.ModelProto:
         [
             helper.make_tensor_value_info("turn", T.INT64, []),
             helper.make_tensor_value_info("condition", T.BOOL, []),
-            helper.make_tensor_value_info("m", T.FLOAT, [64, 64]),
+            helper.make_tensor_value_info("m", T.FLOAT, [64, width]),
         ],
         [
             helper.make_tensor_value_info("condition_next", T.BOOL, []),
-            helper.make_tensor_value_info("m_next", T.FLOAT, [64, 64]),
+            helper.make_tensor_value_info("m_next", T.FLOAT, [64, width]),
         ],
     )
     nodes = [
@@ -131,8 +132,8 @@ def slow() -> onnx.ModelProto:
         helper.make_node("Add", ["x", "nothing"], ["y"]),
     ]
     constants = [
-        constant("weights", np.eye(64, dtype=np.float32)),
-        constant("start", np.ones((64, 64), np.float32)),
+        constant("weights", np.eye(width, dtype=np.float32)),
+        constant("start", np.ones((64, width), np.float32)),
         constant("zero", np.array(0, np.float32)),
     ]
     inputs = [tensor("x", "FP32", ("n",)), tensor("turns", "INT64", ())]

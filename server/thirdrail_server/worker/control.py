@@ -84,6 +84,10 @@ class _Desk:
                 return {"models": [message_to_text(each) for each in self.models.counters()]}
             case "status":
                 return {"status": message_to_text(self.status())}
+        return await self._serve_sessions(do, fields)
+
+    async def _serve_sessions(self, do: str, fields: Fields) -> Fields:
+        match do:
             case "open session" if self.sessions is not None:
                 return self.sessions.open().to_fields()
             case "list sessions" if self.sessions is not None:

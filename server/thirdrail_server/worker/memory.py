@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from thirdrail_engines.malloc import heap_bytes
+from thirdrail_engines.priming import prime_onnxruntime
 from thirdrail_server.repository.sizes import files_bytes
 
 MS = 1_000_000  # nanoseconds
@@ -68,12 +69,14 @@ class Scale:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._weighings: set[Weighing] = set()
+        self._is_primed = False
 
     def weigh(self) -> Weighing:
         """A context: `end` it within, and nobody else is in the way afterwards."""
-        import onnxruntime  # noqa: F401  once 7 MiB, which no model is to blame for
-
         with self._lock:
+            if not self._is_primed:
+                prime_onnxruntime()
+                self._is_primed = True
             weighing = Weighing(self)
             for other in self._weighings:
                 other.is_alone = weighing.is_alone = False

@@ -139,7 +139,7 @@ class ModelTable:
                     raise Cancelled(STOPPING if self._is_stopping else CANCELLED)
             if failures and (name in self._models or not prepared):
                 raise failures[max(failures)]
-            _require_size(prepared, command.memory_bytes_max)
+            self._require_room(prepared, command.memory_bytes_max)
             self._swap(name, prepared)
         except BaseException:
             for each in prepared:
@@ -195,6 +195,14 @@ class ModelTable:
 
         threads = self._builders if builds else self._loaders
         return await asyncio.get_running_loop().run_in_executor(threads, prepare)
+
+    def _require_room(self, prepared: Sequence[PreparedVersion], bytes_max: int) -> None:
+        """Beside all that is here, with no await between this and the swap: whatever the front knew
+        when it decided, the budget holds. Raises ModelTooLarge. 0: there is no budget.
+        """
+        size = sum(each.weight.size for each in prepared)
+        if bytes_max and self.memory().total + size > bytes_max:
+            raise ModelTooLarge(size)
 
     def _swap(self, name: str, prepared: Sequence[PreparedVersion]) -> None:
         new = _Model()
@@ -299,13 +307,6 @@ class _Phases:
         whole = self.first + order, self.steps
         is_building = phase not in _PHASES
         self.progress(LoadProgress(phase, *whole, step, steps, is_building))
-
-
-def _require_size(prepared: Sequence[PreparedVersion], bytes_max: int) -> None:
-    """Raises ModelTooLarge. 0: any size will do."""
-    size = sum(each.weight.size for each in prepared)
-    if 0 < bytes_max < size:
-        raise ModelTooLarge(size)
 
 
 def _in_place(prepared: PreparedVersion) -> frozenset[str]:

@@ -24,6 +24,7 @@ UNLOADING = pb.MODEL_STATE_UNLOADING
 UNAVAILABLE = pb.MODEL_STATE_UNAVAILABLE
 
 UNLOADED = "unloaded"
+EVICTED = "evicted to make room for"
 RELOAD_FAILED = "the last reload failed, what was loaded before is serving"
 VERSION_MAX = (1 << 63) - 1
 
@@ -138,7 +139,9 @@ class Catalog:
         for each in model.versions:
             if each.state == LOADING or model.is_expected_back:
                 raise _not_ready(name, each)
-        raise NotFound(f"Request for unknown model: '{name}' has no available versions")
+        raise NotFound(
+            f"Request for unknown model: '{name}' has no available versions{_eviction(model)}"
+        )
 
     def is_ready(self, name: str, version: str | int = 0) -> bool:
         """False also for what is not there. Raises InvalidArgument for a bad version."""
@@ -258,6 +261,15 @@ class Catalog:
         lost = replace(model, versions=failed, engines={}, load_phase="")
         self._put(replace(lost, is_expected_back=False))
 
+    def interrupt(self, name: str) -> None:
+        """It serves no longer, because it is being loaded anew."""
+        model = self._models[name]
+        versions = tuple(
+            VersionStatus(each.version, LOADING, "loading") if each.state == READY else each
+            for each in model.versions
+        )
+        self._put(replace(model, versions=versions))
+
     def begin_unload(self, name: str) -> None:
         model = self._models[name]
         versions = tuple(
@@ -348,6 +360,11 @@ def _not_ready(name: str, status: VersionStatus) -> Unavailable:
     version = f" version {status.version}" if status.version else ""
     why = f": {status.reason}" if status.reason else ""
     return Unavailable(f"Request for unknown model: '{name}'{version} is not at ready state{why}")
+
+
+def _eviction(model: ServedModel) -> str:
+    reasons = {each.reason for each in model.versions if each.reason.startswith(EVICTED)}
+    return f": {reasons.pop()}" if reasons else ""
 
 
 def _all_unavailable(model: ServedModel, reason: str) -> ServedModel:

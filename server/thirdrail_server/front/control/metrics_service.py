@@ -49,6 +49,8 @@ class MetricsServicer(metrics_pb2_grpc.MetricsServicer):
 
     async def snapshot(self) -> pb.SnapshotResponse:
         counters, status = await asyncio.gather(self._control.counters(), self._worker.status())
+        status.evictions = self._control.evictions
+        status.model_bytes_max = self._control.memory_bytes_max
         return pb.SnapshotResponse(
             uptime_ns=time.monotonic_ns() - self._started_ns,
             server_version=__version__,

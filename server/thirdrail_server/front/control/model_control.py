@@ -19,6 +19,7 @@ from thirdrail.errors import (
     Internal,
     InvalidArgument,
     NotFound,
+    ResourceExhausted,
     ThirdrailError,
     Unavailable,
 )
@@ -27,7 +28,7 @@ from thirdrail_server.config import ModelControlMode, ServerConfig
 from thirdrail_server.control_messages import LoadedModel, LoadProgress, message_of_text
 from thirdrail_server.front.announcements import shortened
 from thirdrail_server.front.control.access import refuse_unless_explicit
-from thirdrail_server.front.control.catalog import Catalog
+from thirdrail_server.front.control.catalog import EVICTED, Catalog
 from thirdrail_server.front.control.counters import CounterBook
 from thirdrail_server.front.control.engine_book import EngineBook
 from thirdrail_server.front.control.load_source import (
@@ -36,7 +37,9 @@ from thirdrail_server.front.control.load_source import (
     PreparedLoad,
     prepare,
 )
+from thirdrail_server.front.control.placement import Need, mib
 from thirdrail_server.front.control.restarts import LoadLedger, Verdict
+from thirdrail_server.front.control.room import RoomMaker
 from thirdrail_server.front.control.supervisor import Supervisor, WorkerDied, WorkerNews
 from thirdrail_server.front.control.turns import LoadGate, Turns
 from thirdrail_server.front.control.uploads import Uploads
@@ -85,6 +88,14 @@ class _Order:
         return replace(loaded, engines=engines)
 
 
+class _TooLarge(Exception):
+    """The worker has loaded it, and dropped it again, for it takes more than it may."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size  # bytes
+
+
 class ModelControl:
     """The only writer of the catalog. `await start()`, load and unload, `await stop()`."""
 
@@ -99,9 +110,22 @@ class ModelControl:
         self._uploads = Uploads(config.control.upload_files_max, config.upload_bytes_max)
         self._counters = CounterBook()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._room = RoomMaker(
+            config.memory,
+            worker,
+            is_held=self._turns.is_taken,
+            evict=self._evict,
+            unload=self._unload_to_reload,
+        )
+        self.evictions = 0
         self._improving: dict[str, LoadSource] = {}  # these serve while a better engine is built
         self.engines = EngineBook()
         catalog.expect_worker(worker.name)
+
+    @property
+    def memory_bytes_max(self) -> int:
+        """The memory budget of the worker; 0: there is none."""
+        return self._config.memory.bytes_max
 
     @property
     def news(self) -> WorkerNews:
@@ -291,7 +315,7 @@ class ModelControl:
         self._catalog.begin_load(name, dict(prepared.command.versions), self._worker.name)
         self._ledger.begin(name)
         try:
-            loaded = order.settled(await self._load_in_worker(prepared, progress))
+            loaded = order.settled(await self._load_with_room(prepared, progress))
         except WorkerDied:
             raise
         except Cancelled as error:
@@ -301,7 +325,8 @@ class ModelControl:
         except ThirdrailError as error:
             self._ledger.fail(name)
             self._catalog.fail_load(name, error.message)
-            raise Internal(f"failed to load '{name}', no version is available: {error}") from None
+            kind = ResourceExhausted if isinstance(error, ResourceExhausted) else Internal
+            raise kind(f"failed to load '{name}', no version is available: {error}") from None
         except BaseException:
             self._ledger.fail(name)
             raise
@@ -310,20 +335,20 @@ class ModelControl:
         self.engines.loaded(name, loaded.engines)
         for version, engine in loaded.engines.items():
             if engine.reason:
-                _log.warning(
-                    "model '%s' version %d is run by %s: %s",
-                    name,
-                    version,
-                    engine.name,
-                    engine.reason,
-                )
+                level = logging.INFO if engine.is_stopgap else logging.WARNING
+                facts = (name, version, engine.name, engine.reason)
+                _log.log(level, "model '%s' version %d is run by %s, not by %s", *facts)
         return loaded, before
 
     async def _prepare(self, order: _Order) -> PreparedLoad:
         name = order.name
         try:
             prepared = await asyncio.to_thread(prepare, name, order.source)
-            command = replace(prepared.command, takes_stopgap=not order.improves)
+            command = replace(
+                prepared.command,
+                takes_stopgap=not order.improves,
+                memory_bytes_max=self.memory_bytes_max,
+            )
             return replace(prepared, command=command)
         except ModelMissing as error:
             # A name that nobody knows leaves no trace, or callers could fill the catalog.
@@ -336,6 +361,21 @@ class ModelControl:
                 f"failed to load '{name}', failed to poll from model repository: {error}"
             ) from None
 
+    async def _load_with_room(self, prepared: PreparedLoad, progress: TellProgress) -> LoadedModel:
+        """Once more where it turns out larger than its files are, with the figure that is known
+        then. A build never interrupts what serves until it is done."""
+        name, may_interrupt = prepared.command.name, prepared.command.takes_stopgap
+        need = Need(name, prepared.files_bytes)
+        while True:
+            async with self._room.made(need, may_interrupt=may_interrupt):
+                try:
+                    return await self._load_in_worker(prepared, progress)
+                except _TooLarge as error:
+                    if need.is_measured:
+                        text = f"it takes {mib(error.size)}, which others took meanwhile"
+                        raise ResourceExhausted(text) from None
+                    need = Need(name, error.size, is_measured=True)
+
     async def _load_in_worker(self, prepared: PreparedLoad, progress: TellProgress) -> LoadedModel:
         def tell(fields: dict[str, Any]) -> None:
             told = LoadProgress.from_fields(fields)
@@ -344,6 +384,8 @@ class ModelControl:
             progress(told)
 
         answer = await self._worker.call("load", prepared.command.to_fields(), tell)
+        if "too_large_bytes" in answer:
+            raise _TooLarge(int(answer["too_large_bytes"]))
         loaded = LoadedModel.from_fields(answer)
         versions: dict[int, str | None] = {**loaded.versions, **prepared.failures}
         if None not in versions.values():
@@ -395,6 +437,30 @@ class ModelControl:
             _log.error("model '%s' was not unloaded cleanly: %s", name, error)
             return error
         return None
+
+    async def _unload_to_reload(self, name: str) -> None:
+        """In the model's turn: there is no room for what serves and what is loaded beside it."""
+        self._catalog.interrupt(name)
+        source = self._ledger.forget(name)
+        await self._unload_in_worker(name)
+        if source is not None:
+            await asyncio.to_thread(self._uploads.discard, source.repository)
+
+    async def _evict(self, name: str, needy: str) -> bool:
+        """Take an idle model out of memory for another one. False: it is not idle any more."""
+        if self._turns.is_taken(name):
+            return False
+        async with self._turns.of(name):
+            answer = await self._worker.call("evict", {"name": name})
+            if not answer.get("evicted"):
+                return False
+            source = self._ledger.forget(name)
+            self._catalog.end_unload(name, f"{EVICTED} '{needy}'; load it to use it again")
+            if source is not None:
+                await asyncio.to_thread(self._uploads.discard, source.repository)
+        self.evictions += 1
+        _log.warning("model '%s' was %s '%s'", name, EVICTED, needy)
+        return True
 
     # The repository
 

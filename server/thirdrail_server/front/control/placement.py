@@ -37,14 +37,13 @@ class Need:
 class Room:
     """It may be loaded, once the others have left."""
 
-    bytes_max: int  # what it may take, which is `size` or more
     evict: tuple[str, ...] = ()  # least recently used first
     unload_first: bool = False  # its own old engine
 
 
 @dataclass(frozen=True, slots=True)
 class NoRoom:
-    text: str  # with all figures, and what to do
+    text: str  # with all figures
 
 
 def decide(
@@ -67,9 +66,7 @@ def decide(
         shortage = used + need.size - budget.bytes_max
         victims = _victims(others, shortage, budget, now_ms)
         if victims is not None:
-            left = used - sum(each.size for each in victims)
-            names = tuple(each.name for each in victims)
-            return Room(budget.bytes_max - left, names, unload_first)
+            return Room(tuple(each.name for each in victims), unload_first)
     return NoRoom(_refusal(need, residents, in_use, budget, now_ms))
 
 

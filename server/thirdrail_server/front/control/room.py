@@ -53,33 +53,33 @@ class RoomMaker:
         self._deciding = asyncio.Lock()
 
     @contextlib.asynccontextmanager
-    async def made(self, need: Need, *, may_interrupt: bool) -> AsyncIterator[Room]:
+    async def made(self, need: Need, *, may_interrupt: bool) -> AsyncIterator[None]:
         """Room for a load, which is kept free until the load is over.
 
         may_interrupt: whether `swap` unload-first holds for it.
         Raises ResourceExhausted, with figures, when there is no room, and what the worker raises.
         """
         if not self._budget.bytes_max:
-            yield Room(0)
+            yield
             return
         budget = self._budget
         if not may_interrupt:
             budget = replace(budget, swap=SwapOverBudget.REFUSE)
         async with self._deciding:
-            room = await self._make(need, budget)
+            await self._make(need, budget)
             self._reserved[need.model] = need.size
         try:
-            yield room
+            yield
         finally:
             del self._reserved[need.model]
 
-    async def _make(self, need: Need, budget: MemoryBudget) -> Room:
+    async def _make(self, need: Need, budget: MemoryBudget) -> None:
         for _ in range(TRIES_MAX):
             room = await self._decide(need, budget)
             if await self._all_evicted(room, need.model):
                 if room.unload_first:
                     await self._unload(need.model)
-                return room
+                return
         raise ResourceExhausted(
             f"worker '{self._worker.name}' has no room for '{need.model}': models that could leave "
             "were in use again when they were to"

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making room on a worker whose models are as large as their files: races, and what stays true."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from thirdrail.errors import NotFound, ResourceExhausted
+from thirdrail_server.config import MemoryBudget, OverBudget
+
+EXPLICIT: dict[str, Any] = {"model_control": "explicit"}
+EVICTING: dict[str, Any] = {
+    "memory": MemoryBudget(100, over_budget=OverBudget.EVICT, spared_s=0),
+    **EXPLICIT,
+}
+
+
+def of_size(size: int, words: str = "ok") -> str:
+    """A model file of so many bytes."""
+    return f"{words} ".ljust(size, "x")
+
+
+async def test_loads_under_way_keep_their_room(repository: Any, open_plane: Any) -> None:
+    for name in "abc":
+        repository.write(name, of_size(45, "slow"))
+    async with open_plane(memory=MemoryBudget(100), **EXPLICIT) as plane:
+        await plane.worker.wait_until_up()
+        loads = [plane.control.load(name) for name in "abc"]
+        outcomes = await asyncio.gather(*loads, return_exceptions=True)
+    assert outcomes.count([1]) == 2
+    assert [type(each) for each in outcomes].count(ResourceExhausted) == 1
+
+
+async def test_a_load_that_failed_gives_its_room_back(repository: Any, open_plane: Any) -> None:
+    repository.write("bad", of_size(90, "bad"))
+    repository.write("good", of_size(90))
+    async with open_plane(memory=MemoryBudget(100), **EXPLICIT) as plane:
+        await plane.worker.wait_until_up()
+        with pytest.raises(Exception, match="damaged"):
+            await plane.control.load("bad")
+        assert await plane.control.load("good") == [1]
+
+
+async def test_a_model_that_is_used_again_is_left_alone_and_it_is_decided_anew(
+    repository: Any, open_plane: Any
+) -> None:
+    repository.write("used_once", of_size(60))
+    repository.write("m", of_size(60))
+    async with open_plane(load_models=("used_once",), **EVICTING) as plane:
+        await plane.until(plane.catalog.all_ready)
+        await plane.control.load("m")
+        assert plane.reason("used_once").startswith("evicted to make room for 'm'")
+        assert plane.control.evictions == 1
+
+
+async def test_a_load_does_not_wait_for_ever_for_models_in_use(
+    repository: Any, open_plane: Any
+) -> None:
+    repository.write("used_always", of_size(60))
+    repository.write("m", of_size(60))
+    async with open_plane(load_models=("used_always",), **EVICTING) as plane:
+        await plane.until(plane.catalog.all_ready)
+        with pytest.raises(ResourceExhausted, match="were in use again when they were to"):
+            await plane.control.load("m")
+        assert plane.catalog.is_ready("used_always")
+        assert plane.control.evictions == 0
+
+
+async def test_no_model_leaves_whose_own_load_is_under_way(
+    repository: Any, open_plane: Any
+) -> None:
+    repository.write("a", of_size(40))
+    repository.write("b", of_size(80))
+    async with open_plane(load_models=("a",), **EVICTING) as plane:
+        await plane.until(plane.catalog.all_ready)
+        repository.write("a", of_size(40, "slow"))
+        reload = asyncio.create_task(plane.control.load("a"))
+        await asyncio.sleep(0.1)
+        with pytest.raises(ResourceExhausted, match=r"'a' 0\.0 MiB \(busy\)"):
+            await plane.control.load("b")
+        assert await reload == [1]
+
+
+async def test_what_was_evicted_does_not_come_back_with_a_new_worker(
+    repository: Any, open_plane: Any
+) -> None:
+    repository.write("a", of_size(60))
+    repository.write("b", of_size(60))
+    async with open_plane(load_models=("a",), **EVICTING) as plane:
+        await plane.until(plane.catalog.all_ready)
+        await plane.control.load("b")
+        assert plane.catalog.all_ready(), "an evicted model is missed by nobody"
+        await plane.kill_worker()
+        await plane.until(lambda: plane.catalog.is_ready("b"))
+        with pytest.raises(NotFound, match="evicted to make room for 'b'"):
+            plane.catalog.find("a")
+        assert await plane.control.load("a") == [1]
+        assert not plane.catalog.is_ready("b")
