@@ -76,6 +76,13 @@ def test_what_only_some_versions_have_is_used_in_one_module(names: NativeNames) 
     assert all(names.used.get(name) == {"api.py"} for name in OPTIONAL), names.used
 
 
+def test_precision_is_never_a_flag(names: NativeNames) -> None:
+    """10.x has flags that let layers choose their type; later versions have none."""
+    assert "NetworkDefinitionCreationFlag.STRONGLY_TYPED" in names.used
+    flags = {name for name in names.used if name.startswith("BuilderFlag.")}
+    assert flags == {"BuilderFlag.REFIT", "BuilderFlag.VERSION_COMPATIBLE"}
+
+
 @pytest.mark.needs_gcc
 @pytest.mark.needs_packages
 @pytest.mark.parametrize("bindings", BINDINGS)
