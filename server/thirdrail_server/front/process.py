@@ -40,6 +40,7 @@ from thirdrail_server.front.native_inference import NativeInference
 from thirdrail_server.front.sessions.lane_socket import LaneSocket, bind_lane
 from thirdrail_server.front.sessions.service import SessionsServicer
 from thirdrail_server.inference import grpc_service_pb2
+from thirdrail_server.worker.plans import refuse_untrusted_caches
 from thirdrail_server.worker.process import GIL_SWITCH_S
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ class Front:
 
         Raises ConfigError or RepositoryError when the server cannot start; call `stop` then, too.
         """
+        refuse_untrusted_caches(self._config.worker.compiling)
         address = listen(self._server, self._config)
         self._is_listening = True
         self._lane_socket = bind_lane(self._config)

@@ -14,7 +14,7 @@ from thirdrail_engines.engine import ModelFileError
 from thirdrail_engines.engine_choice import Source, engine_order
 from thirdrail_engines.host import host_of
 from thirdrail_engines.plans import TellProgress
-from thirdrail_server.config import CompileConfig
+from thirdrail_server.config import CompileConfig, ConfigError
 
 if TYPE_CHECKING:
     from thirdrail_engines.compiling import CompileServices
@@ -63,6 +63,24 @@ class Plans:
                 except CacheFolderError as error:
                     raise ModelFileError(str(error)) from None
             return self._cache
+
+
+def refuse_untrusted_caches(config: CompileConfig) -> None:
+    """Before anything is loaded. Raises ConfigError for a cache that others could have filled."""
+    from thirdrail_engines.plan_cache import CacheFolderError
+    from thirdrail_engines.plan_cache.trust import check_folder
+
+    folders = (config.cache_dir, *config.read_only_caches)
+    for folder in filter(None, folders):
+        try:
+            check_folder(folder)
+        except CacheFolderError as error:
+            raise ConfigError(str(error)) from None
+        except OSError as error:
+            # Ours is made when it is needed, and done without where that fails.
+            if folder is not config.cache_dir:
+                text = f"the read-only plan cache {folder}: {error.strerror}"
+                raise ConfigError(text) from None
 
 
 def may_build(path: Path, options: CompileOptions) -> bool:

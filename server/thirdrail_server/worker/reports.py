@@ -3,6 +3,7 @@
 
 from thirdrail.v1 import models_pb2 as pb
 from thirdrail_engines import EngineReport
+from thirdrail_engines.plans import Precision
 from thirdrail_engines.reference_proof import OutputFigures
 from thirdrail_server.control_messages import VersionEngine
 
@@ -16,6 +17,7 @@ def version_engine(report: EngineReport, *, is_stopgap: bool) -> VersionEngine:
         plan_key=report.plan_key,
         is_cache_hit=report.is_cache_hit,
         build_ns=round(report.build_s * NS_PER_S),
+        precision="" if report.precision is Precision.AS_IS else report.precision.value,
         proofs=map(_output_proof, proof.outputs if proof else ()),
     )
     return VersionEngine(report.engine, report.why_not_first, message, is_stopgap)

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`thirdrail compile`: fills a plan cache ahead of time. No server runs, and no GPU is needed."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from thirdrail.cli import EXIT_REFUSED
+from thirdrail.cli.bars import PhaseBars, progress_on
+from thirdrail.cli.session import console, new_table, print_json, session_of, typed_by_hand
+from thirdrail_engines import EngineOptions
+from thirdrail_engines.ahead import PlanAhead, compile_ahead
+from thirdrail_engines.builds import BuildLimits
+from thirdrail_engines.compile_options import EngineChoice
+from thirdrail_engines.compiling import CompileServices
+from thirdrail_engines.engine import ModelFileError
+from thirdrail_engines.plan_cache import CacheFolderError, PlanCache, default_folder
+from thirdrail_engines.plans import Precision
+from thirdrail_server.compile_jobs import Job, Wish, jobs_at
+from thirdrail_server.config import GIB, CompileConfig
+from thirdrail_server.repository.errors import RepositoryError
+
+MIB = 1 << 20
+_NICENESS = 0  # nobody is served by this process, so its builds are its work
+_DEFAULTS = CompileConfig()
+_NUMBERS = ("VERSION", "SECONDS", "MIB")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one model version for one target."""
+
+    model: str
+    version: int  # 0: none is known
+    target: str
+    builder: str
+    result: str  # "built", "cached" or "failed"
+    plan_key: str = ""
+    build_s: float = 0.0  # of the plan, whenever it was built
+    plan_bytes: int = 0
+    reason: str = ""  # why it failed
+
+
+def compile(  # noqa: A001 the command's name
+    ctx: typer.Context,
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL_OR_REPO",
+            help="A model file, the folder of one model, or a repository of models.",
+        ),
+    ],
+    capabilities: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            metavar="SM,...",
+            help="The GPUs by compute capability, for example sm86,sm89,sm120. A plan for each.",
+        ),
+    ] = "",
+    engine: Annotated[
+        EngineChoice,
+        typer.Option(
+            "--engine",
+            help="Whose plans. auto: as the model is configured, else TensorRT for "
+            "RTX where GPUs are named, else ONNX Runtime for this CPU.",
+        ),
+    ] = EngineChoice.AUTO,
+    precision: Annotated[
+        Precision | None,
+        typer.Option("--precision", help="In place of the one in the model's configuration."),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option("--cache-dir", help="The cache to fill. [default: the one that servers use]"),
+    ] = None,
+    cache_gib: Annotated[
+        float, typer.Option("--cache-gib", help="Its size.")
+    ] = _DEFAULTS.cache_bytes_max / GIB,
+    derive_batching: Annotated[
+        int,
+        typer.Option(
+            "--derive-batching",
+            metavar="ROWS",
+            min=0,
+            help="As given to the servers, for models without a configuration.",
+        ),
+    ] = 0,
+    build_minutes_max: Annotated[
+        float, typer.Option("--build-minutes-max", help="How long one build may take.")
+    ] = _DEFAULTS.build_s_max / 60,
+    build_memory_gib: Annotated[
+        float, typer.Option("--build-memory-gib", help="Memory of one build. 0: no limit.")
+    ] = 0.0,
+) -> None:
+    """Compile models ahead of time, also for GPUs that are not here.
+
+    \b
+    thirdrail compile models/ --for sm86,sm89,sm120 --cache-dir plans/
+    thirdrail serve models/ --read-only-cache plans/     # on the machines with the GPUs
+
+    Plans that are there already are left as they are. Exit code 1 when one could not be built.
+    """
+    asked = tuple(filter(None, map(str.strip, capabilities.split(","))))
+    wish = Wish(asked, engine, precision, derive_batching)
+    try:
+        limits = BuildLimits(
+            seconds_max=build_minutes_max * 60,
+            memory_bytes_max=round(build_memory_gib * GIB),
+            niceness=_NICENESS,
+        )
+        with typed_by_hand():
+            jobs = list(jobs_at(path, wish))
+        with PlanCache(cache_dir or default_folder(), round(cache_gib * GIB)) as cache:
+            outcomes = list(_with_bars(jobs, cache, limits))
+    except (RepositoryError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    except CacheFolderError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(EXIT_REFUSED) from None
+    if session_of(ctx).as_json:
+        print_json([dataclasses.asdict(each) for each in outcomes])
+    elif outcomes:
+        console().print(_table(outcomes))
+    else:
+        typer.echo(f"{path} holds no models.")
+    if any(each.result == "failed" for each in outcomes):
+        raise typer.Exit(EXIT_REFUSED)
+
+
+def _with_bars(jobs: list[Job], cache: PlanCache, limits: BuildLimits) -> Iterator[Outcome]:
+    with progress_on(console(stderr=True)) as bars:
+        for job in jobs:
+            phases = PhaseBars(bars, job.model)
+            for outcome in _outcomes(job, CompileServices(cache, limits, phases.show)):
+                phases.end(failed=outcome.result == "failed")
+                yield outcome
+
+
+def _outcomes(job: Job, services: CompileServices) -> Iterator[Outcome]:
+    """One per target. What fails for one is no reason not to try the next."""
+    if job.fault:
+        yield from (_failed(job, target, job.fault) for target in job.targets)
+        return
+    left = list(job.targets)
+    while left:
+        try:
+            for plan in compile_ahead(
+                job.path,
+                job.builder,
+                left.copy(),
+                options=EngineOptions(),
+                compile=job.options,
+                services=services,
+            ):
+                yield _done(job, left.pop(0), plan)
+        except ModelFileError as error:
+            yield _failed(job, left.pop(0), str(error))
+
+
+def _done(job: Job, target: str, plan: PlanAhead) -> Outcome:
+    return Outcome(
+        job.model,
+        job.version,
+        job.title(target),
+        job.builder.value,
+        "cached" if plan.is_cache_hit else "built",
+        plan_key=plan.key,
+        build_s=plan.manifest.build_s,
+        plan_bytes=plan.manifest.plan_bytes,
+    )
+
+
+def _failed(job: Job, target: str, reason: str) -> Outcome:
+    builder = job.builder.value
+    return Outcome(job.model, job.version, job.title(target), builder, "failed", reason=reason)
+
+
+_STYLES = {"built": "green", "cached": "green", "failed": "red"}
+
+
+def _table(outcomes: list[Outcome]) -> Table:
+    columns = ("MODEL", "VERSION", "TARGET", "BUILDER", "RESULT", "SECONDS", "MIB", "PLAN")
+    table = new_table(*columns, right=_NUMBERS)
+    for each in outcomes:
+        is_there = each.result != "failed"
+        table.add_row(
+            escape(each.model),
+            str(each.version or "-"),
+            each.target,
+            each.builder,
+            f"[{_STYLES[each.result]}]{each.result}[/]",
+            f"{each.build_s:.1f}" if is_there else "-",
+            f"{each.plan_bytes / MIB:.1f}" if is_there else "-",
+            each.plan_key[:12] if is_there else escape(each.reason),
+        )
+    return table

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `thirdrail compile` is to do: which models lie at a path, and for what they are compiled."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from thirdrail.errors import InvalidArgument
+from thirdrail_engines.compile_options import CompileOptions, EngineChoice, OnFailure
+from thirdrail_engines.host import cuda_devices
+from thirdrail_engines.plans import Builder, Precision
+from thirdrail_server.front.control.load_source import LoadSource, prepare
+from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
+from thirdrail_server.repository.compilation import compile_options
+from thirdrail_server.repository.errors import RepositoryError
+from thirdrail_server.repository.layout import MODEL_FILENAMES, scan
+
+SUFFIXES = (".onnx", ".pt2", ".pt")
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the command line says; what it leaves open is the configuration's to say."""
+
+    capabilities: tuple[str, ...] = ()
+    engine: EngineChoice = EngineChoice.AUTO
+    precision: Precision | None = None
+    derive_batch_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One model version. fault: why there is nothing to do.
+
+    targets: compute capabilities, a plan for each; "" is this CPU, or what the options name.
+    """
+
+    model: str
+    version: int  # 0: none is known
+    path: Path
+    options: CompileOptions
+    builder: Builder
+    targets: tuple[str, ...] = ("",)
+    fault: str = ""
+
+    def title(self, target: str) -> str:
+        """Of one of its targets, for people."""
+        if target:
+            return target
+        if self.builder is Builder.ONNXRUNTIME:
+            return "this CPU"
+        return ",".join(self.options.compute_capabilities) or "this GPU"
+
+
+def jobs_at(path: Path, wish: Wish) -> Iterator[Job]:
+    """Every version that would be served.
+
+    path: a model file, the folder of one model, or a repository.
+    Raises InvalidArgument when it is none of them.
+    """
+    if path.is_file():
+        yield from _of_file(path, wish)
+    elif not path.is_dir():
+        raise InvalidArgument(f"{path} does not exist, expected a model file or a folder of models")
+    elif _is_model_folder(path):
+        yield from _of_model(path.parent, path.resolve().name, wish)
+    else:
+        for name in scan(path):
+            yield from _of_model(path, name, wish)
+
+
+def _is_model_folder(path: Path) -> bool:
+    """Whether versions lie in it, and not models."""
+    return any(
+        (each / name).exists()
+        for each in path.iterdir()
+        if each.name.isdecimal()
+        for name in MODEL_FILENAMES
+    )
+
+
+def _of_file(path: Path, wish: Wish) -> Iterator[Job]:
+    if path.suffix not in SUFFIXES:
+        raise InvalidArgument(
+            f"{path.name} cannot be compiled, expected a file that ends in {', '.join(SUFFIXES)}"
+        )
+    yield from _of_version(path.stem, 0, path, ModelConfig(name=path.stem), wish)
+
+
+def _of_model(repository: Path, name: str, wish: Wish) -> Iterator[Job]:
+    broken = Job(name, 0, repository / name, CompileOptions(), Builder.TENSORRT_RTX)
+    try:
+        prepared = prepare(name, LoadSource(repository))
+    except RepositoryError as error:
+        yield replace(broken, fault=str(error))
+        return
+    config = prepared.command.config or ModelConfig(name=name)
+    for version, path in prepared.command.versions:
+        yield from _of_version(name, version, path, config, wish)
+    for version, fault in prepared.failures.items():
+        yield replace(broken, version=version, fault=fault)
+
+
+def _of_version(
+    name: str, version: int, path: Path, config: ModelConfig, wish: Wish
+) -> Iterator[Job]:
+    job = Job(name, version, path, CompileOptions(), Builder.ONNXRUNTIME)
+    try:
+        options = compile_options(
+            config, on_failure=OnFailure.FALLBACK, derive_batch_rows=wish.derive_batch_rows
+        )
+    except RepositoryError as error:
+        yield replace(job, fault=str(error))
+        return
+    if wish.precision is not None:
+        options = replace(options, precision=wish.precision)
+    job = replace(job, options=options)
+    if path.suffix not in SUFFIXES:
+        yield replace(job, fault=f"{path.name} is a plan already")
+        return
+    builder = _builder(wish, options)
+    if builder is Builder.ONNXRUNTIME:
+        yield job
+    elif options.compute_capabilities:  # of which every server asks for one plan for all of them
+        yield replace(job, builder=builder)
+    else:
+        targets = wish.capabilities or ("",)
+        is_nowhere = builder is Builder.TENSORRT_RTX and not wish.capabilities
+        fault = NO_TARGET if is_nowhere and not cuda_devices() else ""
+        yield replace(job, builder=builder, targets=targets, fault=fault)
+
+
+NO_TARGET = "there is no GPU here, and none is named: say which, as in --for sm86,sm89,sm120"
+
+
+def _builder(wish: Wish, options: CompileOptions) -> Builder:
+    """Whose plan it is. Without a word, TensorRT for RTX: it needs no GPU to build for one."""
+    for choice in (wish.engine, options.engine):
+        if choice in (EngineChoice.ONNXRUNTIME, EngineChoice.TENSORRT, EngineChoice.TENSORRT_RTX):
+            return Builder(choice.value)
+    is_for_gpus = bool(wish.capabilities or options.compute_capabilities)
+    return Builder.TENSORRT_RTX if is_for_gpus else Builder.ONNXRUNTIME
