@@ -252,6 +252,28 @@ def test_a_recording_that_fails_costs_nothing_but_the_graph(
     assert (figures.recorded, figures.launched, figures.refused) == (0, 0, 1)
 
 
+def test_what_others_give_meanwhile_is_no_part_of_a_recording(
+    double: Path, load_model: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load_model(double)
+    context: Any = engine._instances[0]._context
+    plain_enqueue = context.enqueue
+
+    def enqueue(stream: TwinStream) -> None:
+        if stream.is_capturing:
+            others.append(pool.submit(engine.run, {"x": np.full(3, 5, np.float32)}, ["y"], {}))
+            time.sleep(0.02)
+        plain_enqueue(stream)
+
+    others: list[Any] = []
+    monkeypatch.setattr(context, "enqueue", enqueue)
+    with ThreadPoolExecutor(1) as pool:
+        for value in range(4):
+            x = np.full(2, value, np.float32)
+            assert engine.run({"x": x}, ["y"], {})["y"].tolist() == [2 * value] * 2
+        assert [other.result()["y"].tolist() for other in others] == [[10] * 3]
+
+
 # Order and overlap
 
 
@@ -368,7 +390,7 @@ def test_runs_that_wait_when_the_device_is_lost_end(gather: Path, inspector: Ins
                 pool.submit(engine.run, {"x": x, "index": np.array([index])}, ["y"], {})
                 for index in (0, 1, 9, 2)
             ]
-            wait_until(lambda: engine._slots.busy == 4 or device.is_lost)
+            wait_until(lambda: engine._slots.busy + sum(run.done() for run in runs) >= 4)
         failures = [run.exception(timeout=5) for run in runs]
     assert any(isinstance(failure, DeviceLost) for failure in failures)
     assert all(failure is None or isinstance(failure, DeviceLost) for failure in failures)

@@ -217,7 +217,10 @@ class _Recording:
 
 
 class _Instance:
-    """One context. Runs prepare and collect side by side; one at a time talks to the context."""
+    """One context. Runs stage and collect side by side; one at a time, whoever has the lock, talks
+    to the context and to the stream that computes: what others gave it meanwhile would become part
+    of a recording.
+    """
 
     def __init__(
         self, program: Program, device: Device, pool: PinnedPool, options: CudaOptions
@@ -250,10 +253,14 @@ class _Instance:
         blocks: list[PinnedMemory] = []
         try:
             into_device, compute, out_of_device = self._streams_for(layout.total_bytes)
-            self._copy_in(slot, request, layout, into_device, blocks)
+            copy_in = self._stage(slot, request, layout, blocks)
+            if into_device is not compute:
+                copy_in(into_device)
+                into_device.record(slot.is_in)
             with self._lock:
-                if into_device is not compute:
-                    into_device.record(slot.is_in)
+                if into_device is compute:
+                    copy_in(compute)
+                else:
                     compute.wait(slot.is_in)
                 outputs = self._calculate(slot, request, layout)
                 if out_of_device is not compute:
@@ -294,30 +301,29 @@ class _Instance:
             outputs = max(outputs, lay_out(self._spec.outputs, _closed(found)).total_bytes)
         return inputs, outputs
 
-    def _copy_in(
-        self,
-        slot: _Slot,
-        request: Request,
-        layout: Layout,
-        stream: Stream,
-        blocks: list[PinnedMemory],
-    ) -> None:
+    def _stage(
+        self, slot: _Slot, request: Request, layout: Layout, blocks: list[PinnedMemory]
+    ) -> Callable[[Stream], None]:
+        """Copy the inputs into pinned memory. Returns what copies them on to the device."""
         block = self._pool.lend(layout.total_bytes)
         if block is None:
-            for name, array in request.inputs.items():
-                if array.nbytes:
-                    address = slot.input_block + layout.offsets[name]
-                    stream.copy_in(address, _address(array), array.nbytes)
-            return
+            return lambda stream: self._copy_directly(slot, request, layout, stream)
         blocks.append(block)
         for tensor in self._spec.inputs:
             source = request.inputs[tensor.name]
             target = _view(block, tensor, layout.offsets[tensor.name], source.shape)
-            if tensor.dtype.name == "BOOL":  # a byte other than 0 and 1 is true, not undefined
-                np.not_equal(source.view(np.uint8), 0, out=target)
-            else:
-                np.copyto(target, source)
-        stream.copy_in(slot.input_block, block.address, layout.total_bytes)
+            np.copyto(target, _sound(source))
+        return lambda stream: stream.copy_in(slot.input_block, block.address, layout.total_bytes)
+
+    def _copy_directly(self, slot: _Slot, request: Request, layout: Layout, stream: Stream) -> None:
+        kept = {name: _sound(array) for name, array in request.inputs.items()}
+        for name, array in kept.items():
+            if array.nbytes:
+                stream.copy_in(
+                    slot.input_block + layout.offsets[name], _address(array), array.nbytes
+                )
+        if any(kept[name] is not array for name, array in request.inputs.items()):
+            stream.synchronize()  # before what was made here is gone
 
     def _calculate(self, slot: _Slot, request: Request, layout: Layout) -> dict[str, Shape]:
         """Give the run to the device. Returns the outputs' shapes."""
@@ -456,12 +462,18 @@ class _Instance:
     def _quiesce(self) -> None:
         """After a failure: nothing may still copy from or to memory that is about to be given
         back. Raises DeviceLost."""
-        for stream in self._streams:
-            stream.synchronize()
+        with self._lock:  # or it would meet a recording
+            for stream in self._streams:
+                stream.synchronize()
 
 
 def _closed(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     return {name: shape for name, shape in shapes.items() if -1 not in shape}
+
+
+def _sound(array: Array) -> Array:
+    """Booleans that are surely 0 or 1: to a kernel, any other byte is undefined."""
+    return array if array.dtype != np.bool_ else np.not_equal(array.view(np.uint8), 0)
 
 
 def _view(block: PinnedMemory, tensor: TensorSpec, offset: int, shape: Shape) -> Array:

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our use of the driver's bindings: by their own words, and run against a driver for the purpose.
+
+No GPU is needed and none is used. What a GPU does with it, tests/gpu asks.
+"""
+
+import ast
+import ctypes
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from thirdrail_engines.cuda import driver as our_driver
+from thirdrail_engines.cuda.errors import RELAUNCH, STICKY
+from thirdrail_engines.plans import BuildError
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def stub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("driver")
+    library = folder / "libcuda.so.1"
+    options = ["-shared", "-fPIC", "-Wall", f"-Wl,-soname,{library.name}"]
+    source = HERE / "stub_driver.c"
+    subprocess.run(["gcc", *options, "-o", library, source, "-ldl", "-lpthread"], check=True)
+    return folder
+
+
+def run_on_stub(folder: Path, *command: str, devices: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, for which the stub is the driver."""
+    variables = os.environ | {
+        "LD_LIBRARY_PATH": str(folder),
+        "STUB_DEVICES": str(devices),
+        "THIRDRAIL_TEST_DEVICE": "driver",
+    }
+    return subprocess.run(
+        [sys.executable, *command],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=HERE.parent.parent,
+    )
+
+
+# By the bindings' own words
+
+
+def calls_of(source: str) -> dict[str, set[int]]:
+    """The functions of the driver that a source calls, and with how many arguments."""
+    found: dict[str, set[int]] = {}
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        first = node.args[0] if node.args else None
+        if isinstance(first, ast.Constant) and re.match("cu[A-Z]", name := str(first.value)):
+            found.setdefault(name, set()).add(len(node.args) - 1)
+        elif isinstance(node.func, ast.Attribute) and node.func.attr.startswith("cu"):
+            found.setdefault(node.func.attr, set()).add(len(node.args))
+    return found
+
+
+@pytest.mark.needs_cuda_bindings
+def test_every_function_exists_and_takes_what_we_pass() -> None:
+    from cuda.bindings import driver
+
+    calls = calls_of(inspect.getsource(our_driver))
+    assert len(calls) > 35
+    for name, counts in calls.items():
+        parameters = inspect.signature(getattr(driver, name)).parameters
+        assert counts == {len(parameters)}, name
+
+
+@pytest.mark.needs_cuda_bindings
+def test_every_constant_exists() -> None:
+    from cuda.bindings import driver
+
+    source = inspect.getsource(our_driver)
+    members = {
+        name: owner
+        for owner in ("CUevent_flags", "CUstream_flags", "CUstreamCaptureMode")
+        for name in dir(getattr(driver, owner))
+    }
+    members |= dict.fromkeys(dir(driver.CUmemAllocationHandleType), "CUmemAllocationHandleType")
+    members |= dict.fromkeys(dir(driver.CUresult), "CUresult")
+    for name in set(re.findall(r"\bCU(?:DA)?_[A-Z_]{4,}\b", source)):
+        assert name.startswith("CU_DEVICE_ATTRIBUTE_") or name in members or hasattr(driver, name)
+    for name in re.findall(r'(?:has|_attribute)\((?:api, handle, )?"([A-Z_]+)"\)', source):
+        assert hasattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), name
+
+
+@pytest.mark.needs_cuda_bindings
+def test_sticky_are_all_codes_after_which_a_process_must_be_relaunched() -> None:
+    from cuda.bindings import driver
+
+    documented = {
+        code.name
+        for code in driver.CUresult
+        if "must be terminated and relaunched" in " ".join((code.__doc__ or "").split())
+    }
+    assert documented == RELAUNCH
+    assert {code.name for code in driver.CUresult} >= STICKY
+
+
+# Run against a driver for the purpose
+
+
+@pytest.mark.needs_cuda_bindings
+@pytest.mark.needs_gcc
+def test_the_device_contract_holds_on_the_bindings(stub_folder: Path) -> None:
+    done = run_on_stub(
+        stub_folder,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"{HERE}/test_device_contract.py",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+FACTS = """
+from thirdrail_engines.cuda.driver import list_devices, open_device
+for facts in list_devices():
+    print(facts.uuid, facts.is_mig, facts.capability_name, facts.driver, facts.name)
+print(open_device("MIG-1011").facts.name)
+print(open_device("GPU-0001").capabilities)
+"""
+
+
+@pytest.mark.needs_cuda_bindings
+@pytest.mark.needs_gcc
+def test_devices_are_told_by_uuid(stub_folder: Path) -> None:
+    done = run_on_stub(stub_folder, "-c", FACTS, devices=2)
+    assert done.stdout.splitlines() == [
+        "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f False sm89 (13, 2) Stub 1",
+        "MIG-10111213-1415-1617-1819-1a1b1c1d1e1f True sm89 (13, 2) Stub 2 MIG 1g.5gb",
+        "Stub 2 MIG 1g.5gb",
+        "Capabilities(has_virtual_memory=True, has_posix_fds=True, has_fabric_handles=False, "
+        "has_memory_pools=False, has_pool_posix_fds=True, has_ipc_events=False, "
+        "can_register_host=False, can_register_host_read_only=False, has_host_pools=False, "
+        "is_integrated=False)",
+    ], done.stderr
+
+
+ERRORS = """
+import ctypes
+from thirdrail_engines.cuda.driver import open_device
+from thirdrail_engines.cuda.errors import CudaError, DeviceFault, OutOfDeviceMemory
+stub = ctypes.CDLL("libcuda.so.1")
+device = open_device()
+stream, event = device.new_stream(), device.new_event()
+
+def told(call, *arguments):
+    try:
+        print(call(*arguments))
+    except (CudaError, DeviceFault) as error:
+        print(type(error).__name__, error.code, "|", error)
+
+stub.stub_not_ready(2)
+told(event.is_done), told(event.is_done), told(event.is_done)
+stub.stub_fail_next(b"cuStreamSynchronize", 400)
+told(stream.synchronize), told(stream.synchronize)
+told(device.allocate, 1 << 40)
+told(stream.copy_in, 5, 5, 5)
+stub.stub_fail_next(b"cuEventSynchronize", 700)
+told(event.wait), told(device.check), told(event.is_done), told(device.allocate, 1)
+"""
+
+
+@pytest.mark.needs_cuda_bindings
+@pytest.mark.needs_gcc
+def test_codes_become_errors_and_some_stay(stub_folder: Path) -> None:
+    done = run_on_stub(stub_folder, "-c", ERRORS)
+    lost = "DeviceFault CUDA_ERROR_ILLEGAL_ADDRESS | the device was lost: {}: illegal address"
+    assert [line.partition(" (")[0] for line in done.stdout.splitlines()] == [
+        "False",
+        "False",
+        "True",
+        "CudaError CUDA_ERROR_INVALID_HANDLE | cuStreamSynchronize: invalid handle",
+        "None",
+        "OutOfDeviceMemory CUDA_ERROR_OUT_OF_MEMORY | cuMemAlloc: out of memory",
+        "CudaError CUDA_ERROR_INVALID_VALUE | cuMemcpyHtoDAsync: invalid value",
+        lost.format("cuEventSynchronize"),
+        lost.format("cuMemGetInfo"),
+        lost.format("cuEventQuery"),
+        lost.format("cuMemAlloc"),
+    ], done.stderr
+
+
+MISSING = """
+from thirdrail_engines.cuda.driver import open_device
+from thirdrail_engines.plans import BuildError
+try:
+    open_device()
+except BuildError as error:
+    print(error.fault.value, "|", error)
+"""
+
+
+@pytest.mark.needs_cuda_bindings
+@pytest.mark.needs_gcc
+def test_a_driver_without_a_device_is_said_to_have_none(stub_folder: Path) -> None:
+    done = run_on_stub(stub_folder, "-c", MISSING, devices=0)
+    assert done.stdout.startswith("missing | no CUDA device: cuInit: no device"), done.stderr
+
+
+@pytest.mark.needs_cuda_bindings
+def test_no_driver_is_an_error_that_says_so() -> None:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        with pytest.raises(BuildError, match=r"no CUDA device: .*libcuda\.so\.1"):
+            our_driver.open_device()
+
+
+def test_no_bindings_is_an_error_with_the_line_that_installs_them() -> None:
+    code = "import sys; sys.modules['cuda'] = None\n" + MISSING
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == (
+        "missing | cuda-bindings is not installed. Run: pip install 'thirdrail[cuda]'\n"
+    ), done.stderr
