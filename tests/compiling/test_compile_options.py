@@ -18,7 +18,7 @@ from thirdrail_engines.compile_options import (
 )
 from thirdrail_engines.plans import Precision, ShapeRange
 from thirdrail_engines.profiles import BatchRows
-from thirdrail_engines.reference_proof import Tolerance
+from thirdrail_engines.reference_proof import Tolerance, ValueRange
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 
 VALID = {
@@ -43,6 +43,8 @@ VALID = {
     "tolerance.mean_rel": "0",
     "tolerance.cosine": "0.9",
     "tolerance.equal": "1",
+    "proof.rate": "16000",
+    "proof.a.b": " -0.5..7 ",
 }
 
 
@@ -67,6 +69,7 @@ def test_every_key_is_read() -> None:
         plugins=(Path("a.so"), Path("/b.so")),
         plan_source_bytes_min=0,
         tolerance=Tolerance(0.5, 1e-3, 2.0, 0.0, 0.9, 1.0),
+        proof_values={"rate": ValueRange(16000, 16000), "a.b": ValueRange(-0.5, 7)},
     )
     assert all(map(is_compile_key, VALID))
 
@@ -126,6 +129,12 @@ def test_a_mistake_says_what_is_allowed_and_a_line_that_would_do(
         ("profile.x", "1,2,3", "is no profile, expected profile.<number from 0 to 15>.<input>"),
         ("profile.0.", "1,2,3", "is no profile, expected profile.<number from 0 to 15>.<input>"),
         ("profile.16.x", "1,2,3", "is no profile, expected profile.<number from 0 to 15>"),
+        ("proof.x", "", "is '', expected for an input one value, or the lowest and the highest"),
+        ("proof.x", "2..1", "is '2..1', expected for an input one value"),
+        ("proof.x", "0..", "is '0..', expected for an input one value"),
+        ("proof.x", "nan", "is 'nan', expected for an input one value"),
+        ("proof.x", "1e16", "is '1e16', expected for an input one value"),
+        ("proof.", "1", "is '1', expected for an input one value"),
         ("profile.1.x", "1,2,3", "has profile.1 and no profile.0: number the profiles from 0"),
     ],
 )

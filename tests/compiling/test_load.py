@@ -225,6 +225,10 @@ def test_what_the_builder_refuses_is_told_and_the_next_runs_it(
 def test_a_configuration_that_contradicts_the_model_is_refused_by_every_engine(
     load_model: LoadModel, model: Path
 ) -> None:
+    unknown = {"proof.z": "1"}
+    for engine in ({}, PLAN):
+        with pytest.raises(ProfileError, match=r"proof.z: the model has no such input, only 'x'"):
+            load_model(model, {**unknown, **engine})
     wrong = {"profile.0.x": "1x15,2x15,3x15"}
     for engine in ({}, PLAN, {"engine": "tensorrt_rtx"}):
         with pytest.raises(ProfileError, match=r"profile.0.x has the size 15 on axis 1"):

@@ -13,7 +13,7 @@ from thirdrail_engines.plan_cache import Plan, PlanCache
 from thirdrail_engines.plans import Profile
 from thirdrail_engines.profiles import read_shape_range
 from thirdrail_engines.proof_records import RunsOn, recorded_proof
-from thirdrail_engines.reference_proof import OutputFigures, ReferenceProof, Tolerance
+from thirdrail_engines.reference_proof import OutputFigures, ReferenceProof, Tolerance, ValueRange
 
 HERE = RunsOn(device="GPU-1", driver="13.0", runtime="tensorrt_rtx 1.7", reference="onnxruntime 1")
 PROFILES = (Profile({"x": read_shape_range("1,2,3")}),)
@@ -46,9 +46,9 @@ def plan(cache: PlanCache) -> Plan:
 
 def test_a_proof_is_made_once_and_judged_each_time(cache: PlanCache, plan: Plan) -> None:
     prover = Prover()
-    first = recorded_proof(plan, HERE, PROFILES, LOOSE, cache, prover)
-    again = recorded_proof(plan, HERE, PROFILES, LOOSE, cache, prover)
-    strict = recorded_proof(plan, HERE, PROFILES, STRICT, cache, prover)
+    first = recorded_proof(plan, HERE, PROFILES, {}, LOOSE, cache, prover)
+    again = recorded_proof(plan, HERE, PROFILES, {}, LOOSE, cache, prover)
+    strict = recorded_proof(plan, HERE, PROFILES, {}, STRICT, cache, prover)
     assert prover.count == 1
     assert first == again
     assert (first.is_proven, strict.is_proven) == (True, False)
@@ -62,24 +62,26 @@ def test_what_changes_on_the_host_asks_for_another_proof(
     prover = Prover()
     there = dataclasses.replace(HERE, **{changed: "another"})
     for runs_on in (HERE, there, HERE, there):
-        recorded_proof(plan, runs_on, PROFILES, LOOSE, cache, prover)
+        recorded_proof(plan, runs_on, PROFILES, {}, LOOSE, cache, prover)
     assert prover.count == 2
 
 
 def test_other_shapes_and_other_bytes_ask_for_another_proof(cache: PlanCache, plan: Plan) -> None:
     prover = Prover()
-    recorded_proof(plan, HERE, PROFILES, LOOSE, cache, prover)
-    recorded_proof(plan, HERE, (), LOOSE, cache, prover)
+    recorded_proof(plan, HERE, PROFILES, {}, LOOSE, cache, prover)
+    recorded_proof(plan, HERE, (), {}, LOOSE, cache, prover)
     cache.release(plan.key)
     rebuilt = put(cache, key("one"), b"built again, and not the same")
-    recorded_proof(rebuilt, HERE, PROFILES, LOOSE, cache, prover)
+    recorded_proof(rebuilt, HERE, PROFILES, {}, LOOSE, cache, prover)
     assert prover.count == 3
+    recorded_proof(rebuilt, HERE, PROFILES, {"x": ValueRange(0, 7)}, LOOSE, cache, prover)
+    assert prover.count == 4
 
 
 def test_a_run_that_failed_is_tried_again(cache: PlanCache, plan: Plan) -> None:
     prover = Prover(failed="out of device memory")
     for _ in range(2):
-        proof = recorded_proof(plan, HERE, PROFILES, LOOSE, cache, prover)
+        proof = recorded_proof(plan, HERE, PROFILES, {}, LOOSE, cache, prover)
         assert proof.faults[0] == "out of device memory"
     assert prover.count == 2
 
@@ -90,14 +92,14 @@ def test_a_record_that_makes_no_sense_is_made_anew(
 ) -> None:
     prover = Prover()
     monkeypatch.setattr(cache, "notes", lambda plan, name: record)
-    assert recorded_proof(plan, HERE, PROFILES, LOOSE, cache, prover).is_proven
+    assert recorded_proof(plan, HERE, PROFILES, {}, LOOSE, cache, prover).is_proven
     assert prover.count == 1
 
 
 def test_the_record_is_readable_and_without_a_cache_there_is_none(
     cache: PlanCache, plan: Plan, tmp_path: Path
 ) -> None:
-    recorded_proof(plan, HERE, PROFILES, LOOSE, cache, Prover())
+    recorded_proof(plan, HERE, PROFILES, {}, LOOSE, cache, Prover())
     (file,) = (tmp_path / "cache/notes" / plan.key.digest).iterdir()
     assert file.name.startswith("proof-")
     text = file.read_bytes()
@@ -105,5 +107,5 @@ def test_the_record_is_readable_and_without_a_cache_there_is_none(
     assert record["outputs"][0]["max_abs"] == 0.5
     prover = Prover()
     for _ in range(2):
-        recorded_proof(plan, HERE, PROFILES, LOOSE, None, prover)
+        recorded_proof(plan, HERE, PROFILES, {}, LOOSE, None, prover)
     assert prover.count == 2

@@ -28,9 +28,11 @@ from thirdrail_engines.reference_proof import (
     ProofLimits,
     ReferenceProof,
     Tolerance,
+    ValueRange,
     compare,
     prove,
     tolerance_for,
+    value_fault,
 )
 
 OpenModel = Callable[[onnx.ModelProto], Engine]
@@ -137,6 +139,42 @@ def test_what_the_reference_refuses_proves_nothing(open_model: OpenModel) -> Non
     proof = prove(open_model(built), open_model(built), (), TIGHT)
     assert not proof.is_proven
     assert "nothing could be compared: trial sizes: the reference refuses" in proof.faults[0]
+    assert 'say which: parameters { key: "proof.INPUT" value' in proof.faults[0]
+
+
+@pytest.mark.parametrize("dtype", ["INT64", "FP32", "FP16", "UINT8", "BYTES"])
+def test_values_that_the_model_takes_can_be_given(open_model: OpenModel, dtype: str) -> None:
+    """A sampling rate of 215 or 216 is a row of a table, and no other number is."""
+    nodes = [
+        helper.make_node("Cast", ["rate"], ["number"], to=onnx.TensorProto.INT64),
+        helper.make_node("Sub", ["number", "first"], ["row"]),
+        helper.make_node("Gather", ["table", "row"], ["y"]),
+    ]
+    weights = [
+        constant("first", np.array([215])),
+        constant("table", np.array([0.5, 1.5], np.float32)),
+    ]
+    inputs = [tensor("rate", dtype, ("n",))]
+    built = model(nodes, inputs, [tensor("y", "FP32", ("n",))], weights)
+    engine = open_model(built)
+    assert not prove(engine, engine, (), TIGHT).is_proven
+    proof = prove(engine, engine, (), TIGHT, values={"rate": ValueRange(215, 216)})
+    assert proof.is_proven
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "expected"),
+    [
+        ("FP32", ValueRange(0.2, 0.7), ""),
+        ("INT64", ValueRange(-5, 7), ""),
+        ("BYTES", ValueRange(-5, 700), ""),
+        ("INT64", ValueRange(0.2, 0.7), "there is no whole number from 0.2 to 0.7"),
+        ("UINT8", ValueRange(0, 256), "0 to 256 is not within 0 to 255 of UINT8"),
+        ("BOOL", ValueRange(-1, 1), "-1 to 1 is not within 0 to 1 of BOOL"),
+    ],
+)
+def test_values_that_an_input_cannot_take(dtype: str, values: ValueRange, expected: str) -> None:
+    assert value_fault(TensorSpec("x", BY_NAME[dtype], (1,)), values) == expected
 
 
 def test_what_is_never_finite_proves_nothing(open_model: OpenModel) -> None:
@@ -170,15 +208,17 @@ def test_an_engine_that_fails_is_not_proven(open_model: OpenModel) -> None:
 
 def test_bytes_and_time_are_bounded(open_model: OpenModel) -> None:
     reference = open_model(two_layers())
-    few_bytes = prove(reference, reference, (ROWS,), TIGHT, ProofLimits(bytes_max=4 * 16 * 4))
+    few_bytes = prove(
+        reference, reference, (ROWS,), TIGHT, limits=ProofLimits(bytes_max=4 * 16 * 4)
+    )
     assert few_bytes.is_proven
     assert few_bytes.runs == ("profile 0 best", "profile 0 smallest")
     assert few_bytes.skipped == ("profile 0 largest: inputs of more than 256 bytes",)
-    no_time = prove(reference, reference, (ROWS,), TIGHT, ProofLimits(seconds_max=0))
+    no_time = prove(reference, reference, (ROWS,), TIGHT, limits=ProofLimits(seconds_max=0))
     assert no_time.is_proven
     assert no_time.runs == ("profile 0 best",)
     assert no_time.skipped[0] == "profile 0 smallest: more than 0 s in all"
-    nothing = prove(reference, reference, (ROWS,), TIGHT, ProofLimits(bytes_max=1))
+    nothing = prove(reference, reference, (ROWS,), TIGHT, limits=ProofLimits(bytes_max=1))
     assert not nothing.is_proven
 
 

@@ -21,7 +21,7 @@ from thirdrail_engines.profiles import (
     config_line,
     read_shape_range,
 )
-from thirdrail_engines.reference_proof import Tolerance
+from thirdrail_engines.reference_proof import Tolerance, ValueRange
 
 WORKSPACE_MIB_MAX = 1 << 20
 LEVEL_MAX = 5  # TensorRT's highest
@@ -65,6 +65,9 @@ class CompileOptions:
     plugins: tuple[Path, ...] = ()  # relative ones lie beside the model file
     uses_timing_cache: bool = True
     tolerance: Tolerance = field(default_factory=Tolerance)  # None in it: the default's
+    # By input, for the runs of the proof: what it takes, where seeded numbers of any kind would not
+    # do.
+    proof_values: Mapping[str, ValueRange] = field(default_factory=dict)
     plan_source_bytes_min: int = PLAN_SOURCE_BYTES_MIN
 
 
@@ -91,13 +94,14 @@ def read_compile_options(
         **values,
         rows=rows,
         profiles=_read_profiles(parameters),
+        proof_values=_read_proof_values(parameters),
         tolerance=Tolerance(**tolerance),
     )
 
 
 def is_compile_key(key: str) -> bool:
     """True for a parameter that `read_compile_options` reads."""
-    return key in _KEYS or key.startswith(_PROFILE)
+    return key in _KEYS or key.startswith((_PROFILE, PROOF))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +162,12 @@ def _files(text: str) -> tuple[Path, ...]:
     return tuple(map(Path, names))
 
 
+PROOF = "proof."
 _TOLERANCE = "tolerance."
 _PROFILE = "profile."
 _FLAG = ("true or false", "true")
 _FINITE_MAX = 1e300
+_WHOLE_MAX = 1e15  # exact as a float
 _DISTANCE = (_real(_FINITE_MAX), "a number of 0 or more", "0.001")
 _PART = (_real(1.0), "a number from 0 to 1", "0.999")
 _MIB = 1 << 20
@@ -203,6 +209,28 @@ _KEYS: dict[str, _Key] = {
     "tolerance.cosine": _Key("cosine", *_PART),
     "tolerance.equal": _Key("equal", *_PART),
 }
+
+
+def _read_proof_values(parameters: Mapping[str, str]) -> dict[str, ValueRange]:
+    """From `proof.<input>` = 16000 for one value, or 0..7 for a range."""
+    found = {}
+    for key, text in parameters.items():
+        name = key.removeprefix(PROOF)
+        if name == key:
+            continue
+        lowest, dots, highest = text.strip().partition("..")
+        try:
+            values = ValueRange(float(lowest), float(highest if dots else lowest))
+        except ValueError:
+            values = ValueRange(1, 0)
+        if not (-_WHOLE_MAX <= values.lowest <= values.highest <= _WHOLE_MAX and name):
+            raise InvalidArgument(
+                f"parameters['{key[:80]}'] is {text[:80]!a}, expected for an input one value, or "
+                f"the lowest and the highest with .. between, within {_WHOLE_MAX:.0f} of 0; for "
+                f"example: {config_line(PROOF + 'x', '0..7')}"
+            )
+        found[name] = values
+    return found
 
 
 def _read_profiles(parameters: Mapping[str, str]) -> tuple[GivenProfile, ...]:

@@ -8,12 +8,12 @@ that fails, the policy says whether the next one is tried. What failed is in the
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from thirdrail_engines.compile_options import CompileOptions, OnFailure
+from thirdrail_engines.compile_options import CompileOptions, EngineChoice, OnFailure
 from thirdrail_engines.engine import ModelFileError
 from thirdrail_engines.engine_choice import (
     TORCH_SUFFIXES,
@@ -80,6 +80,8 @@ def load(
         return load_bare_plan(path, options)
     wanted = compile or CompileOptions()
     order = _order(path, wanted, services)
+    if len(order) == 1 and order[0].reads_model and not (wanted.profiles or wanted.proof_values):
+        return _read(path, options, inspector)
     with _loader(path, options, inspector, wanted, services) as loader:
         return _first_of(loader, order, wanted.on_failure)
 
@@ -136,6 +138,15 @@ def _order(
     return engine_order(source, wanted, host_of(path.suffix), keeps_plans=keeps_plans)
 
 
+def _read(path: Path, options: EngineOptions, inspector: Inspector | None) -> LoadedEngine:
+    """What most models need, without importing what the others do."""
+    from thirdrail_engines.onnxruntime_engine import load_onnx
+
+    with nullcontext(inspector) if inspector else Inspector() as used:
+        engine = load_onnx(path, options=options, inspector=used)
+    return LoadedEngine(engine, EngineReport(str(EngineChoice.ONNXRUNTIME)))
+
+
 def _size_of(path: Path, bytes_min: int) -> int:
     """Of the file with its weights, exact from `bytes_min` on. 0 for one that cannot be read."""
     try:
@@ -160,12 +171,11 @@ def _loader(
 ) -> "Iterator[EngineLoader]":
     from thirdrail_engines.one_engine import EngineLoader
 
-    if inspector is None:
-        with Inspector() as own, EngineLoader(path, options, own, wanted, services) as loader:
-            yield loader
-    else:
-        with EngineLoader(path, options, inspector, wanted, services) as loader:
-            yield loader
+    with (
+        nullcontext(inspector) if inspector else Inspector() as used,
+        EngineLoader(path, options, used, wanted, services) as loader,
+    ):
+        yield loader
 
 
 def _first_of(

@@ -37,9 +37,15 @@ from thirdrail_engines.plans import (
     Precision,
     Profile,
 )
-from thirdrail_engines.profiles import profiles_for
+from thirdrail_engines.profiles import ProfileError, profiles_for
 from thirdrail_engines.proof_records import RunsOn, recorded_proof
-from thirdrail_engines.reference_proof import ReferenceProof, Tolerance, prove, tolerance_for
+from thirdrail_engines.reference_proof import (
+    ReferenceProof,
+    Tolerance,
+    prove,
+    tolerance_for,
+    value_fault,
+)
 
 # Imported by name when their turn comes: they need packages that may not be installed.
 _TORCH_ENGINE = "thirdrail_engines.torch_engine"
@@ -156,6 +162,13 @@ class EngineLoader:
     def _profiles(self, engine: Engine) -> tuple[Profile, ...]:
         """Those that were given; without any, those that can be derived, or none."""
         spec, wanted = engine.spec, self._wanted
+        inputs = {tensor.name: tensor for tensor in spec.inputs}
+        for name, values in wanted.proof_values.items():
+            if name not in inputs:
+                names = ", ".join(map(repr, inputs))
+                raise ProfileError(f"proof.{name}: the model has no such input, only {names}")
+            if fault := value_fault(inputs[name], values):
+                raise ProfileError(f"proof.{name}: {fault}")
         try:
             return profiles_for(spec.inputs, wanted.profiles, wanted.rows, spec.unranked)
         except BuildError:
@@ -264,6 +277,7 @@ class EngineLoader:
             plan,
             _runs_on(request),
             profiles,
+            self._wanted.proof_values,
             self._tolerance(engine, request.precision),
             self._services.cache,
             lambda: self._prove(engine, request.precision, profiles),
@@ -276,7 +290,13 @@ class EngineLoader:
         reference = self._need_reference()
         self._check_cancelled()
         self._services.tell("proving the engine", 0, 0)
-        return prove(engine, reference, profiles, self._tolerance(engine, precision))
+        return prove(
+            engine,
+            reference,
+            profiles,
+            self._tolerance(engine, precision),
+            values=self._wanted.proof_values,
+        )
 
     def _tolerance(self, engine: Engine, precision: Precision) -> Tolerance:
         return tolerance_for(precision, engine.spec, self._wanted.tolerance)

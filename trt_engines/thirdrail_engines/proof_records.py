@@ -6,13 +6,13 @@ A record holds figures; whether they suffice is judged anew each time, by the to
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from thirdrail_engines.plan_cache import Plan, PlanCache
 from thirdrail_engines.plans import Profile
 from thirdrail_engines.profiles import write_shape_range
-from thirdrail_engines.reference_proof import PROOF_FORMAT, ReferenceProof, Tolerance
+from thirdrail_engines.reference_proof import PROOF_FORMAT, ReferenceProof, Tolerance, ValueRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ def recorded_proof(
     plan: Plan,
     runs_on: RunsOn,
     profiles: Sequence[Profile],
+    values: Mapping[str, ValueRange],
     tolerance: Tolerance,
     cache: PlanCache | None,
     prove: Callable[[], ReferenceProof],
@@ -37,7 +38,7 @@ def recorded_proof(
 
     A run that the engine failed is not recorded: memory may have been short for a moment.
     """
-    name = _record_name(runs_on, profiles)
+    name = _record_name(runs_on, profiles, values)
     known = _read(cache.notes(plan, name)) if cache else None
     if known is not None:
         return known.judged(tolerance)
@@ -47,7 +48,9 @@ def recorded_proof(
     return proof.judged(tolerance)
 
 
-def _record_name(runs_on: RunsOn, profiles: Sequence[Profile]) -> str:
+def _record_name(
+    runs_on: RunsOn, profiles: Sequence[Profile], values: Mapping[str, ValueRange]
+) -> str:
     circumstances = {
         "format": PROOF_FORMAT,
         "device": runs_on.device,
@@ -58,6 +61,7 @@ def _record_name(runs_on: RunsOn, profiles: Sequence[Profile]) -> str:
             {name: write_shape_range(shapes) for name, shapes in profile.inputs.items()}
             for profile in profiles
         ],
+        "values": {name: [each.lowest, each.highest] for name, each in values.items()},
     }
     digest = hashlib.sha256(json.dumps(circumstances, sort_keys=True).encode()).hexdigest()
     return f"proof-{digest[:32]}.json"
