@@ -17,6 +17,7 @@ from thirdrail_engines.tensorrt.refusals import (
     ParserFault,
     Refusal,
     builder_refusal,
+    one_line,
     parser_refusal,
     tidy,
 )
@@ -54,7 +55,7 @@ class _Bench:
         check_capabilities(request.builder, request.compute_capabilities)
         self._declared = read_declared(source)
         if fault := self._declared.dtype_fault():
-            raise BuildError(BuildFault.REFUSED, f"{source.name}: {fault}")
+            raise BuildError(BuildFault.REFUSED, one_line(f"{source.name}: {fault}"))
         self._messages = Messages()
         self._logger: t.ILogger = make_logger(self._api.trt, self._messages)
 
@@ -124,7 +125,7 @@ class _Bench:
         if names := networks.shape_inputs(network):
             fault = f"the values of input '{names[0]}' set shapes, which no profile here can bound"
         if fault:
-            raise BuildError(BuildFault.REFUSED, f"{self._source.name}: {fault}")
+            raise BuildError(BuildFault.REFUSED, one_line(f"{self._source.name}: {fault}"))
 
     def _configure(self, native: t.Builder) -> t.IBuilderConfig:
         request, trt = self._request, self._api.trt
@@ -201,4 +202,4 @@ class _Bench:
             BuildFault.OUT_OF_MEMORY: "ran out of memory for",
         }.get(refusal.fault, "refused")
         text = f"{self._source.name}: {self._api.title} {verb} {what}: {refusal.text}"
-        return BuildError(refusal.fault, text)
+        return BuildError(refusal.fault, one_line(text))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from thirdrail_engines.plans import BuildFault
 
 _TEXT_CHARS_MAX = 800
+_LINE_CHARS_MAX = 2000
+_PARSER_CHARS_MAX = 1000
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]+")
 _CODE = re.compile(r"^.*?Error Code \d+: [\w ]+? \((.*)\)\s*$", re.DOTALL)
@@ -54,6 +56,11 @@ class Circumstances:
     conditionals: Sequence[str] = ()
 
 
+def one_line(text: str) -> str:
+    """For texts with names out of a model, which may hold and be anything."""
+    return " ".join(_CONTROL.sub(" ", text[:_LINE_CHARS_MAX]).split())
+
+
 def tidy(message: str) -> str:
     """The part of a text that its reader can use, on one line and bounded in length."""
     text = message
@@ -61,7 +68,7 @@ def tidy(message: str) -> str:
         text = match.group(1)
     text = _COMPILER_PLACE.sub("", _ENGINE_PLACE.sub("", text))
     text = _LOGGED_PLACE.sub("", text)
-    text = " ".join(_CONTROL.sub(" ", text).split()).removeprefix("?: ").strip(" .;")
+    text = one_line(text).removeprefix("?: ").strip(" .;")
     if text.startswith("(") and text.find(")") == len(text) - 1:
         text = text[1:-1]
     return text if len(text) <= _TEXT_CHARS_MAX else text[: _TEXT_CHARS_MAX - 3] + "..."
@@ -85,7 +92,7 @@ def builder_refusal(logged: Sequence[str], known: Circumstances = Circumstances(
 
 
 def _parser_text(fault: ParserFault) -> str:
-    text = fault.text
+    text = fault.text[:_PARSER_CHARS_MAX]
     if match := _PARSER_CONDITION.match(text):
         text = match.group(1)
     text = tidy(_PARSER_ASSERTION.sub("", text))
