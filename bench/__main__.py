@@ -13,7 +13,7 @@ from rich.console import Console
 from bench.options import Options
 from bench.report import Machine, Table, as_json
 
-NAMES = ("identity", "batching", "wire", "neighbours", "size", "transport")
+NAMES = ("identity", "batching", "wire", "neighbours", "size", "transport", "plan_cache")
 FILE_COLUMNS = 140  # where the output goes into a file
 ASKED_FOR_ONLY = ("triton",)  # downloads a large package
 

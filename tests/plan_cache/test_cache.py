@@ -16,10 +16,11 @@ from thirdrail_engines.plan_cache import Manifest, Plan, PlanCache
 from thirdrail_engines.plan_cache.reading import Damaged, read_and_hash
 from thirdrail_engines.plans import BuildError, BuildFault
 
+MIB = 1 << 20
 Stored = Callable[..., Plan]
 
 
-@pytest.mark.parametrize("size", [1, 100, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, 3_000_001])
+@pytest.mark.parametrize("size", [1, 100, 4095, 4 * MIB - 1, 4 * MIB, 4 * MIB + 1, 9_000_001])
 def test_what_is_put_is_got(cache: PlanCache, size: int) -> None:
     data = content("a", size)
     given = put(cache, key("a"), data)
