@@ -229,6 +229,15 @@ def test_two_that_stay_fp32_may_read_one_value(write_model: WriteModel, folder: 
     assert made.report["nodes_in_fp32"] == {"CumSum": 2}
 
 
+def test_what_tensorrt_does_not_take_in_bf16_stays_fp32(
+    write_model: WriteModel, folder: Path
+) -> None:
+    nodes = [Node("HardSwish", ["x"], ["h"]), Node("Tanh", ["h"], ["y"])]
+    path = write_model(nodes, {"x": ROWS}, {"y": ROWS})
+    assert convert(path, BF16, folder, ignore).report["nodes_in_fp32"] == {"HardSwish": 1}
+    assert convert(path, FP16, folder, ignore).report["nodes_in_fp32"] == {}
+
+
 @BOTH
 def test_bodies_are_converted_too(
     write_model: WriteModel, folder: Path, precision: Precision

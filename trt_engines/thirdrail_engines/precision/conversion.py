@@ -32,6 +32,9 @@ FP16_MAGNITUDE_MAX = 65504 / 16
 BF16_OPSET = 22
 # A protobuf message ends at 2 GiB, and graphs pass from library to library as messages.
 WEIGHTS_BYTES_MAX = 1900 << 20
+# What TensorRT for RTX 1.7.1 takes in FP32 and refuses in 16 bits, found by trying each operator.
+_KEPT_IN_BOTH = ("Celu", "MeanVarianceNormalization")
+_KEPT_IN_BF16 = ("ConvTranspose", "GRU", "HardSwish", "LpNormalization", "LpPool", "Mish", "Shrink")
 NAMES_MAX = 20  # in the report
 
 _PHASE = "precision"
@@ -75,7 +78,7 @@ def convert(
             ranges, low = find_ranges(reference, profiles), TensorProto.FLOAT16
             kept = ranges.nodes_beyond(model.graph, FP16_MAGNITUDE_MAX)
         tell(_PHASE, 2, _STEPS)
-        converted = _converted(path, model, kept)
+        converted = _converted(path, model, precision, kept)
         if precision is Precision.BF16:
             graphs.swap_half_for_bfloat(converted.graph, graphs.float_weights(model.graph))
         converted = graphs.with_types(converted)
@@ -154,14 +157,19 @@ def _with_opset(path: Path, model: Any, version: int) -> Any:
         ) from None
 
 
-def _converted(path: Path, model: Any, kept: Collection[str]) -> Any:
+def _converted(path: Path, model: Any, precision: Precision, kept: Collection[str]) -> Any:
     # Imported late: it imports what the rest of ONNX Runtime does not need.
-    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
+    operators = [*DEFAULT_OP_BLOCK_LIST, *_KEPT_IN_BOTH]
+    if precision is Precision.BF16:
+        operators += _KEPT_IN_BF16
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     try:
-        made = convert_float_to_float16(copy, keep_io_types=True, node_block_list=list(kept))
+        made = convert_float_to_float16(
+            copy, keep_io_types=True, op_block_list=operators, node_block_list=list(kept)
+        )
         graphs.drop_repeated_casts(made.graph)
         graphs.join_casts(made.graph)
         graphs.sort_nodes(made.graph)
