@@ -48,7 +48,9 @@ def has(name):
     try:
         functools.reduce(getattr, name.split("."), module)
     except AttributeError:
-        return False
+        # Functions that are there to be overridden alone are known to the class's text only.
+        owner, _, method = name.partition(".")
+        return f"def {method}(self" in (getattr(module, owner, None).__doc__ or "")
     return True
 print(json.dumps([name for name in json.loads(sys.argv[2]) if not has(name)]))
 """
@@ -96,7 +98,9 @@ def test_the_names_of_tensorrt(names: NativeNames, bindings: str, tmp_path: Path
         LD_LIBRARY_PATH=str(tmp_path),
         PYTHONPATH=str(environment.packages()),
     )
-    assert absent == OPTIONAL
+    assert absent <= OPTIONAL
+    if bindings == BINDINGS[0]:  # later ones have some of it
+        assert absent == OPTIONAL
 
 
 @pytest.mark.needs_tensorrt

@@ -24,6 +24,20 @@ OPTIONAL = frozenset(
         "IBuilderConfig.set_compute_capability",
         "EngineInvalidityDiagnostics",
         "Runtime.get_engine_validity",
+        "CudaGraphStrategy",
+        "CudaGraphStrategy.DISABLED",
+        "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
+        "DynamicShapesKernelSpecializationStrategy",
+        "DynamicShapesKernelSpecializationStrategy.EAGER",
+        "DynamicShapesKernelSpecializationStrategy.NONE",
+        "ICudaEngine.create_runtime_config",
+        "IExecutionContext.is_stream_capturable",
+        "IRuntimeCache.deserialize",
+        "IRuntimeCache.serialize",
+        "IRuntimeConfig.create_runtime_cache",
+        "IRuntimeConfig.cuda_graph_strategy",
+        "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+        "IRuntimeConfig.set_runtime_cache",
     }
 )
 
@@ -102,6 +116,51 @@ class Api:
         verdict: tuple[object, int] = runtime.get_engine_validity(plan)
         members: dict[str, SupportsInt] = self.trt.EngineInvalidityDiagnostics.__members__
         return tuple(name for name, bit in members.items() if int(bit) & verdict[1])
+
+    @property
+    def prepares_at_run_time(self) -> bool:
+        """Whether a plan's kernels are finished when it is loaded, by choices that are ours."""
+        return hasattr(self.trt, "DynamicShapesKernelSpecializationStrategy")
+
+    def runtime_config(
+        self, engine: t.ICudaEngine, *, is_eager: bool, records_graphs: bool
+    ) -> t.IRuntimeConfig:
+        """For what prepares at run time. It never prepares lazily: that would be on a request."""
+        config: t.IRuntimeConfig = engine.create_runtime_config()
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            if is_eager
+            else self.trt.DynamicShapesKernelSpecializationStrategy.NONE
+        )
+        config.cuda_graph_strategy = (
+            self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            if records_graphs
+            else self.trt.CudaGraphStrategy.DISABLED
+        )
+        return config
+
+    def add_runtime_cache(self, config: t.IRuntimeConfig, data: bytes | None) -> t.IRuntimeCache:
+        """Have contexts made with `config` use and fill a cache of finished kernels.
+
+        data: of an earlier one. The package itself refuses what another version, GPU or driver
+        made; then the cache is as if new.
+        """
+        cache: t.IRuntimeCache = config.create_runtime_cache()
+        if data:
+            cache.deserialize(data)
+        config.set_runtime_cache(cache)
+        return cache
+
+    def runtime_cache_bytes(self, cache: t.IRuntimeCache) -> bytes:
+        memory: t.IHostMemory = cache.serialize()
+        return bytes(memory)
+
+    def can_capture(self, context: t.IExecutionContext, stream: int) -> bool:
+        """True where the package cannot say: then the attempt shows."""
+        if not hasattr(context, "is_stream_capturable"):
+            return True
+        is_capturable: bool = context.is_stream_capturable(stream)
+        return is_capturable
 
 
 def installed_builders() -> tuple[tuple[Builder, str], ...]:

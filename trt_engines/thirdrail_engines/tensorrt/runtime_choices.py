@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plan's runtime is told to do, and what is left to us. Pure code."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from thirdrail_engines.cuda.identity import DeviceFacts
+from thirdrail_engines.plans import Profile
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeChoices:
+    """is_eager: kernels for exact shapes are compiled when a shape is set, else never.
+    records_graphs: the runtime does. our_graphs_max: that we keep; 0 where the runtime does."""
+
+    is_eager: bool
+    records_graphs: bool
+    our_graphs_max: int
+
+
+def choose(
+    profiles: Sequence[Profile], *, prepares_at_run_time: bool, graphs_max: int
+) -> RuntimeChoices:
+    """graphs_max: 0 for no graphs at all.
+
+    Graphs are recorded by the runtime or by us, never by both: a recording of a launch of a
+    recording is no recording. Kernels for exact shapes are compiled only where there is one shape,
+    whose time is the load's; with open sizes it would be the time of the first request of each.
+    """
+    if not prepares_at_run_time:
+        return RuntimeChoices(is_eager=False, records_graphs=False, our_graphs_max=graphs_max)
+    is_fixed = all(
+        known.smallest == known.largest for profile in profiles for known in profile.inputs.values()
+    )
+    return RuntimeChoices(is_eager=is_fixed, records_graphs=graphs_max > 0, our_graphs_max=0)
+
+
+def cache_note_name(facts: DeviceFacts) -> str:
+    """Under which a runtime's cache is kept beside the plan: GPUs of one kind share it."""
+    major, minor = facts.driver
+    return f"runtime-cache-{facts.capability_name}-driver{major}.{minor}"
