@@ -18,7 +18,8 @@ from thirdrail_engines.compile_options import (
 )
 from thirdrail_engines.plans import Precision, ShapeRange
 from thirdrail_engines.profiles import BatchRows
-from thirdrail_engines.reference_proof import Tolerance, ValueRange
+from thirdrail_engines.reference_proof import Tolerance
+from thirdrail_engines.trials import ValueRange
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 
 VALID = {

@@ -206,6 +206,7 @@ def test_an_engine_that_is_not_here_is_named(load_model: LoadModel, model: Path)
     assert loaded.report.engine == "onnxruntime"
     (attempt,) = loaded.report.attempts
     assert (attempt.engine, attempt.fault) == ("tensorrt_rtx on cuda", "missing")
+    assert attempt.reason.startswith("tensorrt_rtx needs a GPU: there is no CUDA device here")
     assert loaded.report.why_not_first == f"tensorrt_rtx on cuda: missing: {attempt.reason}"
     with pytest.raises(BuildError) as caught:
         load_model(model, {"engine": "tensorrt_rtx", **FAIL})

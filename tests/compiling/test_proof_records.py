@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from support.plan_caches import key, put
+from thirdrail_engines.output_figures import OutputFigures
 from thirdrail_engines.plan_cache import Plan, PlanCache
 from thirdrail_engines.plans import Profile
 from thirdrail_engines.profiles import read_shape_range
 from thirdrail_engines.proof_records import RunsOn, recorded_proof
-from thirdrail_engines.reference_proof import OutputFigures, ReferenceProof, Tolerance, ValueRange
+from thirdrail_engines.reference_proof import ReferenceProof, Tolerance
+from thirdrail_engines.trials import ValueRange
 
 HERE = RunsOn(device="GPU-1", driver="13.0", runtime="tensorrt_rtx 1.7", reference="onnxruntime 1")
 PROFILES = (Profile({"x": read_shape_range("1,2,3")}),)

@@ -21,19 +21,17 @@ from thirdrail.dtypes import BY_NAME
 from thirdrail.tensors import Array, TensorSpec
 from thirdrail_engines import Engine, EngineError
 from thirdrail_engines.engine import EngineSpec
+from thirdrail_engines.output_figures import OutputFigures, compare
 from thirdrail_engines.plans import Precision, Profile
 from thirdrail_engines.profiles import read_shape_range
 from thirdrail_engines.reference_proof import (
-    OutputFigures,
     ProofLimits,
     ReferenceProof,
     Tolerance,
-    ValueRange,
-    compare,
     prove,
     tolerance_for,
-    value_fault,
 )
+from thirdrail_engines.trials import ValueRange, value_fault
 
 OpenModel = Callable[[onnx.ModelProto], Engine]
 
@@ -249,6 +247,9 @@ def test_figures_of_large_small_and_no_numbers() -> None:
     huge = np.array([1e300, -1e300])
     assert compare("y", huge, huge).cosine == pytest.approx(1)
     assert compare("y", -huge, huge).cosine == pytest.approx(-1)
+    end = np.full(1000, np.finfo(np.float64).max)
+    far = compare("y", -end, end)
+    assert np.isfinite([far.max_abs, far.mean_abs, far.max_rel, far.mean_rel]).all()
     noise = fp32(1e-9, -1e-9)
     assert compare("y", noise, -noise).cosine == 1
     assert compare("y", noise, -noise).max_rel < 0.01

@@ -13,14 +13,14 @@ from support.perceptrons import two_layers
 from thirdrail_engines import EngineOptions, Inspector, LoadedEngine, load, one_engine
 from thirdrail_engines.ahead import PlanAhead, compile_ahead
 from thirdrail_engines.compile_options import CompileOptions, read_compile_options
-from thirdrail_engines.host import CudaDevice
+from thirdrail_engines.cuda.identity import DeviceFacts
 from thirdrail_engines.load import NoEngine
 from thirdrail_engines.one_engine import EngineLoader
 from thirdrail_engines.plan_cache import PlanCache, key_of
 from thirdrail_engines.plans import Builder, BuildError
 
 ROWS = {"profile.0.x": "1x16,4x16,8x16"}
-AMPERE = CudaDevice(0, "GPU-0", "NVIDIA A10", "sm86", "13.0")
+AMPERE = DeviceFacts("GPU-0", "NVIDIA A10", (8, 6), 24 << 30, (13, 0))
 
 
 @pytest.fixture

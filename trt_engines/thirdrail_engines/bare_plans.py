@@ -8,7 +8,7 @@ from pathlib import Path
 
 from thirdrail_engines.engine import Engine, ModelFileError
 from thirdrail_engines.engine_report import EngineReport, LoadedEngine
-from thirdrail_engines.host import cuda_devices
+from thirdrail_engines.host import cuda_devices, why_no_cuda_device
 from thirdrail_engines.one_engine import TENSORRT_ENGINE, own_module
 from thirdrail_engines.options import EngineOptions
 from thirdrail_engines.plans import BuildError, BuildFault
@@ -24,13 +24,13 @@ def load_bare_plan(path: Path, options: EngineOptions) -> LoadedEngine:
         raise ModelFileError(f"{path.name} cannot be read: {reason}") from None
     header = read_header(data)
     devices = cuda_devices()
-    gpu = f"{devices[0].name} ({devices[0].capability})" if devices else ""
+    gpu = f"{devices[0].name} ({devices[0].capability_name})" if devices else ""
     if header is None:
         raise ModelFileError(f"{path.name}: {describe_plan(data, gpu=gpu)}")
     if not devices:
         raise BuildError(
             BuildFault.MISSING,
-            f"{path.name}: there is no CUDA device here to run it; {describe_plan(data)}",
+            f"{path.name} needs a GPU: {why_no_cuda_device()}; {describe_plan(data)}",
         )
     try:
         module = own_module(TENSORRT_ENGINE, "run TensorRT plans")

@@ -21,7 +21,8 @@ from thirdrail_engines.profiles import (
     config_line,
     read_shape_range,
 )
-from thirdrail_engines.reference_proof import Tolerance, ValueRange
+from thirdrail_engines.reference_proof import Tolerance
+from thirdrail_engines.trials import ValueRange
 
 WORKSPACE_MIB_MAX = 1 << 20
 LEVEL_MAX = 5  # TensorRT's highest

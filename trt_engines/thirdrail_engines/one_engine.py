@@ -14,16 +14,18 @@ from typing import Any, Self
 
 from thirdrail_engines.compile_options import CompileOptions, EngineChoice
 from thirdrail_engines.compiling import CompileServices, compile_plan
+from thirdrail_engines.cuda.identity import DeviceFacts
 from thirdrail_engines.engine import Engine, ModelFileError
 from thirdrail_engines.engine_choice import TORCH_SUFFIXES, Candidate, Device
 from thirdrail_engines.engine_report import Attempt, EngineReport, LoadedEngine
-from thirdrail_engines.host import CudaDevice, cuda_devices
+from thirdrail_engines.host import cuda_devices, why_no_cuda_device
 from thirdrail_engines.inspector import Inspector
 from thirdrail_engines.onnxruntime_engine import load_onnx, load_plan
 from thirdrail_engines.onnxruntime_session import CUDA_PROVIDERS
 from thirdrail_engines.options import EngineOptions
 from thirdrail_engines.plan_cache import Plan, key_of
 from thirdrail_engines.plan_requests import (
+    driver_text,
     onnxruntime_request,
     onnxruntime_version,
     tensorrt_request,
@@ -44,8 +46,8 @@ from thirdrail_engines.reference_proof import (
     Tolerance,
     prove,
     tolerance_for,
-    value_fault,
 )
+from thirdrail_engines.trials import value_fault
 
 # Imported by name when their turn comes: they need packages that may not be installed.
 _TORCH_ENGINE = "thirdrail_engines.torch_engine"
@@ -319,12 +321,10 @@ def _closing_on_error(engine: Engine) -> Iterator[None]:
         raise
 
 
-def _device_for(engine: str) -> CudaDevice:
+def _device_for(engine: str) -> DeviceFacts:
     devices = cuda_devices()
     if not devices:
-        raise BuildError(
-            BuildFault.MISSING, f"there is no CUDA device here, and {engine} runs on no other"
-        )
+        raise BuildError(BuildFault.MISSING, f"{engine} needs a GPU: {why_no_cuda_device()}")
     return devices[0]
 
 
@@ -334,7 +334,7 @@ def _runs_on(request: PlanRequest) -> RunsOn:
         return RunsOn(request.target, "", reference, reference)
     device = _device_for(request.builder)
     runtime = f"{request.builder} {request.builder_version}"
-    return RunsOn(device.uuid, device.driver, runtime, reference)
+    return RunsOn(device.uuid, driver_text(device), runtime, reference)
 
 
 def _accepted(candidate: Candidate, proof: ReferenceProof) -> ReferenceProof:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from thirdrail_engines.compile_options import CompileOptions
 from thirdrail_engines.cpu_target import cpu_target
-from thirdrail_engines.host import CudaDevice
+from thirdrail_engines.cuda.identity import DeviceFacts
 from thirdrail_engines.plans import Builder, PlanRequest, Precision, Profile
 
 _TORCHSCRIPT = ".pt"
@@ -50,7 +50,7 @@ def tensorrt_request(
     wanted: CompileOptions,
     profiles: Sequence[Profile],
     capabilities: Sequence[str],
-    device: CudaDevice | None,
+    device: DeviceFacts | None,
 ) -> PlanRequest:
     """A plan for GPUs by their compute capability, or for the one at hand.
 
@@ -64,7 +64,7 @@ def tensorrt_request(
 
     names = check_capabilities(builder, capabilities)
     if not names and device and builder is Builder.TENSORRT_RTX:
-        names = (device.capability,)
+        names = (device.capability_name,)
     return PlanRequest(
         source=path,
         builder=builder,
@@ -82,5 +82,9 @@ def tensorrt_request(
     )
 
 
-def _gpu(device: CudaDevice) -> str:
-    return f"{device.name} {device.capability} driver {device.driver}"
+def driver_text(device: DeviceFacts) -> str:
+    return ".".join(map(str, device.driver))
+
+
+def _gpu(device: DeviceFacts) -> str:
+    return f"{device.name} {device.capability_name} CUDA {driver_text(device)}"

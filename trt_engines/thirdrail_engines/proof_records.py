@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from thirdrail_engines.plan_cache import Plan, PlanCache
 from thirdrail_engines.plans import Profile
 from thirdrail_engines.profiles import write_shape_range
-from thirdrail_engines.reference_proof import PROOF_FORMAT, ReferenceProof, Tolerance, ValueRange
+from thirdrail_engines.reference_proof import PROOF_FORMAT, ReferenceProof, Tolerance
+from thirdrail_engines.trials import ValueRange
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,32 +17,22 @@ above 0.9999.
 """
 
 import dataclasses
-import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 
-from thirdrail.dtypes import object_array
-from thirdrail.tensors import Array, TensorSpec
-from thirdrail_engines.engine import Engine, EngineError, EngineSpec
-from thirdrail_engines.plans import Precision, Profile, Shape
+from thirdrail.tensors import Array
+from thirdrail_engines.engine import DeviceLost, Engine, EngineError, EngineSpec
+from thirdrail_engines.output_figures import OutputFigures, compare, is_float, worse
+from thirdrail_engines.plans import Precision, Profile
 from thirdrail_engines.profiles import config_line
-from thirdrail_engines.proof import FLOATS, random_array
+from thirdrail_engines.trials import KINDS, Trial, ValueRange, bytes_of, seeded, trials
 
 # Changes when inputs or figures are made in another way: older records then prove nothing.
 PROOF_FORMAT = 1
-
-_TEXT_BYTES = 64  # taken for one element of text
-# A smaller output is noise of its own sums: it is measured against this.
-_SCALE_MIN = 1e-6
-
-# Values that one model or another accepts; see proof.py. The last are for those that take roots
-# and logarithms.
-_VALUES = ((100, False), (1, False), (1, True))
-_TRIAL_SIZES = (32, 64, 8, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,35 +48,11 @@ class Tolerance:
 
 
 @dataclass(frozen=True, slots=True)
-class ValueRange:
-    """The values that an input takes, both ends among them, where any number would not do."""
-
-    lowest: float
-    highest: float
-
-
-@dataclass(frozen=True, slots=True)
 class ProofLimits:
     """bytes_max: inputs of one run. seconds_max: after that, no further run is begun."""
 
     bytes_max: int = 256 << 20
     seconds_max: float = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class OutputFigures:
-    """The worst of one output over all runs. The defaults say that there is no difference."""
-
-    name: str
-    max_abs: float = 0.0
-    mean_abs: float = 0.0
-    max_rel: float = 0.0
-    mean_rel: float = 0.0
-    cosine: float = 1.0
-    equal: float = 1.0  # part of the elements that are no floats
-    not_finite: int = 0  # elements that are NaN or infinite here, and something else there
-    compared: int = 0  # elements
-    fault: str = ""  # beyond figures: another shape or type
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,22 +89,6 @@ class ReferenceProof:
         )
 
 
-def value_fault(tensor: TensorSpec, values: ValueRange) -> str:
-    """Why an input cannot take these; "" if it can."""
-    numpy = tensor.dtype.numpy
-    if tensor.dtype in FLOATS:
-        return ""
-    lowest, highest = math.ceil(values.lowest), math.floor(values.highest)
-    if lowest > highest:
-        return f"there is no whole number from {values.lowest:g} to {values.highest:g}"
-    if numpy is None or numpy.kind not in "iub":
-        return ""
-    least, most = (0, 1) if numpy.kind == "b" else (np.iinfo(numpy).min, np.iinfo(numpy).max)
-    if lowest < least or highest > most:
-        return f"{lowest} to {highest} is not within {least} to {most} of {tensor.dtype.name}"
-    return ""
-
-
 def tolerance_for(precision: Precision, spec: EngineSpec, asked: Tolerance) -> Tolerance:
     """The bounds for an engine: what was asked for, else the default of its coarsest format.
 
@@ -172,7 +122,7 @@ def prove(
     values: Mapping[str, ValueRange] | None = None,
     limits: ProofLimits | None = None,
 ) -> ReferenceProof:
-    """Run both and compare. Never raises for what an engine does: it is in the result.
+    """Run both and compare. What an engine does wrong is in the result; only DeviceLost is raised.
 
     profiles: those of the plan; without any, sizes are tried until the reference takes one.
     values: by input, where seeded ones of any kind make no sense to the model.
@@ -188,7 +138,7 @@ def prove(
     skipped: list[str] = []
     started = time.monotonic()
     run_bytes = 1
-    for trial in _trials(reference.spec, profiles):
+    for trial in trials(reference.spec, profiles):
         spent_s = time.monotonic() - started
         if runs and spent_s * (1 + trial.bytes / run_bytes) > bounds.seconds_max:
             skipped.append(f"{trial.name}: more than {bounds.seconds_max:g} s in all")
@@ -200,6 +150,8 @@ def prove(
         inputs, wanted = expected
         try:
             got = engine.run(inputs, names, {})
+        except DeviceLost:  # it is about more than this engine
+            raise
         except EngineError as error:
             return _broken(f"{trial.name}: {error}", tolerance, tuple(runs), tuple(skipped))
         for name in names:
@@ -210,100 +162,19 @@ def prove(
     return proof.judged(tolerance)
 
 
-def compare(name: str, got: Array, expected: Array) -> OutputFigures:
-    """One output of one run. Floats are compared as FP64; NaN equals NaN, infinities by sign."""
-    if got.shape != expected.shape or got.dtype != expected.dtype:
-        fault = (
-            f"is {got.dtype} {list(got.shape)}, the reference {expected.dtype} "
-            f"{list(expected.shape)}"
-        )
-        return OutputFigures(name, fault=fault)
-    if not _is_float(expected):
-        equal = float((got == expected).mean()) if expected.size else 1.0
-        return OutputFigures(name, equal=equal, compared=expected.size)
-    left = got.astype(np.float64).ravel()
-    right = expected.astype(np.float64).ravel()
-    is_finite = np.isfinite(left) & np.isfinite(right)
-    is_same = (left == right) | (np.isnan(left) & np.isnan(right))
-    not_finite = int((~is_finite & ~is_same).sum())
-    left, right = left[is_finite], right[is_finite]
-    if not right.size:
-        return OutputFigures(name, not_finite=not_finite)
-    error, size = np.abs(left - right), np.abs(right)
-    scale = max(float(size.max()), _SCALE_MIN)
-    mean_scale = max(float(size.mean()), _SCALE_MIN)
-    return OutputFigures(
-        name,
-        max_abs=float(error.max()),
-        mean_abs=float(error.mean()),
-        max_rel=float(error.max()) / scale,
-        mean_rel=float(error.mean()) / mean_scale,
-        cosine=_cosine(left, right),
-        not_finite=not_finite,
-        compared=right.size,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Trial:
-    name: str
-    alternatives: tuple[Mapping[TensorSpec, Shape], ...]  # until the reference takes one
-
-    @property
-    def bytes(self) -> int:
-        return _bytes_of(self.alternatives[0])
-
-
-def _trials(spec: EngineSpec, profiles: Sequence[Profile]) -> Iterator[_Trial]:
-    """Best shapes before the smallest and the largest: time may end before they all had theirs."""
-    inputs = [tensor for tensor in spec.inputs if not tensor.optional]
-    if not profiles:
-        yield _Trial("trial sizes", tuple(_filled(inputs, size, size) for size in _TRIAL_SIZES))
-        if any(-1 in tensor.shape for tensor in inputs):
-            alternatives = tuple(_filled(inputs, 1, size) for size in _TRIAL_SIZES)
-            yield _Trial("trial sizes, one row", alternatives)
-        return
-    for kind in ("best", "smallest", "largest"):
-        for number, profile in enumerate(profiles):
-            shapes = {
-                tensor: getattr(profile.inputs[tensor.name], kind)
-                if tensor.name in profile.inputs
-                else tensor.shape
-                for tensor in inputs
-            }
-            yield _Trial(f"profile {number} {kind}", (shapes,))
-
-
-def _filled(inputs: Iterable[TensorSpec], rows: int, size: int) -> dict[TensorSpec, Shape]:
-    return {
-        tensor: tuple(
-            dim if dim != -1 else rows if axis == 0 else size
-            for axis, dim in enumerate(tensor.shape)
-        )
-        for tensor in inputs
-    }
-
-
-def _bytes_of(shapes: Mapping[TensorSpec, Shape]) -> int:
-    return sum(
-        math.prod(shape) * (tensor.dtype.itemsize or _TEXT_BYTES)
-        for tensor, shape in shapes.items()
-    )
-
-
 def _expected(
-    reference: Engine, trial: _Trial, values: Mapping[str, ValueRange], bytes_max: int
+    reference: Engine, trial: Trial, values: Mapping[str, ValueRange], bytes_max: int
 ) -> tuple[dict[str, Array], dict[str, Array]] | str:
     """Inputs that the reference takes and what it makes of them, or why there are none."""
     names = [tensor.name for tensor in reference.spec.outputs]
     refusal = ""
     unfinished: tuple[dict[str, Array], dict[str, Array]] | None = None
     for shapes in trial.alternatives:
-        if _bytes_of(shapes) > bytes_max:
+        if bytes_of(shapes) > bytes_max:
             refusal = refusal or f"inputs of more than {bytes_max} bytes"
             continue
-        for whole_max, is_positive in _VALUES:
-            inputs = _inputs(shapes, values, whole_max, is_positive=is_positive)
+        for whole_max, is_positive in KINDS:
+            inputs = seeded(shapes, values, whole_max, is_positive=is_positive)
             try:
                 results = reference.run(inputs, names, {})
             except EngineError as error:
@@ -315,71 +186,8 @@ def _expected(
     return unfinished or refusal
 
 
-def _inputs(
-    shapes: Mapping[TensorSpec, Shape],
-    values: Mapping[str, ValueRange],
-    whole_max: int,
-    *,
-    is_positive: bool,
-) -> dict[str, Array]:
-    random = np.random.default_rng(PROOF_FORMAT)
-    inputs = {}
-    for tensor, shape in shapes.items():
-        array = random_array(random, tensor, shape, whole_max)
-        if tensor.name in values:
-            array = _within(random, array, values[tensor.name])
-        elif is_positive and _is_float(array):
-            array = np.abs(array)
-        inputs[tensor.name] = array
-    return inputs
-
-
-def _within(random: np.random.Generator, array: Array, wanted: ValueRange) -> Array:
-    """Of the same type and shape, with these values."""
-    if _is_float(array):
-        return random.uniform(wanted.lowest, wanted.highest, array.shape).astype(array.dtype)
-    whole = random.integers(
-        math.ceil(wanted.lowest), math.floor(wanted.highest), array.shape, endpoint=True
-    )
-    if array.dtype == np.object_:
-        return object_array([b"%d" % number for number in whole.flat], array.shape)
-    return whole.astype(array.dtype)
-
-
 def _says_something(result: Array) -> bool:
-    return not _is_float(result) or not result.size or bool(np.isfinite(result).any())
-
-
-def _is_float(array: Array) -> bool:
-    return array.dtype in _FLOAT_DTYPES
-
-
-_FLOAT_DTYPES = frozenset(dtype.numpy for dtype in FLOATS)
-
-
-def _cosine(left: Array, right: Array) -> float:
-    """Of vectors too small to have a direction: 1."""
-    top = max(float(np.abs(left).max()), float(np.abs(right).max()))
-    if top < _SCALE_MIN:
-        return 1.0
-    left, right = left / top, right / top  # squares of large numbers would overflow
-    norms = float(np.linalg.norm(left) * np.linalg.norm(right))
-    return min(1.0, float(left @ right) / norms) if norms else 0.0
-
-
-def worse(one: OutputFigures, other: OutputFigures) -> OutputFigures:
-    return OutputFigures(
-        one.name,
-        max_abs=max(one.max_abs, other.max_abs),
-        mean_abs=max(one.mean_abs, other.mean_abs),
-        max_rel=max(one.max_rel, other.max_rel),
-        mean_rel=max(one.mean_rel, other.mean_rel),
-        cosine=min(one.cosine, other.cosine),
-        equal=min(one.equal, other.equal),
-        not_finite=one.not_finite + other.not_finite,
-        compared=one.compared + other.compared,
-        fault=one.fault or other.fault,
-    )
+    return not is_float(result) or not result.size or bool(np.isfinite(result).any())
 
 
 def _broken(

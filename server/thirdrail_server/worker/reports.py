@@ -3,8 +3,8 @@
 
 from thirdrail.v1 import models_pb2 as pb
 from thirdrail_engines import EngineReport
+from thirdrail_engines.output_figures import OutputFigures
 from thirdrail_engines.plans import Precision
-from thirdrail_engines.reference_proof import OutputFigures
 from thirdrail_server.control_messages import VersionEngine
 
 NS_PER_S = 1e9

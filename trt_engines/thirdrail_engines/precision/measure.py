@@ -15,10 +15,10 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from thirdrail_engines.output_figures import OutputFigures, compare, worse
 from thirdrail_engines.plans import Profile
 from thirdrail_engines.precision import graphs
 from thirdrail_engines.precision.trials import SEEDS, open_subject, try_inputs
-from thirdrail_engines.reference_proof import OutputFigures, compare, worse
 
 
 @dataclass(frozen=True, slots=True)

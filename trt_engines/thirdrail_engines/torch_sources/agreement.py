@@ -15,7 +15,7 @@ from thirdrail_engines.engine import ModelFileError
 from thirdrail_engines.onnxruntime_errors import tidy
 from thirdrail_engines.onnxruntime_session import open_session
 from thirdrail_engines.options import EngineOptions
-from thirdrail_engines.reference_proof import OutputFigures, compare
+from thirdrail_engines.output_figures import OutputFigures, compare
 from thirdrail_engines.torch_sources.exported import Exported
 
 # Both compute in the same precision, in sums of another order. A wrong operator is far beyond.
