@@ -28,7 +28,7 @@ def catalog() -> Catalog:
 
 async def refusal(catalog: Catalog, version: int = 0) -> pb.Status:
     dispatcher = Dispatcher(catalog)
-    dispatcher.attach(cast(AsyncLane, RefusingLane()))
+    dispatcher.attach(cast(AsyncLane, RefusingLane()), "cpu")
     request = pb.InferRequest(model_name="m", model_version=version)
     body = request.SerializeToString()
     return (await dispatcher.infer_bytes(body, request, flow=0)).response.status

@@ -21,24 +21,28 @@ log = logging.getLogger(__name__)
 
 
 class Dispatcher:
-    """The way to the models, for all protocols. There is one worker, so far; it may come and go."""
+    """The way to the models, for all protocols. Workers may come and go."""
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
-        self._lane: AsyncLane | None = None
+        self._lanes: dict[str, AsyncLane] = {}  # by worker
+        self._only_lane: AsyncLane | None = None  # with one worker there is nothing to look up
 
-    def attach(self, lane: AsyncLane) -> None:
-        """Use this lane from now on, until it closes."""
-        self._lane = lane
+    def attach(self, lane: AsyncLane, worker: str) -> None:
+        """Use this lane to a worker from now on, until it closes."""
+        self._lanes[worker] = lane
+        self._only_lane = lane if len(self._lanes) == 1 else None
 
     @property
     def inline_bytes_max(self) -> int:
         """Messages up to this size fit `infer_bytes`; 0 while there is no worker."""
-        return self._lane.inline_bytes_max if self._lane is not None else 0
+        if self._only_lane is not None:
+            return self._only_lane.inline_bytes_max
+        return min((lane.inline_bytes_max for lane in self._lanes.values()), default=0)
 
     @property
     def calls_in_flight(self) -> int:
-        return self._lane.calls_in_flight if self._lane is not None else 0
+        return sum(lane.calls_in_flight for lane in self._lanes.values())
 
     async def infer(
         self, request: pb.InferRequest, data: Sequence[Piece | None], *, flow: int
@@ -48,7 +52,7 @@ class Dispatcher:
         data: per input its bytes, or where they are, or None: they are in the request as values.
         """
         try:
-            result = await self._lane_now().call(request, data, flow=flow)
+            result = await self._lane_for(request).call(request, data, flow=flow)
         except ThirdrailError as error:
             return _logged(self._failed(error, request), request)
         return self._checked(result, request)
@@ -59,7 +63,7 @@ class Dispatcher:
         body: the serialized request; `request` is its parsed form.
         """
         try:
-            result = await self._lane_now().call_bytes(body, flow=flow)
+            result = await self._lane_for(request).call_bytes(body, flow=flow)
         except ThirdrailError as error:
             return _logged(self._failed(error, request), request)
         return self._checked(result, request)
@@ -84,17 +88,22 @@ class Dispatcher:
             on_result(self._checked(outcome, request))
 
         try:
-            lane = self._lane_now()
+            lane = self._lane_for(request)
             call = lane.start(body, on_reply, flow=flow)
         except ThirdrailError as error:
             on_reply(error)
             return lambda: None
         return lambda: lane.cancel(call)
 
-    def _lane_now(self) -> AsyncLane:
-        if self._lane is None:
+    def _lane_for(self, request: pb.InferRequest) -> AsyncLane:
+        """To the worker that has the model. Raises Unavailable; `_exact` knows it better."""
+        if self._only_lane is not None:
+            return self._only_lane
+        model = self._catalog.get(request.model_name)
+        lane = None if model is None else self._lanes.get(model.worker)
+        if lane is None:
             raise Unavailable("the worker is starting")
-        return self._lane
+        return lane
 
     def _checked(self, result: Result, request: pb.InferRequest) -> Result:
         """The worker knows what is loaded; why something is not, the catalog knows better."""

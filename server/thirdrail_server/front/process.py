@@ -190,7 +190,7 @@ class Front:
 
     async def _attach_lane(self, sock: socket.socket) -> AsyncLane:
         lane = await AsyncLane.attach(sock)
-        self.dispatcher.attach(lane)
+        self.dispatcher.attach(lane, self._worker.name)
         return lane
 
 
