@@ -2,6 +2,7 @@
 """FP32 graphs in FP16 and BF16: what changes, what does not, how far off, and what is refused."""
 
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -395,3 +396,36 @@ def test_real_models_stay_near_themselves(folder: Path, name: str, precision: Pr
         assert output["compared"] > 0
     if name == "magika":  # whose normalisation reaches 150,000
         assert precision is BF16 or report["kept_for_their_range_count"] == 9
+
+
+@pytest.mark.needs_tensorrt
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "name", ["magika", "ocr_detection", "ocr_recognition", "silero_vad_ifless"]
+)
+@BOTH
+def test_converted_models_become_smaller_plans(
+    folder: Path, name: str, precision: Precision
+) -> None:
+    """What TensorRT for RTX takes in FP32, it takes in both."""
+    from support.plan_models import plan_models
+    from thirdrail_engines.builds import BuildLimits, run_build
+    from thirdrail_engines.plans import Builder, PlanRequest
+    from thirdrail_engines.tensorrt import installed_builders
+
+    model = plan_models()[name]
+    version = dict(installed_builders())[Builder.TENSORRT_RTX]
+    sizes = []
+    for each in (Precision.AS_IS, precision):
+        request = PlanRequest(
+            model.path, Builder.TENSORRT_RTX, version, each, (model.profile,), ("sm86",)
+        )
+        place = folder / str(each)
+        place.mkdir()
+        limits = BuildLimits(memory_bytes_max=1 << 30)
+        built = run_build(request, place, limits, ignore, threading.Event())
+        sizes.append(built.plan.stat().st_size)
+    conversion: Any = built.conversion
+    assert conversion["precision"] == str(precision)
+    # Silero's plan is kernels for the most part, and those for recurrences do not shrink.
+    assert sizes[1] < (0.8 if name != "silero_vad_ifless" else 1.1) * sizes[0]

@@ -14,6 +14,9 @@ from thirdrail_engines.plans import Profile
 from thirdrail_engines.precision import graphs
 from thirdrail_engines.precision.trials import SEEDS, open_subject, try_inputs
 
+_ENDS = ("Max", "Min")
+_END = "{}__{}"
+
 
 @dataclass(frozen=True, slots=True)
 class Ranges:
@@ -42,32 +45,44 @@ class Ranges:
 def find_ranges(path: Path, profiles: Sequence[Profile] = ()) -> Ranges:
     """Run the graph on the seeded inputs, with a measure at each of its values.
 
-    The measures are nodes of the graph themselves: only their results, one number for each value,
-    outlive the node that made it.
+    The measures are nodes of the graph themselves, right behind those that make the values: only
+    their results, two numbers for each value, outlive them.
     """
     model = graphs.with_types(onnx.load(path))
-    names = sorted(
-        graphs.typed_values(model.graph, TensorProto.FLOAT)
-        & {name for node in model.graph.node for name in node.output}
-    )
-    for index, name in enumerate(names):
-        size, largest = f"{name}__size_{index}", f"{name}__largest_{index}"
-        model.graph.node.append(helper.make_node("Abs", [name], [size]))
-        model.graph.node.append(helper.make_node("ReduceMax", [size], [largest], keepdims=0))
-        model.graph.output.append(helper.make_tensor_value_info(largest, TensorProto.FLOAT, []))
+    names = _add_measures(model.graph)
     measured = path.with_name("measured.onnx")
     onnx.save(model, measured)
     subject = open_subject(measured, profiles)
-    largest_seen = dict.fromkeys(names, 0.0)
-    wanted = [output.name for output in model.graph.output[-len(names) :]] if names else []
+    magnitudes = dict.fromkeys(names, 0.0)
+    wanted = [_END.format(name, end) for name in names for end in _ENDS]
     fault = ""
     for seed in SEEDS:
         trial = try_inputs(subject, seed, wanted)
         if isinstance(trial, str):
             fault = trial
             break
-        for name, found in zip(names, trial.results, strict=True):
-            if np.isfinite(found):  # an infinity of the model's own stays one in every format
-                largest_seen[name] = max(largest_seen[name], float(found))
+        found = dict(zip(wanted, trial.results, strict=True))
+        for name in names:
+            ends = np.abs([found[_END.format(name, end)] for end in _ENDS])
+            # An infinity of the model's own stays one in every format.
+            magnitudes[name] = max(magnitudes[name], float(ends[np.isfinite(ends)].max(initial=0)))
     measured.unlink()
-    return Ranges({} if fault else largest_seen, fault)
+    return Ranges({} if fault else magnitudes, fault)
+
+
+def _add_measures(graph: Any) -> list[str]:
+    """Returns the names of the values that are measured."""
+    floats = graphs.typed_values(graph, TensorProto.FLOAT)
+    names: list[str] = []
+    nodes: list[Any] = []
+    for node in graph.node:
+        nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+        for name in floats.intersection(node.output):
+            names.append(name)
+            for end in _ENDS:
+                scalar = _END.format(name, end)
+                nodes.append(helper.make_node(f"Reduce{end}", [name], [scalar], keepdims=0))
+                graph.output.append(helper.make_tensor_value_info(scalar, TensorProto.FLOAT, []))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return names
