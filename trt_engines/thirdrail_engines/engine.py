@@ -20,9 +20,9 @@ class EngineInputError(EngineError):
     """An element of an input is one that the engine cannot take, whatever the model."""
 
 
-class DeviceLost(EngineError):
+class DeviceLost(Exception):
     """The device is of no more use to this process, and every call to it will say so again. Only a
-    new process can use it."""
+    new process can use it. No EngineError: it is about more than one run and one engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Engine(Protocol):
         a copy of its own, any other array where it did not, as for small results. Results never
         share memory with the inputs. BYTES come as object arrays of bytes.
         Raises EngineError when the run fails, also when an array of `into` does not fit;
-        EngineInputError for what nobody but the caller can change.
+        EngineInputError for what nobody but the caller can change; DeviceLost.
         """
         ...
 

@@ -7,15 +7,20 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """threads_max: the most threads that one run uses, its calling thread among them.
+    instances: how many executions an engine on a device keeps memory for.
+    device_uuid: of the device; "" for the only one there is.
 
-    Raises ValueError when that is not positive.
+    Raises ValueError when a number is not positive.
     """
 
     threads_max: int = 1
+    instances: int = 1
+    device_uuid: str = ""
 
     def __post_init__(self) -> None:
-        if self.threads_max < 1:
-            raise ValueError(f"threads_max is {self.threads_max}, expected at least 1")
+        for name in ("threads_max", "instances"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
 
 
 def threads_per_run(cores: int, instances: int) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 
 from thirdrail.errors import ThirdrailError
 from thirdrail.tensors import Array
-from thirdrail_engines.engine import Engine, EngineError
+from thirdrail_engines.engine import DeviceLost, Engine, EngineError
 from thirdrail_server.worker.members import Member, Outcome
 from thirdrail_server.worker.requests import VersionSpec
 from thirdrail_server.worker.results import Slot, error_for_caller, scatter, slots_in_place
@@ -35,6 +35,7 @@ class Execution:
     is_one_run: bool = True  # else the members were run one by one
     has_failed: bool = False  # the run did, whoever's elements were to blame
     is_answered: bool = False  # its one member, by the thread that ran it
+    device_lost: DeviceLost | None = None
 
     @property
     def total_ns(self) -> int:
@@ -45,7 +46,7 @@ class Execution:
 def execute(engine: Engine, spec: VersionSpec, members: Sequence[Member]) -> Execution:
     """Run one batch. Never raises: every failure is in the outcomes."""
     together = _execute_together(engine, spec, members)
-    if len(members) == 1 or not together.has_failed:
+    if len(members) == 1 or not together.has_failed or together.device_lost:
         return together
     alone = [_execute_together(engine, spec, [member]) for member in members]
     for execution, outcome in zip(alone, together.outcomes, strict=True):
@@ -63,6 +64,7 @@ def _execute_together(engine: Engine, spec: VersionSpec, members: Sequence[Membe
     outcomes = [Outcome(member.arena) for member in members]
     started = gathered = computed = time.monotonic_ns()
     has_failed = False
+    device_lost = None
     try:
         inputs = _gather(members, outcomes)
         slots = slots_in_place(members[0], spec, outcomes[0]) if len(members) == 1 else {}
@@ -75,6 +77,7 @@ def _execute_together(engine: Engine, spec: VersionSpec, members: Sequence[Membe
         scatter(members, spec, results, slots, outcomes)
     except Exception as error:
         has_failed = not isinstance(error, ThirdrailError)
+        device_lost = error if isinstance(error, DeviceLost) else None
         answer = error_for_caller(error, spec)
         for outcome in outcomes:
             outcome.fail(answer)
@@ -84,6 +87,7 @@ def _execute_together(engine: Engine, spec: VersionSpec, members: Sequence[Membe
         computed - gathered,
         time.monotonic_ns() - computed,
         has_failed=has_failed,
+        device_lost=device_lost,
     )
 
 

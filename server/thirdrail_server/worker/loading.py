@@ -87,7 +87,7 @@ def prepare_version(
     tell("building", 0, 0)
     asked = given or ModelConfig()
     threads = engine_threads(asked) or threads_per_run(cores, instance_count(asked))
-    options_of_engine = EngineOptions(threads_max=threads)
+    options_of_engine = EngineOptions(threads_max=threads, instances=instance_count(asked))
     loaded, is_stopgap = _load(path, options_of_engine, inspector, wish or EngineWish())
     engine = loaded.engine
     try:
@@ -170,6 +170,8 @@ def _run_place(engine: Engine, options: ModelOptions, config: WorkerConfig) -> R
     """On the loop only where trial runs are short and the model neither batches nor has instances
     that could run beside the loop."""
     on_threads = RunPlace(on_loop=False)
+    if engine.spec.overlapped_runs:  # it would make the loop wait for a device
+        return on_threads
     if options.batch_rows_max or options.instances > 1 or not _is_small(engine.spec):
         return on_threads
     inputs = seeded_inputs([t for t in engine.spec.inputs if not t.optional], rows=1)

@@ -15,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from thirdrail.errors import Cancelled, InvalidArgument, NotFound, ThirdrailError
+from thirdrail.errors import Cancelled, InvalidArgument, NotFound, ThirdrailError, Unavailable
 from thirdrail.v1 import metrics_pb2
 from thirdrail_engines import Inspector
 from thirdrail_engines.compile_options import OnFailure
-from thirdrail_engines.engine import ModelFileError
+from thirdrail_engines.engine import DeviceLost, ModelFileError
 from thirdrail_server.config import WorkerConfig
 from thirdrail_server.control_messages import (
     LoadCommand,
@@ -35,7 +35,7 @@ from thirdrail_server.worker.loading import EngineWish, PreparedVersion, prepare
 from thirdrail_server.worker.memory import ModelTooLarge, Scale
 from thirdrail_server.worker.plans import Plans, may_build
 from thirdrail_server.worker.reports import version_engine
-from thirdrail_server.worker.served_version import ServedVersion
+from thirdrail_server.worker.served_version import OnDeviceLost, ServedVersion
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +60,12 @@ class _Model:
 class ModelTable:
     """All models that this worker serves. Lives on the worker's loop."""
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(
+        self, config: WorkerConfig, on_device_lost: OnDeviceLost = lambda error: None
+    ) -> None:
+        """on_device_lost: called on the loop, maybe more than once."""
         self._config = config
+        self._on_device_lost = on_device_lost
         self._models: dict[str, _Model] = {}
         self._cores = config.threads_max or len(os.sched_getaffinity(0))
         self._inspector = Inspector()
@@ -135,6 +139,9 @@ class ModelTable:
                     prepared.append(await self._prepare(command, version, path, tell, cancelled))
                 except (ModelFileError, ThirdrailError) as error:
                     failures[version] = error
+                except DeviceLost as error:
+                    self._on_device_lost(error)
+                    raise Unavailable(str(error)) from None
                 if cancelled.is_set():
                     raise Cancelled(STOPPING if self._is_stopping else CANCELLED)
             if failures and (name in self._models or not prepared):
@@ -214,6 +221,7 @@ class ModelTable:
                 instances=each.options.instances,
                 place=each.place,
                 weight=each.weight,
+                on_device_lost=self._on_device_lost,
             )
         old = self._models.get(name)
         self._models[name] = new

@@ -22,6 +22,8 @@ from pathlib import Path
 
 from thirdrail.v1 import metrics_pb2
 from thirdrail_engines import use_one_arena
+from thirdrail_engines.engine import DeviceLost
+from thirdrail_server import exit_codes
 from thirdrail_server.busy_poll import new_loop
 from thirdrail_server.config import WorkerConfig
 from thirdrail_server.control_channel import ChannelLimits
@@ -113,7 +115,15 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 async def _serve(config: WorkerConfig, inherited: InheritedSockets) -> None:
     ended = asyncio.Event()
-    models = ModelTable(config)
+
+    def on_device_lost(error: DeviceLost) -> None:
+        if not ended.is_set():
+            log.critical("%s; this process ends, and its front starts another", error)
+        lost.append(error)
+        ended.set()
+
+    lost: list[DeviceLost] = []
+    models = ModelTable(config, on_device_lost)
     sessions = SessionTable(config, models)
     for number, fd in enumerate(inherited.lane_fds):
         sessions.inherit(socket.socket(fileno=fd), is_front=number == 0)
@@ -137,6 +147,11 @@ async def _serve(config: WorkerConfig, inherited: InheritedSockets) -> None:
     channel = await serve_control(control, models, status, ended.set, ChannelLimits(), sessions)
     log.debug("ready for models")
     await ended.wait()
+    if lost:
+        # At once: whatever is still under way on the device may never end, and waiting for it
+        # would only delay what answers all the others, this process's death.
+        logging.shutdown()
+        os._exit(exit_codes.DEVICE_LOST)
     del channel
     await models.close()
     sessions.close()

@@ -12,10 +12,10 @@ import numpy as np
 
 from thirdrail import dtypes, tensors
 from thirdrail.dtypes import BYTES
-from thirdrail.errors import Internal, InvalidArgument, ThirdrailError
+from thirdrail.errors import Internal, InvalidArgument, ThirdrailError, Unavailable
 from thirdrail.tensors import Array, TensorSpec
 from thirdrail.v1 import tensor_pb2
-from thirdrail_engines.engine import EngineError, EngineInputError
+from thirdrail_engines.engine import DeviceLost, EngineError, EngineInputError
 from thirdrail_server.worker.classification import classify
 from thirdrail_server.worker.members import Member, Outcome
 from thirdrail_server.worker.requests import VersionSpec, WantedOutput
@@ -27,6 +27,8 @@ def error_for_caller(error: Exception, spec: VersionSpec) -> ThirdrailError:
     """What a caller is told of a failed run."""
     if isinstance(error, ThirdrailError):
         return error
+    if isinstance(error, DeviceLost):  # with the process, which the front starts again
+        return Unavailable(str(error))
     if isinstance(error, EngineInputError):
         return InvalidArgument(str(error))
     if isinstance(error, EngineError):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from thirdrail.errors import ThirdrailError
 from thirdrail.v1 import metrics_pb2
-from thirdrail_engines.engine import Engine
+from thirdrail_engines.engine import DeviceLost, Engine
 from thirdrail_server.worker.alarm import Alarm
 from thirdrail_server.worker.execution import Execution, execute
 from thirdrail_server.worker.instance_threads import InstanceThreads
@@ -29,6 +29,8 @@ from thirdrail_server.worker.scheduler import Action, Batch, Scheduler, Start
 from thirdrail_server.worker.statistics import VersionStatistics
 
 log = logging.getLogger(__name__)
+
+OnDeviceLost = Callable[[DeviceLost], None]
 
 # A request of a model that runs on the loop goes to a thread all the same when its inputs are
 # larger, unless earlier ones of its kind were short.
@@ -121,14 +123,19 @@ class ServedVersion:
         instances: int,
         place: RunPlace,
         weight: Weight = UNKNOWN,
+        on_device_lost: OnDeviceLost = lambda error: None,
     ) -> None:
+        """on_device_lost: called on the loop when those whom it hit have been answered."""
         self.spec = spec
         self.weight = weight
         self.statistics = VersionStatistics(spec.model, spec.version)
         self._engine = engine
         self._policy = policy
-        self._scheduler = Scheduler(policy, instances=instances)
-        self._threads = InstanceThreads(f"{spec.model}/{spec.version}", instances)
+        self._on_device_lost = on_device_lost
+        # On a device, the copies of one run overlap the computing of another.
+        at_once = instances * max(1, engine.spec.overlapped_runs)
+        self._scheduler = Scheduler(policy, instances=at_once)
+        self._threads = InstanceThreads(f"{spec.model}/{spec.version}", at_once)
         self._place = place
         self._is_suspect = False
         self._large_runs = LargeRuns(place.large_run_ns_max)
@@ -198,6 +205,7 @@ class ServedVersion:
         if execution.compute_ns:
             self.statistics.batch_ran(rows, execution)
         self._count(member, execution.outcomes[0], now_ns, started_ns)
+        self._note_loss(execution)
         return _ending(execution.outcomes[0], execution, rows, started_ns - now_ns)
 
     def cancel(self, call: Call) -> None:
@@ -339,7 +347,12 @@ class ServedVersion:
         if not execution.is_answered:
             self._count_run(batch, execution)
             self._answer_all(batch, execution, {queued.key for queued in owed})
+        self._note_loss(execution)
         self._perform(actions)
+
+    def _note_loss(self, execution: Execution) -> None:
+        if execution.device_lost is not None:
+            self._on_device_lost(execution.device_lost)
 
     def _answer_all(self, batch: Batch, execution: Execution, owed: set[Call]) -> None:
         for queued, outcome in zip(batch.members, execution.outcomes, strict=True):

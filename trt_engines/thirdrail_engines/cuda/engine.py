@@ -102,6 +102,9 @@ class CudaEngine:
         except EngineError as error:
             self._give_back()
             raise ModelFileError(str(error)) from None
+        except BaseException:
+            self._give_back()
+            raise
         self._slots = SlotTable(instance.slots for instance in self._instances)
 
     @property
@@ -114,7 +117,7 @@ class CudaEngine:
         wanted: Sequence[str],
         into: Mapping[str, Array],
     ) -> dict[str, Array]:
-        """See Engine.run. Raises DeviceLost, too."""
+        """See Engine.run."""
         if not wanted:
             return {}
         shapes = check_request(self._spec, inputs, wanted, into)
@@ -390,8 +393,6 @@ class _Instance:
         """None: it cannot be captured. Raises DeviceLost."""
         try:
             self._compute.begin_capture()
-        except DeviceLost:
-            raise
         except EngineError:
             return None
         is_enqueued = True
@@ -401,8 +402,6 @@ class _Instance:
             is_enqueued = False
         try:
             graph = self._compute.end_capture()  # in any case: nothing else runs before that
-        except DeviceLost:
-            raise
         except EngineError:
             graph = None
         if is_enqueued or graph is None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from thirdrail import dtypes
+from thirdrail.dtypes import Buffer
 from thirdrail.tensors import TensorSpec
 from thirdrail_engines.cuda.device import Stream
 from thirdrail_engines.cuda.program import OpenOutput, ProgramSpec
@@ -30,7 +31,7 @@ class PlanProgram:
     def __init__(
         self,
         api: Api,
-        data: bytes,
+        data: Buffer,
         source: str,
         *,
         graphs_max: int,
@@ -55,7 +56,7 @@ class PlanProgram:
         self._load_plugins(plugins)
         engine: t.ICudaEngine | None = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
-            what = describe_plan(data, gpu=gpu)
+            what = describe_plan(bytes(data), gpu=gpu)
             raise ModelFileError(f"{source} does not load: {self.take_errors()} ({what})")
         self._engine: t.ICudaEngine = engine
         self._spec = self._read_spec(source)

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from thirdrail_server.exit_codes import MEANINGS
+
 WORKER_COMMAND = (sys.executable, "-m", "thirdrail_server.worker")
 
 
@@ -104,7 +106,8 @@ def start_worker(
 def exit_text(returncode: int) -> str:
     """How a process ended, in words, from its Popen.returncode."""
     if returncode >= 0:
-        return f"exit status {returncode}"
+        meaning = MEANINGS.get(returncode)
+        return f"exit status {returncode}" + (f" ({meaning})" if meaning else "")
     try:
         return f"signal {-returncode} ({signal.Signals(-returncode).name})"
     except ValueError:  # a real-time signal has no name
