@@ -245,6 +245,38 @@ def test_a_cancelled_load_falls_back_to_nothing(
     assert caught.value.fault is BuildFault.CANCELLED
 
 
+def test_a_cancelled_load_looks_for_no_other_engine(
+    load_model: LoadModel, cache: PlanCache, model: Path
+) -> None:
+    services = Services(cache)
+    services.cancelled.set()
+    with pytest.raises(BuildError) as caught:
+        load_model(model, {"engine": "tensorrt_rtx"}, services)
+    assert caught.value.fault is BuildFault.CANCELLED
+
+
+def test_a_loaded_plan_makes_room_for_others(
+    inspector: Inspector, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The cache has room for one of the two."""
+    wanted = read_compile_options(PLAN)
+    with PlanCache(tmp_path / "small", 12_000) as cache, caplog.at_level(logging.WARNING):
+        for seed in (0, 1):
+            onnx.save(two_layers(seed), model)
+            services = Services(cache).given
+            loaded = load(
+                model,
+                options=EngineOptions(),
+                inspector=inspector,
+                compile=wanted,
+                services=services,
+            )
+            loaded.engine.close()
+        (kept,) = (tmp_path / "small/plans").iterdir()
+    assert kept.name == loaded.report.plan_key
+    assert caplog.text == ""
+
+
 def test_a_file_that_no_engine_reads_has_each_reason(load_model: LoadModel, model: Path) -> None:
     model.write_bytes(b"no model")
     with pytest.raises(ModelFileError, match=r"^model.onnx: not a readable ONNX file"):

@@ -10,14 +10,14 @@ import pytest
 
 from support.compilations import GIB, Services
 from support.perceptrons import two_layers
-from thirdrail_engines import EngineOptions, Inspector, LoadedEngine, load, one_engine
+from thirdrail_engines import EngineOptions, Inspector, LoadedEngine, cuda_engines, load
 from thirdrail_engines.ahead import PlanAhead, compile_ahead
 from thirdrail_engines.compile_options import CompileOptions, read_compile_options
 from thirdrail_engines.cuda.identity import DeviceFacts
 from thirdrail_engines.load import NoEngine
 from thirdrail_engines.one_engine import EngineLoader
 from thirdrail_engines.plan_cache import PlanCache, key_of
-from thirdrail_engines.plans import Builder, BuildError
+from thirdrail_engines.plans import Builder, BuildError, BuildFault
 
 ROWS = {"profile.0.x": "1x16,4x16,8x16"}
 AMPERE = DeviceFacts("GPU-0", "NVIDIA A10", (8, 6), 24 << 30, (13, 0))
@@ -79,7 +79,7 @@ def test_a_plan_for_a_gpu_is_found_where_that_gpu_is(
         ("sm86", False),
         ("8.9", False),
     ]
-    monkeypatch.setattr(one_engine, "cuda_devices", lambda: (AMPERE,))
+    monkeypatch.setattr(cuda_engines, "cuda_devices", lambda: (AMPERE,))
     wanted = read_compile_options(ROWS)
     with EngineLoader(model, EngineOptions(), inspector, wanted, None) as loader:
         assert key_of(loader.request(Builder.TENSORRT_RTX)).digest == plans[0].key
@@ -91,6 +91,22 @@ def test_one_plan_for_several_gpus(cache: PlanCache, model: Path) -> None:
     assert [each.capability for each in both] == [""]
     with pytest.raises(BuildError, match="sm90"):
         ahead(model, cache, Builder.TENSORRT_RTX, "sm90")
+
+
+@pytest.mark.needs_tensorrt
+def test_a_bare_plan_that_cannot_run_says_what_built_it(
+    cache: PlanCache, model: Path, tmp_path: Path
+) -> None:
+    (built,) = ahead(model, cache, Builder.TENSORRT_RTX, "sm86")
+    path = tmp_path / "model.plan"
+    path.write_bytes((tmp_path / "cache/plans" / built.key / "plan").read_bytes())
+    with pytest.raises(BuildError) as caught:
+        load(path, options=EngineOptions())
+    assert caught.value.fault is BuildFault.MISSING
+    said = str(caught.value)
+    assert said.startswith("model.plan: tensorrt_rtx needs a GPU: there is no CUDA device here")
+    assert "built with TensorRT for RTX" in said
+    assert "here: " in said
 
 
 # PyTorch

@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from thirdrail_engines.builds import BuildLimits, BuiltPlan, run_build
+from thirdrail_engines.cuda.device import Device
+from thirdrail_engines.cuda.engine import CudaOptions
 from thirdrail_engines.plan_cache import Manifest, Plan, PlanCache, PlanKey, key_of
 from thirdrail_engines.plans import BuildError, BuildFault, PlanRequest, TellProgress
 
@@ -29,12 +31,17 @@ def tell_nobody(phase: str, done: int, steps: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CompileServices:
-    """What a compilation uses besides the model. cache: None to keep no plans."""
+    """What a compilation, and the load of what it made, use besides the model.
+
+    cache: None to keep no plans. device: where engines for a GPU go; None: the first there is.
+    """
 
     cache: PlanCache | None = None
     limits: BuildLimits = field(default_factory=BuildLimits)
     tell: TellProgress = tell_nobody
     cancelled: threading.Event = field(default_factory=threading.Event)
+    device: Device | None = None
+    cuda: CudaOptions = field(default_factory=CudaOptions)
 
 
 def compile_plan(request: PlanRequest, services: CompileServices) -> tuple[Plan, bool]:

@@ -77,7 +77,7 @@ def load(
     if path.suffix in _PLAN_SUFFIXES:
         from thirdrail_engines.bare_plans import load_bare_plan
 
-        return load_bare_plan(path, options)
+        return load_bare_plan(path, services)
     wanted = compile or CompileOptions()
     order = _order(path, wanted, services)
     if len(order) == 1 and order[0].reads_model and not (wanted.profiles or wanted.proof_values):

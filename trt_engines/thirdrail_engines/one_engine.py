@@ -5,20 +5,19 @@ The reference is ONNX Runtime on the CPU with the model as it is; for a PyTorch 
 plan of its ONNX form. It is loaded once, when it is first needed, and kept until the loader closes.
 """
 
-import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
+from thirdrail_engines import cuda_engines
 from thirdrail_engines.compile_options import CompileOptions, EngineChoice
 from thirdrail_engines.compiling import CompileServices, compile_plan
-from thirdrail_engines.cuda.identity import DeviceFacts
+from thirdrail_engines.cuda_engines import facts_for
 from thirdrail_engines.engine import Engine, ModelFileError
 from thirdrail_engines.engine_choice import TORCH_SUFFIXES, Candidate, Device
 from thirdrail_engines.engine_report import Attempt, EngineReport, LoadedEngine
-from thirdrail_engines.host import cuda_devices, why_no_cuda_device
 from thirdrail_engines.inspector import Inspector
 from thirdrail_engines.onnxruntime_engine import load_onnx, load_plan
 from thirdrail_engines.onnxruntime_session import CUDA_PROVIDERS
@@ -48,10 +47,6 @@ from thirdrail_engines.reference_proof import (
     tolerance_for,
 )
 from thirdrail_engines.trials import value_fault
-
-# Imported by name when their turn comes: they need packages that may not be installed.
-_TORCH_ENGINE = "thirdrail_engines.torch_engine"
-TENSORRT_ENGINE = "thirdrail_engines.tensorrt.engine"
 
 
 class ProofError(ModelFileError):
@@ -87,7 +82,7 @@ class EngineLoader:
         """
         self._check_cancelled()
         if candidate.device is Device.CUDA:
-            _device_for(candidate.engine)  # before anything is built for it
+            facts_for(candidate.engine, self._services)  # before anything is built for it
         if candidate.reads_model:
             engine = self._take_reference()
             return LoadedEngine(engine, EngineReport(candidate.name, attempts))
@@ -101,7 +96,7 @@ class EngineLoader:
             return False
         try:
             if candidate.device is Device.CUDA:
-                _device_for(candidate.engine)
+                facts_for(candidate.engine, self._services)
             request = self.request(candidate.builder)
             key = key_of(request)
         except ModelFileError:  # which `load` raises again
@@ -186,7 +181,7 @@ class EngineLoader:
         try:
             self._check_cancelled()
             self._services.tell("loading the engine", 0, 0)
-            engine = self._open_plan(builder, plan)
+            engine = self._open_plan(plan, request)
             with _closing_on_error(engine):
                 proof = self._proof_of_plan(candidate, engine, plan, request)
         finally:
@@ -214,7 +209,7 @@ class EngineLoader:
         version = tensorrt_version(builder)
         names = (capability,) if capability else self._wanted.compute_capabilities
         is_named = builder is Builder.TENSORRT_RTX and names
-        device = None if is_named else _device_for(builder)
+        device = None if is_named else facts_for(builder, self._services)
         spec, wanted = self._need_reference().spec, self._wanted
         profiles = profiles_for(spec.inputs, wanted.profiles, wanted.rows, spec.unranked)
         return tensorrt_request(self.path, builder, version, wanted, profiles, names, device)
@@ -224,12 +219,10 @@ class EngineLoader:
             self.path, self._wanted, precision=precision, threads_max=self._options.threads_max
         )
 
-    def _open_plan(self, builder: Builder, plan: Plan) -> Engine:
-        if builder is Builder.ONNXRUNTIME:
+    def _open_plan(self, plan: Plan, request: PlanRequest) -> Engine:
+        if request.builder is Builder.ONNXRUNTIME:
             return load_plan(plan.data, self.path, options=self._options)
-        engines = own_module(TENSORRT_ENGINE, "run TensorRT plans")
-        engine: Engine = engines.load_plan(plan.data, builder, options=self._options)
-        return engine
+        return cuda_engines.open_plan(plan, request, self._services)
 
     def _release(self, plan: Plan) -> None:
         if self._services.cache is not None:
@@ -260,11 +253,16 @@ class EngineLoader:
             raise BuildError(
                 BuildFault.MISSING, f"the {candidate.engine} engine does not run {self.path.name}"
             )
-        engines = own_module(_TORCH_ENGINE, "run PyTorch models")
-        engine: Engine = engines.load_torch(
-            self.path, options=self._options, device=candidate.device.value
-        )
-        return engine
+        return self._open_torch(candidate.device)
+
+    def _open_torch(self, device: Device) -> Engine:
+        try:
+            from thirdrail_engines.torch_engine import load_torch
+        except ImportError as error:
+            raise BuildError(
+                BuildFault.MISSING, f"{error.name} is not installed: pip install 'thirdrail[torch]'"
+            ) from None
+        return load_torch(self.path, options=self._options, device=device.value)
 
     # Proofs
 
@@ -277,7 +275,7 @@ class EngineLoader:
         profiles = request.profiles or self._profiles(engine)
         proof = recorded_proof(
             plan,
-            _runs_on(request),
+            _runs_on(request, self._services),
             profiles,
             self._wanted.proof_values,
             self._tolerance(engine, request.precision),
@@ -304,14 +302,6 @@ class EngineLoader:
         return tolerance_for(precision, engine.spec, self._wanted.tolerance)
 
 
-def own_module(name: str, what: str) -> Any:
-    """One of our modules whose packages may be missing. Raises BuildError MISSING."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise BuildError(BuildFault.MISSING, f"this installation cannot {what}: {error}") from None
-
-
 @contextmanager
 def _closing_on_error(engine: Engine) -> Iterator[None]:
     try:
@@ -321,18 +311,11 @@ def _closing_on_error(engine: Engine) -> Iterator[None]:
         raise
 
 
-def _device_for(engine: str) -> DeviceFacts:
-    devices = cuda_devices()
-    if not devices:
-        raise BuildError(BuildFault.MISSING, f"{engine} needs a GPU: {why_no_cuda_device()}")
-    return devices[0]
-
-
-def _runs_on(request: PlanRequest) -> RunsOn:
+def _runs_on(request: PlanRequest, services: CompileServices) -> RunsOn:
     reference = f"onnxruntime {onnxruntime_version()}"
     if request.builder is Builder.ONNXRUNTIME:
         return RunsOn(request.target, "", reference, reference)
-    device = _device_for(request.builder)
+    device = facts_for(request.builder, services)
     runtime = f"{request.builder} {request.builder_version}"
     return RunsOn(device.uuid, driver_text(device), runtime, reference)
 
