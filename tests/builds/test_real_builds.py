@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from support import models
+from support.compilations import BUILD_PHASES
 from thirdrail_engines import EngineOptions, Inspector, seeded_inputs
 from thirdrail_engines.builds import BuildLimits, BuiltPlan, PlanTensor, run_build
 from thirdrail_engines.builds.run import _COMMAND
@@ -33,7 +34,12 @@ def test_a_plan_answers_as_its_source_does(source: Path, folder: Path) -> None:
         threads.add(threading.get_ident())
 
     built = build(source, folder, tell=tell)
-    assert told == [("reading", 0, 3), ("optimising", 1, 3), ("writing", 2, 3)]
+    assert told == [
+        ("starting the build", 0, 0),
+        ("reading", 0, 3),
+        ("optimising", 1, 3),
+        ("writing", 2, 3),
+    ]
     assert threads == {threading.get_ident()}
     assert built.plan.parent == folder
     assert built.layers == built.source_layers == {"Add": 1}
@@ -183,7 +189,7 @@ def test_builds_take_turns(source: Path, tmp_path: Path) -> None:
     open_gate.set()
     first.join()
     second.join()
-    assert told == ["waiting for another build", "reading", "optimising", "writing"]
+    assert told == ["waiting for another build", *BUILD_PHASES]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from thirdrail_engines.plan_requests import onnxruntime_version
 from thirdrail_engines.plans import Builder, PlanRequest
 
 GIB = 1 << 30
-BUILD_PHASES = ["reading", "optimising", "writing"]
+BUILD_PHASES = ["starting the build", "reading", "optimising", "writing"]
 
 TellPhase = Callable[[str], None]
 

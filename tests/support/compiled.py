@@ -14,7 +14,7 @@ from support.models import write
 from support.server import RunningServer
 from thirdrail import Client, ModelStatus
 
-BUILD_MODULE = "thirdrail_engines.builds.child"
+BUILD_PROGRAM = "thirdrail_engines/builds/child.py"
 WAIT_S_MAX = 30.0
 
 
@@ -38,7 +38,10 @@ def builds_of(server: RunningServer) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(server.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if BUILD_MODULE in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+            if (
+                any(BUILD_PROGRAM in word for word in child.cmdline())
+                and child.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(child)
     return found
 
@@ -75,6 +78,7 @@ def until_ready(client: Client, name: str) -> None:
 
 def until_engine(client: Client, name: str, engine: str) -> ModelStatus:
     """Wait until this runs it."""
+    until_ready(client, name)
     ends_s = time.monotonic() + WAIT_S_MAX
     while time.monotonic() < ends_s:
         status = status_of(client, name)

@@ -54,6 +54,7 @@ def run_build(
     Raises BuildError, at the latest a fifth of a second after `cancelled` is set.
     """
     with _turn(limits.builds_at_once_max, tell, cancelled):
+        tell("starting the build", 0, 0)
         home = folder / "home"
         home.mkdir(mode=0o700)
         build = _Build(request.builder.value, limits, tell, cancelled)
