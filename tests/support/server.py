@@ -2,6 +2,7 @@
 """Real servers for tests: `thirdrail serve` as a child process, on a socket and a free port."""
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import psutil
 from thirdrail.v1 import models_pb2, models_pb2_grpc
 
 READY_S_MAX = 60
+TESTS = Path(__file__).parent.parent
 STOP_S_MAX = 40
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
@@ -65,19 +67,29 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running_server(
-    repository: Path, folder: Path, arguments: Sequence[str] = (), *, wait: bool = True
+    repository: Path,
+    folder: Path,
+    arguments: Sequence[str] = (),
+    *,
+    wait: bool = True,
+    module: str = "thirdrail",
 ) -> Iterator[RunningServer]:
     """A server for `repository`; its socket and log lie in `folder`. Stopped on leaving.
 
+    module: what to run in place of thirdrail; it finds the tests' own modules.
     wait: until every startup model is ready or has failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, log, port = folder / "s" / "grpc.sock", folder / "log.txt", free_port()
-    command = [sys.executable, "-m", "thirdrail", "serve", str(repository)]
+    command = [sys.executable, "-m", module, "serve", str(repository)]
     command += [f"--socket={path}", f"--address=127.0.0.1:{port}", *arguments]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": str(TESTS)} if module != "thirdrail" else None,
         )
     server = RunningServer(process, repository, path, f"127.0.0.1:{port}", log)
     try:

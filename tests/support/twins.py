@@ -27,7 +27,7 @@ def twin_engine(
     if profiles is None:
         profiles = any_size(path, inspector, elements_max)
     program = TwinProgram(path, device, profiles, inspector)
-    return CudaEngine(program, device, "twin", CudaOptions(**options))
+    return CudaEngine(program, device, "tensorrt_plan", CudaOptions(**options))
 
 
 def any_size(path: Path, inspector: Inspector, elements_max: int) -> tuple[Profile, ...]:
