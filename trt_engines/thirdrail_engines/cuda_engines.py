@@ -39,7 +39,9 @@ def open_bare_plan(data: bytes, path: Path, builder: Builder, services: CompileS
     return load_plan(data, path.name, builder=builder, device=device, options=services.cuda)
 
 
-def open_plan(plan: Plan, request: PlanRequest, services: CompileServices) -> Engine:
+def open_plan(
+    plan: Plan, request: PlanRequest, services: CompileServices, instances: int
+) -> Engine:
     """Raises ModelFileError, BuildError MISSING, DeviceLost."""
     from thirdrail_engines.tensorrt.engine import load_plan
 
@@ -49,9 +51,10 @@ def open_plan(plan: Plan, request: PlanRequest, services: CompileServices) -> En
         request.source.name,
         builder=request.builder,
         device=device,
-        options=services.cuda,
+        options=dataclasses.replace(services.cuda, instances=instances),
         notes=_kernel_notes(plan, device.facts, services.cache),
         plugins=request.plugins,
+        may_run_host_code=request.is_version_compatible,
     )
 
 

@@ -222,7 +222,7 @@ class EngineLoader:
     def _open_plan(self, plan: Plan, request: PlanRequest) -> Engine:
         if request.builder is Builder.ONNXRUNTIME:
             return load_plan(plan.data, self.path, options=self._options)
-        return cuda_engines.open_plan(plan, request, self._services)
+        return cuda_engines.open_plan(plan, request, self._services, self._options.instances)
 
     def _release(self, plan: Plan) -> None:
         if self._services.cache is not None:

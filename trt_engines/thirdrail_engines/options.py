@@ -8,14 +8,12 @@ from dataclasses import dataclass
 class EngineOptions:
     """threads_max: the most threads that one run uses, its calling thread among them.
     instances: how many executions an engine on a device keeps memory for.
-    device_uuid: of the device; "" for the only one there is.
 
     Raises ValueError when a number is not positive.
     """
 
     threads_max: int = 1
     instances: int = 1
-    device_uuid: str = ""
 
     def __post_init__(self) -> None:
         for name in ("threads_max", "instances"):

@@ -10,7 +10,6 @@ all of them. The driver's calls let other Python threads run.
 """
 
 import ctypes
-import functools
 import threading
 from typing import Any
 
@@ -32,13 +31,6 @@ def open_device(uuid: str = "") -> "DriverDevice":
     handles = _devices(api)
     facts = choose_device(uuid, list(handles))
     return DriverDevice(api, handles[facts], facts)
-
-
-@functools.cache
-def shared_device(uuid: str = "") -> "DriverDevice":
-    """The same, one for the whole process, which keeps it to its end: all engines on a device share
-    its context. Raises BuildError MISSING."""
-    return open_device(uuid)
 
 
 def list_devices() -> tuple[DeviceFacts, ...]:

@@ -9,14 +9,10 @@ from pathlib import Path
 
 from thirdrail.dtypes import Buffer
 from thirdrail_engines.cuda.device import Device
-from thirdrail_engines.cuda.driver import shared_device
 from thirdrail_engines.cuda.engine import CudaEngine, CudaOptions
-from thirdrail_engines.options import EngineOptions
-from thirdrail_engines.plan_cache import Plan, PlanCache
 from thirdrail_engines.plans import Builder
 from thirdrail_engines.tensorrt.api import load_api
 from thirdrail_engines.tensorrt.plan_program import PlanProgram
-from thirdrail_engines.tensorrt.runtime_choices import cache_note_name
 
 _log = logging.getLogger(__name__)
 
@@ -27,62 +23,45 @@ PLATFORM = "tensorrt_plan"
 class KernelNotes:
     """Where finished kernels are kept between processes: beside the plan, for one kind of GPU."""
 
-    read: Callable[[str], bytes | None]  # by name
-    write: Callable[[str, bytes], None]
-
-
-def notes_beside(plan: Plan, cache: PlanCache | None) -> KernelNotes | None:
-    """None without a cache: then kernels are finished anew by every process."""
-    if cache is None:
-        return None
-    return KernelNotes(
-        read=lambda name: cache.notes(plan, name),
-        write=lambda name, data: cache.note(plan, name, data),
-    )
+    read: Callable[[], bytes | None]
+    write: Callable[[bytes], None]
 
 
 def load_plan(
     data: Buffer,
-    builder: Builder,
+    source: str,
     *,
-    options: EngineOptions,
-    source: str = "the plan",
-    device: Device | None = None,
-    cuda: CudaOptions = CudaOptions(),  # noqa: B008 - frozen
+    builder: Builder,
+    device: Device,
+    options: CudaOptions = CudaOptions(),  # noqa: B008 - frozen
     notes: KernelNotes | None = None,
     plugins: Sequence[Path] = (),
     may_run_host_code: bool = False,
 ) -> CudaEngine:
-    """source: what the plan is called in messages.
-    device: the one that options.device_uuid names if it is None; it outlives the engine.
-    cuda: its instances are those of `options`.
+    """source: what the plan is called in messages. The device outlives the engine.
 
     notes: for TensorRT for RTX, which finishes kernels when a plan is loaded: kept kernels make the
     next load short. Raises ModelFileError; BuildError MISSING without the package; DeviceLost.
     """
     api = load_api(builder)
-    if device is None:
-        device = shared_device(options.device_uuid)
     device.check()  # gives this thread the device's context
     facts = device.facts
     program = PlanProgram(
         api,
         data,
         source,
-        graphs_max=cuda.graphs_max,
+        graphs_max=options.graphs_max,
         gpu=f"{facts.name} ({facts.capability_name})",
         plugins=plugins,
         may_run_host_code=may_run_host_code,
-        cached_kernels=notes.read(cache_note_name(facts)) if notes is not None else None,
+        cached_kernels=notes.read() if notes is not None else None,
     )
-    keeper = _Keeper(program, notes, cache_note_name(facts))
+    keeper = _Keeper(program, notes)
     engine = CudaEngine(
         program,
         device,
         PLATFORM,
-        dataclasses.replace(
-            cuda, instances=options.instances, graphs_max=program.choices.our_graphs_max
-        ),
+        dataclasses.replace(options, graphs_max=program.choices.our_graphs_max),
         on_close=keeper.keep,
     )
     keeper.keep()
@@ -92,11 +71,10 @@ def load_plan(
 class _Keeper:
     """Writes finished kernels down: after a load, for a process that is killed, and at the end."""
 
-    def __init__(self, program: PlanProgram, notes: KernelNotes | None, name: str) -> None:
+    def __init__(self, program: PlanProgram, notes: KernelNotes | None) -> None:
         self._program = program
         self._notes = notes
-        self._name = name
-        self._kept = notes.read(name) if notes is not None else None
+        self._kept = notes.read() if notes is not None else None
 
     def keep(self) -> None:
         if self._notes is None:
@@ -105,5 +83,5 @@ class _Keeper:
         if not kernels or kernels == self._kept:
             return
         _log.debug("keeping finished kernels of %d bytes", len(kernels))
-        self._notes.write(self._name, kernels)
+        self._notes.write(kernels)
         self._kept = kernels

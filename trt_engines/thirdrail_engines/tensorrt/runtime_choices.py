@@ -4,7 +4,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from thirdrail_engines.cuda.identity import DeviceFacts
 from thirdrail_engines.plans import Profile
 
 
@@ -33,9 +32,3 @@ def choose(
         known.smallest == known.largest for profile in profiles for known in profile.inputs.values()
     )
     return RuntimeChoices(is_eager=is_fixed, records_graphs=graphs_max > 0, our_graphs_max=0)
-
-
-def cache_note_name(facts: DeviceFacts) -> str:
-    """Under which a runtime's cache is kept beside the plan: GPUs of one kind share it."""
-    major, minor = facts.driver
-    return f"runtime-cache-{facts.capability_name}-driver{major}.{minor}"
