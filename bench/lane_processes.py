@@ -103,7 +103,7 @@ async def _serve(pipe: Connection, repository: Path, address: str) -> None:
     await channel.call("load", load.to_fields())
     config = ServerConfig(repository)
     dispatcher = Dispatcher(Catalog(config.control.models_max, config.control.watchers_max))
-    dispatcher.attach(await AsyncLane.attach(pairs[0][0]))
+    dispatcher.attach(await AsyncLane.attach(pairs[0][0]), config.worker.name)
     native = NativeInference(
         dispatcher, stream_requests_in_flight_max=config.stream_requests_in_flight_max
     )

@@ -184,7 +184,7 @@ def test_no_model_leaves_that_is_in_use_or_was_a_moment_ago(
     server.client.load("slow")
     running = threading.Thread(
         target=server.client.infer,
-        args=("slow", {"x": np.ones(1, np.float32), "turns": np.array(100)}),
+        args=("slow", {"x": np.ones(1, np.float32), "turns": np.array(200)}),
     )
     running.start()
     try:

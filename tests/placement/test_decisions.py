@@ -4,7 +4,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thirdrail_server.config import MemoryBudget, OverBudget, SwapOverBudget
@@ -43,6 +43,7 @@ EVICT: dict[str, Any] = {"over_budget": OverBudget.EVICT}
 UNLOAD_FIRST: dict[str, Any] = {"swap": SwapOverBudget.UNLOAD_FIRST}
 
 
+@settings(deadline=None)
 @given(needs, residents, sizes, budgets)
 def test_what_is_let_in_fits_and_harms_nobody_in_vain(
     need: Need, loaded: list[Resident], leaving: int, limits: MemoryBudget
@@ -67,6 +68,7 @@ def test_what_is_let_in_fits_and_harms_nobody_in_vain(
         assert need.model in by_name
 
 
+@settings(deadline=None)
 @given(needs, residents, sizes, budgets)
 def test_nothing_is_refused_that_some_allowed_way_would_fit(
     need: Need, loaded: list[Resident], leaving: int, limits: MemoryBudget
