@@ -6,12 +6,18 @@ from collections.abc import Iterator
 
 from thirdrail.errors import ThirdrailError
 from thirdrail_engines import Inspector
+from thirdrail_engines.compile_options import EngineChoice, OnFailure
 from thirdrail_engines.engine import ModelFileError
-from thirdrail_server.config import ServerConfig
+from thirdrail_engines.host import cuda_devices
+from thirdrail_engines.profiles import config_line, profiles_for, write_shape_range
+from thirdrail_server.config import ServerConfig, WorkerConfig
 from thirdrail_server.front.control.load_source import LoadSource, prepare
+from thirdrail_server.repository.compilation import compile_options
 from thirdrail_server.repository.layout import scan
 from thirdrail_server.repository.suggest import suggest_config_text
-from thirdrail_server.worker.loading import prepare_version
+from thirdrail_server.worker.loading import PreparedVersion, prepare_version
+
+TENSORRTS = (EngineChoice.TENSORRT, EngineChoice.TENSORRT_RTX)
 
 
 def suggestions(config: ServerConfig) -> Iterator[str]:
@@ -39,5 +45,27 @@ def suggestions(config: ServerConfig) -> Iterator[str]:
                 yield f"# Model '{name}' cannot be served: {error}\n"
                 continue
             prepared.engine.close()
-            notes = "".join(f"# Note: {note}\n" for note in prepared.notes)
-            yield notes + suggest_config_text(prepared.config, command.config)
+            notes = [*prepared.notes, *_profile_notes(prepared, config.worker)]
+            head = "".join(f"# Note: {note}\n" for note in notes)
+            yield head + suggest_config_text(prepared.config, command.config)
+
+
+def _profile_notes(prepared: PreparedVersion, config: WorkerConfig) -> Iterator[str]:
+    """The shapes that a TensorRT engine would be built for, where nobody said which."""
+    options = compile_options(
+        prepared.config,
+        on_failure=OnFailure.FALLBACK,
+        derive_batch_rows=config.derive_batch_rows,
+    )
+    if options.profiles or not (options.engine in TENSORRTS or cuda_devices()):
+        return
+    spec = prepared.engine.spec
+    try:
+        profiles = profiles_for(spec.inputs, (), options.rows, spec.unranked)
+    except ModelFileError as error:
+        yield f"TensorRT would not build it: {error}"
+        return
+    for number, profile in enumerate(profiles):
+        for name, shapes in profile.inputs.items():
+            line = config_line(f"profile.{number}.{name}", write_shape_range(shapes))
+            yield f"derived, to be built for these shapes (smallest, best, largest): {line}"

@@ -83,3 +83,35 @@ def test_a_failed_load_is_no_suspect() -> None:
     ledger.begin("poison")
     ledger.on_death()
     assert ledger.verdict("poison") is Verdict.BROKEN
+
+
+def test_who_waits_for_a_build_is_no_suspect() -> None:
+    ledger: LoadLedger[str] = LoadLedger()
+    ledger.begin("built")
+    ledger.begin("poison")
+    ledger.note("built", is_building=True)
+    assert ledger.on_death().retried == {"built"}
+    assert ledger.verdict("built") is Verdict.RETRY
+    assert ledger.verdict("poison") is Verdict.BROKEN
+
+
+def test_a_build_that_is_done_makes_its_load_a_suspect_again() -> None:
+    ledger: LoadLedger[str] = LoadLedger()
+    ledger.begin("built")
+    ledger.note("built", is_building=True)
+    ledger.note("built", is_building=False)
+    assert ledger.on_death().retried == frozenset()
+    assert ledger.verdict("built") is Verdict.BROKEN
+    ledger.note("unknown", is_building=True)
+    assert ledger.on_death().retried == frozenset()
+
+
+def test_a_model_that_served_while_it_was_built_is_left_to_who_builds_it() -> None:
+    ledger: LoadLedger[str] = LoadLedger()
+    ledger.begin("m")
+    ledger.succeed("m", "source")
+    ledger.begin("m")
+    ledger.note("m", is_building=True)
+    aftermath = ledger.on_death()
+    assert not aftermath.lost
+    assert aftermath.retried == {"m"}

@@ -139,8 +139,12 @@ def load(
     """Load a model, or load it anew. Needs a server with --model-control explicit."""
     session = session_of(ctx)
     text = config.read_text(encoding="utf-8") if config else ""
-    with session.client() as client, load_bars(model) as show:
-        versions = client.load(model, config_pbtxt=text, progress=show)
+    try:
+        with session.client() as client, load_bars(model) as show:
+            versions = client.load(model, config_pbtxt=text, progress=show)
+    except KeyboardInterrupt:
+        typer.echo(f"The load goes on. To end it: thirdrail unload {model}", err=True)
+        raise
     if session.as_json:
         print_json({"model": model, "versions": versions})
     else:

@@ -112,9 +112,7 @@ def prepare_version(
 def _load(
     path: Path, options: EngineOptions, inspector: Inspector, wish: EngineWish
 ) -> tuple[LoadedEngine, bool]:
-    if wish.services is None:
-        return thirdrail_engines.load(path, options=options, inspector=inspector), False
-    if not wish.takes_stopgap:
+    if wish.services is None or not wish.takes_stopgap:
         loaded = thirdrail_engines.load(
             path,
             options=options,

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`thirdrail compile`: plans made ahead of time, with no server and no GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.compiled import parameters
+from support.models import double, write
+from support.perceptrons import two_layers
+from thirdrail.errors import InvalidArgument
+from thirdrail_engines.compile_options import EngineChoice
+from thirdrail_engines.plans import Builder, Precision
+from thirdrail_server.compile_jobs import NO_TARGET, Job, Wish, jobs_at
+
+BATCHES = "max_batch_size: 8\n"
+PROFILE = parameters(profile__0__x="1,4,8")
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    folder = tmp_path / "models"
+    write(folder, "batched", two_layers(), BATCHES)
+    write(folder, "given", double(), PROFILE)
+    write(folder, "open", double())
+    return folder
+
+
+def thirdrail(*arguments: str) -> tuple[int, str, str]:
+    command = [sys.executable, "-m", "thirdrail", "compile", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+def test_a_model_is_compiled_once_for_this_cpu(repository: Path, tmp_path: Path) -> None:
+    cache = f"--cache-dir={tmp_path / 'cache'}"
+    status, told, _ = thirdrail(str(repository / "batched"), cache, "--json")
+    assert status == 0
+    [first] = json.loads(told)
+    assert (first["model"], first["version"], first["target"]) == ("batched", 1, "this CPU")
+    assert (first["builder"], first["result"]) == ("onnxruntime", "built")
+    assert (tmp_path / "cache" / "plans" / first["plan_key"] / "plan").stat().st_size == (
+        first["plan_bytes"]
+    )
+    status, table, _ = thirdrail(str(repository / "batched/1/model.onnx"), cache)
+    assert status == 0
+    assert table.split()[:3] == ["MODEL", "VERSION", "TARGET"]
+    assert "cached" in table
+    assert first["plan_key"][:12] in table
+
+
+@pytest.mark.needs_tensorrt
+def test_plans_for_gpus_that_are_not_here(repository: Path, tmp_path: Path) -> None:
+    cache = f"--cache-dir={tmp_path / 'cache'}"
+    status, told, _ = thirdrail(str(repository), "--for", "sm86, 8.9,sm120", cache, "--json")
+    assert status == 1, "the open model is refused"
+    found: list[dict[str, Any]] = json.loads(told)
+    ends = {(each["model"], each["target"]): each["result"] for each in found}
+    assert ends == {
+        (name, target): "failed" if name == "open" else "built"
+        for name in ("batched", "given", "open")
+        for target in ("sm86", "8.9", "sm120")
+    }
+    assert len({each["plan_key"] for each in found if each["plan_key"]}) == 6
+    refusal = next(each["reason"] for each in found if each["model"] == "open")
+    assert "axis 0 of input 'x' [-1]; set max_batch_size, or write into config.pbtxt" in refusal
+    status, told, _ = thirdrail(str(repository / "given"), "--for", "sm89,sm1", cache, "--json")
+    assert [each["result"] for each in json.loads(told)] == ["cached", "failed"]
+    assert status == 1
+
+
+def test_what_is_no_model_is_a_mistake_on_the_command_line(tmp_path: Path) -> None:
+    status, _, error = thirdrail(str(tmp_path / "nothing"), f"--cache-dir={tmp_path / 'cache'}")
+    assert status == 2
+    assert "MODEL_OR_REPO" in error
+
+
+def jobs(path: Path, **wish: Any) -> list[Job]:
+    return list(jobs_at(path, Wish(**wish)))
+
+
+def test_every_version_that_would_be_served_is_compiled(repository: Path) -> None:
+    write(repository, "batched", two_layers(), BATCHES, version=2)
+    write(repository, "both", double(), "version_policy { all {} }")
+    write(repository, "both", double(), "version_policy { all {} }", version=3)
+    found = [(job.model, job.version) for job in jobs(repository)]
+    assert found == [("batched", 2), ("both", 1), ("both", 3), ("given", 1), ("open", 1)]
+    assert [job.version for job in jobs(repository / "both")] == [1, 3]
+
+
+def test_the_command_line_counts_more_than_the_configuration(repository: Path) -> None:
+    config = BATCHES + parameters(engine="onnxruntime", precision="bf16")
+    write(repository, "batched", two_layers(), config)
+    [asked] = jobs(repository / "batched", capabilities=("sm86",))
+    assert (asked.builder, asked.options.precision) == (Builder.ONNXRUNTIME, Precision.BF16)
+    [other] = jobs(
+        repository / "batched",
+        engine=EngineChoice.TENSORRT_RTX,
+        precision=Precision.FP16,
+        capabilities=("sm86", "sm89"),
+    )
+    assert (other.builder, other.options.precision) == (Builder.TENSORRT_RTX, Precision.FP16)
+    assert other.targets == ("sm86", "sm89")
+
+
+def test_a_model_that_names_its_gpus_gets_one_plan_for_all_of_them(repository: Path) -> None:
+    config = BATCHES + parameters(compute_capabilities="sm86,sm89")
+    write(repository, "batched", two_layers(), config)
+    [job] = jobs(repository / "batched", capabilities=("sm120",))
+    assert (job.builder, job.targets) == (Builder.TENSORRT_RTX, ("",))
+    assert job.title("") == "sm86,sm89"
+
+
+@pytest.mark.parametrize(
+    ("config", "fault"),
+    [
+        (BATCHES + parameters(engine="tensorrt_rtx"), NO_TARGET),
+        (BATCHES + parameters(engine="x"), "parameters['engine'] is 'x'"),
+        ("backend: 'python'", "models written in Python are not served"),
+    ],
+)
+def test_what_cannot_be_compiled_says_why(repository: Path, config: str, fault: str) -> None:
+    write(repository, "batched", two_layers(), config)
+    [job] = jobs(repository / "batched")
+    assert fault in job.fault
+
+
+def test_a_file_of_another_kind_is_no_model(tmp_path: Path) -> None:
+    path = tmp_path / "model.plan"
+    path.write_bytes(b"plan")
+    with pytest.raises(InvalidArgument, match=r"expected a file that ends in .onnx, .pt2, .pt"):
+        jobs(path)
