@@ -215,6 +215,18 @@ def test_a_memory_group_tells_whether_the_kernel_killed_in_it(tmp_path: Path) ->
     assert not memory_group.MemoryGroup(None).was_exceeded()
 
 
+def test_a_memory_group_is_entered_only_where_the_kernel_offers_it(tmp_path: Path) -> None:
+    assert not memory_group._enter(tmp_path, 7, 1000)
+    assert not list(tmp_path.iterdir())
+    for name in ("memory.max", "memory.oom.group", "cgroup.procs"):
+        (tmp_path / name).touch()
+    assert memory_group._enter(tmp_path, 7, 1000)
+    assert [(tmp_path / name).read_text() for name in ("memory.max", "cgroup.procs")] == [
+        "1000",
+        "7",
+    ]
+
+
 def test_the_cpu_is_named_by_what_all_its_cores_have() -> None:
     cpuinfo = (
         "processor: 0\nflags\t\t: fpu avx avx2\n\nprocessor: 1\nflags : avx fpu\nvmx flags : x\n"

@@ -57,20 +57,23 @@ def _made(pid: int, bytes_max: int) -> Path | None:
             folder.mkdir()
         except OSError:
             continue
-        try:
-            # These files are the kernel's: each is there only where its controller is.
-            with (folder / "memory.max").open("r+") as limit:
-                limit.write(str(bytes_max))
-            with (folder / "memory.oom.group").open("r+") as whole:
-                whole.write("1")
-            with (folder / "cgroup.procs").open("r+") as processes:
-                processes.write(str(pid))
-        except OSError:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-            continue
-        return folder
+        if _enter(folder, pid, bytes_max):
+            return folder
+        with contextlib.suppress(OSError):
+            folder.rmdir()
     return None
+
+
+def _enter(folder: Path, pid: int, bytes_max: int) -> bool:
+    """These files are the kernel's: each is there only where its controller is, and permits it."""
+    wanted = {"memory.max": bytes_max, "memory.oom.group": 1, "cgroup.procs": pid}
+    try:
+        for name, value in wanted.items():
+            with (folder / name).open("r+") as file:
+                file.write(str(value))
+    except OSError:
+        return False
+    return True
 
 
 def _own_folder() -> Path | None:
