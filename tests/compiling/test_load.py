@@ -258,22 +258,27 @@ def test_a_cancelled_load_looks_for_no_other_engine(
 def test_a_loaded_plan_makes_room_for_others(
     inspector: Inspector, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The cache has room for one of the two."""
-    wanted = read_compile_options(PLAN)
-    with PlanCache(tmp_path / "small", 12_000) as cache, caplog.at_level(logging.WARNING):
-        for seed in (0, 1):
-            onnx.save(two_layers(seed), model)
-            services = Services(cache).given
-            loaded = load(
-                model,
-                options=EngineOptions(),
-                inspector=inspector,
-                compile=wanted,
-                services=services,
-            )
-            loaded.engine.close()
-        (kept,) = (tmp_path / "small/plans").iterdir()
-    assert kept.name == loaded.report.plan_key
+    def load_in(cache: PlanCache) -> str:
+        loaded = load(
+            model,
+            options=EngineOptions(),
+            inspector=inspector,
+            compile=read_compile_options(PLAN),
+            services=Services(cache).given,
+        )
+        loaded.engine.close()
+        return loaded.report.plan_key
+
+    folder = tmp_path / "small"
+    with PlanCache(folder, GIB) as cache:
+        load_in(cache)
+    used = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
+    with PlanCache(folder, used + used // 2) as cache, caplog.at_level(logging.WARNING):
+        load_in(cache)
+        onnx.save(two_layers(seed=1), model)
+        second = load_in(cache)
+        (kept,) = (folder / "plans").iterdir()
+    assert kept.name == second
     assert caplog.text == ""
 
 
