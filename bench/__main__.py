@@ -13,7 +13,16 @@ from rich.console import Console
 from bench.options import Options
 from bench.report import Machine, Table, as_json
 
-NAMES = ("identity", "batching", "wire", "neighbours", "size", "transport", "plan_cache")
+NAMES = (
+    "identity",
+    "batching",
+    "wire",
+    "neighbours",
+    "size",
+    "transport",
+    "plan_cache",
+    "compile",
+)
 FILE_COLUMNS = 140  # where the output goes into a file
 ASKED_FOR_ONLY = ("triton",)  # downloads a large package
 
