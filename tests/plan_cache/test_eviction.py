@@ -129,6 +129,13 @@ def test_what_is_in_use_stays(
         assert names_in(folder, "a", "b", "d", "e") == {"b", "d", "e"}
 
 
+def test_what_was_just_built_is_in_use(small: PlanCache, folder: Path) -> None:
+    put(small, key("a"), content("a", MIB))
+    with PlanCache(folder, LIMIT) as other:
+        fill(other, "b", "c", "d")
+    assert names_in(folder, "a", "b", "c", "d") == {"a", "c", "d"}
+
+
 def test_two_users_of_one_process_both_count(small: PlanCache, folder: Path) -> None:
     fill(small, "a", "b", "c")
     for _ in range(2):

@@ -123,6 +123,17 @@ def test_how_it_is_built_is_no_part_of_it(request_: PlanRequest, field: str) -> 
     assert key_of(changed) == key_of(request_)
 
 
+def test_the_format_is_part_of_it(tmp_path: Path) -> None:
+    """The same bytes are converted in another way."""
+    for name in ("model.pt", "model.pt2"):
+        (tmp_path / name).write_bytes(b"same")
+    one, other = (
+        key_of(PlanRequest(tmp_path / name, Builder.TENSORRT, "11.4"))
+        for name in ("model.pt", "model.pt2")
+    )
+    assert one.digest != other.digest
+
+
 def test_where_files_lie_is_no_part_of_it(request_: PlanRequest, tmp_path: Path) -> None:
     before = key_of(request_)
     os.rename(tmp_path / "model", tmp_path / "moved")

@@ -3,6 +3,7 @@
 
 import contextlib
 import hashlib
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import pytest
 
 from support.killable import Killable, killable, until
 from support.plan_caches import build_once, content, hold_the_build, key, put, tell_nobody
-from thirdrail_engines.plan_cache import PlanCache
+from thirdrail_engines.plan_cache import PlanCache, locks
 from thirdrail_engines.plans import BuildError, BuildFault
 
 WAIT_S = 30.0
@@ -158,6 +159,33 @@ def test_no_two_are_inside_however_they_come_and_go(cache: PlanCache, tmp_path: 
     with ThreadPoolExecutor(4) as pool:
         for each in [pool.submit(enter) for _ in range(4)]:
             each.result(WAIT_S)
+
+
+def test_the_lock_of_a_removed_file_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the file and locking it, its holder leaves and another one comes."""
+    path = tmp_path / "lock"
+    first = contextlib.ExitStack()
+    second = contextlib.ExitStack()
+    assert first.enter_context(locks.locked_file(path))
+    real = locks.try_lock
+
+    def too_late(fd: int) -> bool:
+        monkeypatch.setattr(locks, "try_lock", real)
+        first.close()
+        assert second.enter_context(locks.locked_file(path))
+        assert real(fd), "it is the removed file's lock, and free"
+        return True
+
+    monkeypatch.setattr(locks, "try_lock", too_late)
+    with (
+        second,
+        pytest.raises(locks.LockTimeout, match=f"process {os.getpid()} has kept {path} locked"),
+        locks.locked_file(path, wait_s_max=0.05),
+    ):
+        pytest.fail("two inside")
+    assert not path.exists()
 
 
 def test_killed_at_any_moment_nobody_stays_locked_out(cache: PlanCache, folder: Path) -> None:
