@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import helper
 
+from support.engines import WatchedEngine
 from support.models import constant, double, gather, identity, model, tensor
 from support.perceptrons import (
     two_layers,
@@ -212,6 +213,12 @@ def test_bytes_and_time_are_bounded(open_model: OpenModel) -> None:
     assert few_bytes.is_proven
     assert few_bytes.runs == ("profile 0 best", "profile 0 smallest")
     assert few_bytes.skipped == ("profile 0 largest: inputs of more than 256 bytes",)
+    slow = WatchedEngine(reference)
+    slow.sleep_s = 0.02
+    assert prove(slow, reference, (ROWS,), TIGHT, limits=ProofLimits(seconds_max=5)).skipped == ()
+    # 0.02 s for 4 rows and 0.02 s for one: 8 more would take 0.06 s.
+    short = ProofLimits(seconds_max=0.07)
+    assert "profile 0 largest" in prove(slow, reference, (ROWS,), TIGHT, limits=short).skipped[-1]
     no_time = prove(reference, reference, (ROWS,), TIGHT, limits=ProofLimits(seconds_max=0))
     assert no_time.is_proven
     assert no_time.runs == ("profile 0 best",)

@@ -170,7 +170,7 @@ def _script_shapes(
     absent = [name for name in names if name not in given]
     if absent:
         line = (
-            f'parameters {{ key: "profile.1.{absent[0]}" value {{ string_value: "1x3,4x3,8x3" }} }}'
+            f'parameters {{ key: "profile.0.{absent[0]}" value {{ string_value: "1x3,4x3,8x3" }} }}'
         )
         raise BuildError(
             BuildFault.REFUSED,
