@@ -321,7 +321,7 @@ def test_torchscript_without_shapes_or_with_wrong_ones(onnx_folder: Path, tmp_pa
     source = save_script(tmp_path / "model.pt", Convolutions())
     text = refused(source, onnx_folder)
     assert "does not say which shapes it takes" in text
-    assert 'key: "profile.1.image"' in text
+    assert 'key: "profile.0.image"' in text
     assert "torch.export.save" in text
     shape = (2, 4, 32, 32)
     wrong = Profile({"image": ShapeRange(shape, shape, shape)})
