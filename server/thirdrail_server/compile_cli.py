@@ -2,6 +2,7 @@
 """`thirdrail compile`: fills a plan cache ahead of time. No server runs, and no GPU is needed."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from thirdrail.cli import EXIT_REFUSED
-from thirdrail.cli.bars import PhaseBars, progress_on
+from thirdrail.cli.bars import PhaseBar, progress_on
 from thirdrail.cli.session import console, new_table, print_json, session_of, typed_by_hand
 from thirdrail_engines import EngineOptions
 from thirdrail_engines.ahead import PlanAhead, compile_ahead
@@ -137,10 +138,17 @@ def compile(  # noqa: A001 the command's name
 def _with_bars(jobs: list[Job], cache: PlanCache, limits: BuildLimits) -> Iterator[Outcome]:
     with progress_on(console(stderr=True)) as bars:
         for job in jobs:
-            phases = PhaseBars(bars, job.model)
-            for outcome in _outcomes(job, CompileServices(cache, limits, phases.show)):
-                phases.end(failed=outcome.result == "failed")
+            bar = PhaseBar(bars, job.model)
+            outcomes = []
+            for outcome in _outcomes(job, CompileServices(cache, limits, bar.show)):
+                outcomes.append(outcome)
                 yield outcome
+            bar.end(_summary(outcomes), failed=any(each.result == "failed" for each in outcomes))
+
+
+def _summary(outcomes: list[Outcome]) -> str:
+    counts = Counter(each.result for each in outcomes)
+    return ", ".join(f"{count} {result}" for result, count in counts.items())
 
 
 def _outcomes(job: Job, services: CompileServices) -> Iterator[Outcome]:

@@ -1,51 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress on a terminal's standard error: one bar per phase, and the time that each took."""
+"""Progress on a terminal's standard error: a line per piece of work, with its phase and a clock.
+
+Builders have dozens of phases, some within others, and nobody knows beforehand how many. So the bar
+shows how far the present phase is; where that is unknown, it only shows life.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from thirdrail.cli.session import console
 from thirdrail.models import LoadProgress, OnProgress
 
-PHASES_MAX = 40  # of one load, on the screen; those before the last ones scroll off
 
-
-class PhaseBars:
-    """The bars of one piece of work. A phase that is told anew under another name ends the last."""
+class PhaseBar:
+    """The line of one piece of work."""
 
     def __init__(self, bars: Progress, name: str) -> None:
         self._bars = bars
-        self._name = name
-        self._phase = ""
-        self._bar: TaskID | None = None
+        number = bars.add_task("", name=escape(name), total=None)
+        self._task = next(task for task in bars.tasks if task.id == number)
 
     def show(self, phase: str, step: int = 0, steps: int = 0) -> None:
-        """step, steps: within the phase; 0 steps: nobody knows, so the bar only shows life."""
-        if phase != self._phase or self._bar is None:
-            self.end()
-            self._phase = phase
-            self._bar = self._bars.add_task(escape(phase), name=escape(self._name), total=None)
-            self._drop_old()
-        self._bars.update(self._bar, completed=step, total=steps or None)
+        """step, steps: within the phase; 0 steps: nobody knows."""
+        # Progress.update cannot forget a total, and stops the clock where it is reached.
+        task = self._task
+        task.description, task.completed, task.total = escape(phase), step, steps or None
 
-    def end(self, *, failed: bool = False) -> None:
-        """The last phase is over: its clock stops."""
-        if self._bar is None:
-            return
-        if failed:
-            self._bars.update(self._bar, description=f"[red]{escape(self._phase)} failed[/]")
-            self._bars.stop_task(self._bar)
-        else:
-            self._bars.update(self._bar, total=1, completed=1)
-        self._bar = None
-
-    def _drop_old(self) -> None:
-        for task in self._bars.tasks[:-PHASES_MAX]:
-            self._bars.remove_task(task.id)
+    def end(self, word: str, *, failed: bool = False) -> None:
+        """The work is over: the clock stops."""
+        color = "red" if failed else "green"
+        self._task.total = None
+        self._bars.update(self._task.id, description=f"[{color}]{word}[/]", total=1, completed=1)
 
 
 def progress_on(err: Console) -> Progress:
@@ -60,18 +49,17 @@ def progress_on(err: Console) -> Progress:
 
 
 @contextmanager
-def load_bars(model: str) -> Iterator[OnProgress]:
+def load_bar(model: str) -> Iterator[OnProgress]:
     """What shows a load's progress."""
     with progress_on(console(stderr=True)) as bars:
-        phases = PhaseBars(bars, model)
+        bar = PhaseBar(bars, model)
 
         def show(at: LoadProgress) -> None:
-            if at.phase != "ready":
-                phases.show(at.phase, at.phase_step, at.phase_steps)
+            bar.show(at.phase, at.phase_step, at.phase_steps)
 
         try:
             yield show
         except BaseException:
-            phases.end(failed=True)
+            bar.end("failed", failed=True)
             raise
-        phases.end()
+        bar.end("ready")

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from thirdrail.cli import EXIT_REFUSED
-from thirdrail.cli.bars import load_bars
+from thirdrail.cli.bars import load_bar
 from thirdrail.cli.figures import dict_of_message
 from thirdrail.cli.session import console, new_table, print_json, session_of
 from thirdrail.models import EngineReport, ModelDescription, ModelStatus
@@ -140,7 +140,7 @@ def load(
     session = session_of(ctx)
     text = config.read_text(encoding="utf-8") if config else ""
     try:
-        with session.client() as client, load_bars(model) as show:
+        with session.client() as client, load_bar(model) as show:
             versions = client.load(model, config_pbtxt=text, progress=show)
     except KeyboardInterrupt:
         typer.echo(f"The load goes on. To end it: thirdrail unload {model}", err=True)

@@ -401,8 +401,9 @@ class ModelControl:
         """None: of all models, for good."""
         if name is not None:
             self._improving.pop(name, None)
-        with contextlib.suppress(ThirdrailError):  # no worker: nothing is built
-            await self._worker.call("cancel loads", {} if name is None else {"name": name})
+        with contextlib.suppress(ThirdrailError, TimeoutError):  # no worker: nothing is built
+            async with asyncio.timeout(self._config.control.worker_answer_s_max):
+                await self._worker.call("cancel loads", {} if name is None else {"name": name})
 
     async def _stop_improving(self, name: str) -> None:
         """For a load that is to take its place."""
