@@ -12,6 +12,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101,
@@ -277,6 +279,97 @@ int cuGraphLaunch(graph *g, stream *s) {
     return OK;
 }
 int cuGraphExecDestroy(graph *g) { ENTER(1); g->kind = 0; free(g); return OK; }
+
+/* Virtual memory: an allocation is a memfd, and so is what is exported of it. The layouts are those
+ * of cuda.h (CUDA 13). */
+typedef struct { int type, id; } location;
+typedef struct { int type, handle_types; location where; } allocation_kind;
+typedef struct { location where; int flags; } access_wanted;
+enum { PAGE = 2 << 20, PINNED = 1, POSIX_FD = 1, ON_DEVICE = 1, READ_WRITE = 3 };
+
+static int is_kind_known(const allocation_kind *kind) {
+    return kind && kind->type == PINNED && kind->handle_types == POSIX_FD
+        && kind->where.type == ON_DEVICE && kind->where.id == 0;
+}
+int cuMemGetAllocationGranularity(size_t *bytes, const allocation_kind *kind, int option) {
+    ENTER(1);
+    *bytes = PAGE;
+    return is_kind_known(kind) ? OK : INVALID_VALUE;
+}
+int cuMemCreate(uint64_t *handle, size_t bytes, const allocation_kind *kind,
+                unsigned long long flags) {
+    ENTER(1);
+    if (!is_kind_known(kind) || bytes % PAGE || flags) return INVALID_VALUE;
+    if (bytes > MEMORY_BYTES) return OUT_OF_MEMORY;
+    int fd = memfd_create("device memory", 0);
+    if (fd < 0 || ftruncate(fd, bytes)) return OUT_OF_MEMORY;
+    *handle = fd;
+    return OK;
+}
+int cuMemRelease(uint64_t handle) { ENTER(1); return close(handle) ? INVALID_VALUE : OK; }
+int cuMemExportToShareableHandle(void *out, uint64_t handle, int type, unsigned long long flags) {
+    ENTER(1);
+    if (type != POSIX_FD || flags) return INVALID_VALUE;
+    int fd = dup(handle);
+    *(int *)out = fd;
+    return fd < 0 ? INVALID_VALUE : OK;
+}
+int cuMemImportFromShareableHandle(uint64_t *handle, void *os_handle, int type) {
+    ENTER(1);
+    if (type != POSIX_FD) return INVALID_VALUE;
+    int fd = dup((int)(intptr_t)os_handle);
+    struct stat found;
+    if (fd < 0 || fstat(fd, &found) || !S_ISREG(found.st_mode) || found.st_size % PAGE)
+        return INVALID_VALUE;
+    *handle = fd;
+    return OK;
+}
+int cuMemAddressReserve(uint64_t *address, size_t bytes, size_t alignment, uint64_t wanted,
+                        unsigned long long flags) {
+    ENTER(1);
+    if (bytes % PAGE || wanted || flags) return INVALID_VALUE;
+    void *start = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    *address = (uintptr_t)start;
+    return start == MAP_FAILED ? OUT_OF_MEMORY : OK;
+}
+int cuMemAddressFree(uint64_t address, size_t bytes) {
+    ENTER(1);
+    return munmap((void *)(uintptr_t)address, bytes) ? INVALID_VALUE : OK;
+}
+int cuMemMap(uint64_t address, size_t bytes, size_t offset, uint64_t handle,
+             unsigned long long flags) {
+    ENTER(1);
+    struct stat found;
+    if (fstat(handle, &found) || offset + bytes > (size_t)found.st_size || flags)
+        return INVALID_VALUE;
+    void *start = (void *)(uintptr_t)address;
+    if (mmap(start, bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, handle, offset) != start)
+        return INVALID_VALUE;
+    for (int i = 0; i < PIECES_MAX; i++)
+        if (!pieces[i].start) {
+            pieces[i] = (piece){ start, bytes, 0 };
+            return OK;
+        }
+    return OUT_OF_MEMORY;
+}
+int cuMemSetAccess(uint64_t address, size_t bytes, const access_wanted *wanted, size_t count) {
+    ENTER(1);
+    if (count != 1 || wanted->where.type != ON_DEVICE || wanted->flags != READ_WRITE)
+        return INVALID_VALUE;
+    void *start = (void *)(uintptr_t)address;
+    return mprotect(start, bytes, PROT_READ | PROT_WRITE) ? INVALID_VALUE : OK;
+}
+int cuMemUnmap(uint64_t address, size_t bytes) {
+    ENTER(1);
+    void *start = (void *)(uintptr_t)address;
+    for (int i = 0; i < PIECES_MAX; i++)
+        if (pieces[i].start == start && pieces[i].bytes == bytes) {
+            pieces[i] = (piece){ 0 };
+            int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
+            return mmap(start, bytes, PROT_NONE, flags, -1, 0) == start ? OK : INVALID_VALUE;
+        }
+    return INVALID_VALUE;
+}
 
 /* Names without a suffix are asked for; the newest version is meant. */
 int cuGetProcAddress_v2(const char *symbol, void **function, int version, uint64_t flags,

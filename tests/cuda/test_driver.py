@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from thirdrail_engines.cuda import chunks
 from thirdrail_engines.cuda import driver as our_driver
 from thirdrail_engines.cuda.errors import RELAUNCH, STICKY
 from thirdrail_engines.plans import BuildError
@@ -70,8 +71,8 @@ def calls_of(source: str) -> dict[str, set[int]]:
 def test_every_function_exists_and_takes_what_we_pass() -> None:
     from cuda.bindings import driver
 
-    calls = calls_of(inspect.getsource(our_driver))
-    assert len(calls) > 35
+    calls = calls_of(inspect.getsource(our_driver) + inspect.getsource(chunks))
+    assert len(calls) > 45
     for name, counts in calls.items():
         parameters = inspect.signature(getattr(driver, name)).parameters
         assert counts == {len(parameters)}, name
@@ -194,6 +195,99 @@ def test_codes_become_errors_and_some_stay(stub_folder: Path) -> None:
         lost.format("cuMemGetInfo"),
         lost.format("cuEventQuery"),
         lost.format("cuMemAlloc"),
+    ], done.stderr
+
+
+CHUNKS = """
+import ctypes, os, socket, subprocess, sys
+import numpy as np
+from thirdrail_engines.cuda.chunks import SharedChunk
+from thirdrail_engines.cuda.driver import open_device
+from thirdrail_engines.cuda.errors import CudaError, OutOfDeviceMemory
+
+def value(device, chunk, offset):
+    got, stream = np.zeros(4, np.uint8), device.new_stream()
+    stream.copy_out(got.ctypes.data, chunk.address + offset, 4)
+    stream.synchronize()
+    stream.close()
+    return got.tolist()
+
+def fill(device, chunk, offset, number):
+    stream = device.new_stream()
+    stream.fill(chunk.address + offset, 4, number)
+    stream.synchronize()
+    stream.close()
+
+device = open_device()
+if len(sys.argv) > 1:  # the client
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    _, fds, _, _ = socket.recv_fds(sock, 1, 4)
+    chunk = SharedChunk.open(device, fds[0], 4 << 20)
+    os.close(fds[0])
+    print("client sees", value(device, chunk, 0), value(device, chunk, 100))
+    fill(device, chunk, 3 << 20, 9)
+    sock.send(b"d")
+    sock.recv(1)  # the server has closed its own
+    print("client still sees", value(device, chunk, 0))
+    chunk.close()
+else:
+    ours, theirs = socket.socketpair()
+    child = subprocess.Popen(
+        [sys.executable, sys.argv[0], str(theirs.fileno())], pass_fds=[theirs.fileno()]
+    )
+    chunk = SharedChunk.create(device, 3_000_000)
+    print(chunk.nbytes, value(device, chunk, 100), flush=True)
+    fill(device, chunk, 0, 7)
+    fd = chunk.export()
+    socket.send_fds(ours, [b"x"], [fd])
+    os.close(fd)
+    ours.recv(1)
+    print("server sees", value(device, chunk, 3 << 20), flush=True)
+    chunk.close()
+    ours.send(b"x")
+    child.wait()
+    before = os.listdir("/proc/self/fd")
+    for call in (b"cuMemCreate", b"cuMemAddressReserve", b"cuMemMap", b"cuMemSetAccess",
+                 b"cuMemsetD8Async"):
+        ctypes.CDLL("libcuda.so.1").stub_fail_next(call, 1)
+        try:
+            SharedChunk.create(device, 1)
+        except CudaError as error:
+            print(error)
+    print(os.listdir("/proc/self/fd") == before, ctypes.CDLL("libcuda.so.1").stub_pieces())
+    pipe, _ = os.pipe()
+    for fd, nbytes in ((pipe, 2 << 20), (999, 2 << 20)):
+        try:
+            SharedChunk.open(device, fd, nbytes)
+        except CudaError as error:
+            print(error)
+    try:
+        SharedChunk.create(device, 1 << 40)
+    except OutOfDeviceMemory as error:
+        print(error)
+"""
+
+
+@pytest.mark.needs_cuda_bindings
+@pytest.mark.needs_gcc
+def test_two_processes_map_one_allocation(stub_folder: Path, tmp_path: Path) -> None:
+    program = tmp_path / "chunks.py"
+    program.write_text(CHUNKS)
+    done = run_on_stub(stub_folder, str(program))
+    assert [line.partition(" (")[0] for line in done.stdout.splitlines()] == [
+        f"{4 << 20} [0, 0, 0, 0]",
+        "client sees [7, 7, 7, 7] [0, 0, 0, 0]",
+        "server sees [9, 9, 9, 9]",
+        "client still sees [7, 7, 7, 7]",
+        "cuMemCreate: invalid value",
+        "cuMemAddressReserve: invalid value",
+        "cuMemMap: invalid value",
+        "cuMemSetAccess: invalid value",
+        "cuMemsetD8Async: invalid value",
+        "True 0",
+        "cuMemImportFromShareableHandle: invalid value",
+        "cuMemImportFromShareableHandle: invalid value",
+        "cuMemCreate: out of memory",
     ], done.stderr
 
 

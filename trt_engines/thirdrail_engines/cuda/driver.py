@@ -140,6 +140,11 @@ class DriverDevice:
         return self._facts
 
     @property
+    def ordinal(self) -> int:
+        """What this process's driver calls it; it means nothing to any other."""
+        return int(self._handle)
+
+    @property
     def capabilities(self) -> Capabilities:
         return self._capabilities
 
