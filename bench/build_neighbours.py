@@ -34,7 +34,7 @@ from thirdrail_engines.plans import Precision
 
 SMALL_BYTES = 64
 COMPILED = "ocr_recognition"
-CONFIG = 'parameters { key: "plan_source_mib_min" value { string_value: "0" } }\n'
+CONFIG = 'parameters { key: "keep_optimised" value { string_value: "true" } }\n'
 BURN_S = 1.0
 LOOK_CALLS = 8  # between two looks whether the other process is done
 ALONE = "alone"

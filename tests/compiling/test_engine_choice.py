@@ -4,10 +4,9 @@
 import pytest
 
 from thirdrail_engines.compile_options import CompileOptions, EngineChoice, read_compile_options
-from thirdrail_engines.engine_choice import Host, Source, engine_order
+from thirdrail_engines.engine_choice import Host, engine_order
 from thirdrail_engines.plans import Builder, Precision
 
-MIB = 1 << 20
 CPU = Host()
 CPU_WITH_TORCH = Host(has_torch=True)
 GPU = Host(
@@ -16,9 +15,8 @@ GPU = Host(
     has_torch=True,
     has_onnxruntime_cuda=True,
 )
-SMALL = Source(".onnx", MIB)
-LARGE = Source(".onnx", 1000 * MIB)
-EXPORTED = Source(".pt2", MIB)
+ONNX, EXPORTED = ".onnx", ".pt2"
+KEPT = {"keep_optimised": "true"}
 
 NAMES = {
     "source": "onnxruntime",
@@ -34,44 +32,43 @@ NAMES = {
 @pytest.mark.parametrize(
     ("source", "parameters", "host", "expected"),
     [
-        (SMALL, {}, CPU, "source"),
-        (LARGE, {}, CPU, "plan source"),
-        (SMALL, {"plan_source_mib_min": "0"}, CPU, "plan source"),
-        (SMALL, {"precision": "fp16"}, CPU, "plan source"),
+        (ONNX, {}, CPU, "source"),
+        (ONNX, KEPT, CPU, "plan source"),
+        (ONNX, {"precision": "fp16"}, CPU, "plan source"),
         (EXPORTED, {}, CPU, "plan"),
         (EXPORTED, {}, CPU_WITH_TORCH, "plan torch"),
         (EXPORTED, {"engine": "torch"}, CPU_WITH_TORCH, "torch plan"),
-        (SMALL, {}, GPU, "trt rtx onnx_gpu source"),
-        (LARGE, {}, GPU, "trt rtx onnx_gpu plan source"),
+        (ONNX, {}, GPU, "trt rtx onnx_gpu source"),
+        (ONNX, KEPT, GPU, "trt rtx onnx_gpu plan source"),
         (EXPORTED, {}, GPU, "trt rtx torch_gpu plan torch"),
         # Asked for by name: first, and what it falls back to is another kind of engine.
-        (SMALL, {"engine": "tensorrt_rtx"}, GPU, "rtx onnx_gpu source"),
+        (ONNX, {"engine": "tensorrt_rtx"}, GPU, "rtx onnx_gpu source"),
         (EXPORTED, {"engine": "tensorrt"}, GPU, "trt torch_gpu plan torch"),
         (EXPORTED, {"engine": "torch"}, GPU, "torch_gpu torch plan"),
-        (SMALL, {"engine": "onnxruntime"}, GPU, "onnx_gpu source"),
+        (ONNX, {"engine": "onnxruntime"}, GPU, "onnx_gpu source"),
         # Asked for, and not here: the attempt fails, and says why.
-        (SMALL, {"engine": "tensorrt"}, CPU, "trt source"),
-        (SMALL, {"engine": "torch"}, CPU, "torch source"),
+        (ONNX, {"engine": "tensorrt"}, CPU, "trt source"),
+        (ONNX, {"engine": "torch"}, CPU, "torch source"),
     ],
 )
-def test_the_order(source: Source, parameters: dict[str, str], host: Host, expected: str) -> None:
+def test_the_order(source: str, parameters: dict[str, str], host: Host, expected: str) -> None:
     order = engine_order(source, read_compile_options(parameters), host, keeps_plans=True)
     assert [each.name for each in order] == [NAMES[each] for each in expected.split()]
 
 
 def test_plans_that_cannot_be_kept_are_not_made_without_need() -> None:
-    def names(source: Source, options: CompileOptions) -> list[str]:
+    def names(source: str, options: CompileOptions) -> list[str]:
         order = engine_order(source, options, CPU, keeps_plans=False)
         return [each.name for each in order]
 
-    assert names(LARGE, CompileOptions()) == ["onnxruntime"]
+    assert names(ONNX, CompileOptions(keeps_optimised=True)) == ["onnxruntime"]
     assert names(EXPORTED, CompileOptions()) == ["onnxruntime plan"]
-    assert names(SMALL, CompileOptions(precision=Precision.BF16))[0] == "onnxruntime plan"
+    assert names(ONNX, CompileOptions(precision=Precision.BF16))[0] == "onnxruntime plan"
 
 
 def test_every_engine_can_be_asked_for_everywhere() -> None:
     for host in (CPU, CPU_WITH_TORCH, GPU):
-        for source in (SMALL, LARGE, EXPORTED):
+        for source in (ONNX, EXPORTED):
             for engine in EngineChoice:
                 order = engine_order(source, CompileOptions(engine=engine), host, keeps_plans=True)
                 assert engine in (EngineChoice.AUTO, order[0].engine)

@@ -26,7 +26,7 @@ from thirdrail_engines.profiles import ProfileError
 
 LoadModel = Callable[..., LoadedEngine]
 
-PLAN = {"plan_source_mib_min": "0"}
+PLAN = {"keep_optimised": "true"}
 FAIL = {"on_compile_failure": "fail"}
 PROVING, LOADING = "proving the engine", "loading the engine"
 
@@ -115,17 +115,6 @@ def test_a_proof_uses_the_shapes_of_profiles(load_model: LoadModel, model: Path)
     assert proof is not None
     assert proof.runs == ("profile 0 best", "profile 0 smallest", "profile 0 largest")
     assert proof.outputs[0].compared == (1 + 2 + 4) * 8
-
-
-def test_weights_beside_the_model_count(load_model: LoadModel, model: Path) -> None:
-    """From one MiB on: the file itself is smaller."""
-    wide = two_layers(width=1 << 14)
-    onnx.save(wide, model, save_as_external_data=True, location="weights", size_threshold=0)
-    assert model.stat().st_size < 1 << 20
-    bound = {"plan_source_mib_min": "1"}
-    assert load_model(model, bound).report.engine == "onnxruntime plan"
-    onnx.save(two_layers(), model)
-    assert load_model(model, bound).report.engine == "onnxruntime"
 
 
 def test_another_precision_is_another_plan_with_other_figures(
@@ -375,7 +364,7 @@ def test_one_step_is_enough_without_the_wish_or_without_a_build(
 
 
 def test_no_gpu_is_known_at_once(begin: Begin, model: Path) -> None:
-    begun = begin(model, {**SERVE, "engine": "tensorrt_rtx", "plan_source_mib_min": "64"})
+    begun = begin(model, {**SERVE, "engine": "tensorrt_rtx", "keep_optimised": "false"})
     assert begun.later is None
     assert [each.fault for each in begun.now.report.attempts] == ["missing"]
 

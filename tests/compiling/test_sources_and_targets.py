@@ -62,7 +62,7 @@ def test_a_plan_for_this_cpu_is_found_when_the_model_is_loaded(
         model,
         options=EngineOptions(),
         inspector=inspector,
-        compile=CompileOptions(plan_source_bytes_min=0),
+        compile=CompileOptions(keeps_optimised=True),
         services=Services(cache).given,
     )
     loaded.engine.close()

@@ -30,7 +30,7 @@ def write_compiled(
     repository: Path, name: str, built: onnx.ModelProto, version: int = 1, **values: str
 ) -> Path:
     """A model for which ONNX Runtime makes a plan, however small it is."""
-    return write(repository, name, built, parameters(plan_source_mib_min="0", **values), version)
+    return write(repository, name, built, parameters(keep_optimised="true", **values), version)
 
 
 def builds_of(server: RunningServer) -> list[psutil.Process]:

@@ -26,9 +26,6 @@ from thirdrail_engines.trials import ValueRange
 
 WORKSPACE_MIB_MAX = 1 << 20
 LEVEL_MAX = 5  # TensorRT's highest
-SOURCE_MIB_MAX = 1 << 20
-# From here on an optimised ONNX Runtime plan pays for its place in the cache.
-PLAN_SOURCE_BYTES_MIN = 64 << 20
 
 
 class EngineChoice(StrEnum):
@@ -69,7 +66,10 @@ class CompileOptions:
     # By input, for the runs of the proof: what it takes, where seeded numbers of any kind would not
     # do.
     proof_values: Mapping[str, ValueRange] = field(default_factory=dict)
-    plan_source_bytes_min: int = PLAN_SOURCE_BYTES_MIN
+    # Whether ONNX Runtime keeps the graph that it has optimised, and loads that the next time. It
+    # pays where optimising takes long: thousands of nodes, large constants to be folded. Where
+    # weights are most of the model, reading and checking a plan takes longer than optimising.
+    keeps_optimised: bool = False
 
 
 def read_compile_options(
@@ -197,12 +197,7 @@ _KEYS: dict[str, _Key] = {
     "refit": _Key("is_refittable", _flag, *_FLAG),
     "timing_cache": _Key("uses_timing_cache", _flag, *_FLAG),
     "plugins": _Key("plugins", _files, "files with commas between them", "/opt/plugins/libroi.so"),
-    "plan_source_mib_min": _Key(
-        "plan_source_bytes_min",
-        _number(0, SOURCE_MIB_MAX, _MIB),
-        f"a whole number of MiB from 0 to {SOURCE_MIB_MAX}",
-        "0",
-    ),
+    "keep_optimised": _Key("keeps_optimised", _flag, *_FLAG),
     "tolerance.max_abs": _Key("max_abs", *_DISTANCE),
     "tolerance.mean_abs": _Key("mean_abs", *_DISTANCE),
     "tolerance.max_rel": _Key("max_rel", *_DISTANCE),

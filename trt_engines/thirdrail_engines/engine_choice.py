@@ -51,21 +51,16 @@ class Host:
     has_onnxruntime_cuda: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    suffix: str
-    size_bytes: int  # of the model, with the weights beside it
-
-
 def engine_order(
-    source: Source, options: CompileOptions, host: Host, *, keeps_plans: bool
+    suffix: str, options: CompileOptions, host: Host, *, keeps_plans: bool
 ) -> tuple[Candidate, ...]:
     """The first is tried, the others are what it may fall back to.
 
     An engine that was asked for by name is the first, whether the host has it or not.
+    suffix: of the model file.
     keeps_plans: whether there is a cache, without which ONNX Runtime's plans are not worth making.
     """
-    usual = tuple(_usual_order(source, options, host, keeps_plans))
+    usual = tuple(_usual_order(suffix, options, host, keeps_plans))
     if options.engine is EngineChoice.AUTO:
         return usual
     asked = [each for each in usual if each.engine is options.engine]
@@ -87,9 +82,9 @@ def _absent(engine: EngineChoice, host: Host) -> Candidate:
 
 
 def _usual_order(
-    source: Source, options: CompileOptions, host: Host, keeps_plans: bool
+    suffix: str, options: CompileOptions, host: Host, keeps_plans: bool
 ) -> Iterator[Candidate]:
-    is_torch = source.suffix in TORCH_SUFFIXES
+    is_torch = suffix in TORCH_SUFFIXES
     if host.has_cuda:
         for builder in host.tensorrts:
             yield Candidate(EngineChoice(builder), Device.CUDA, builder)
@@ -97,7 +92,7 @@ def _usual_order(
             yield Candidate(EngineChoice.TORCH, Device.CUDA)
         if host.has_onnxruntime_cuda and not is_torch:
             yield Candidate(EngineChoice.ONNXRUNTIME, Device.CUDA)
-    if is_torch or _pays(source, options, keeps_plans):
+    if is_torch or _pays(options, keeps_plans):
         yield Candidate(EngineChoice.ONNXRUNTIME, Device.CPU, Builder.ONNXRUNTIME)
     if is_torch and host.has_torch:
         yield Candidate(EngineChoice.TORCH, Device.CPU)
@@ -105,8 +100,8 @@ def _usual_order(
         yield Candidate(EngineChoice.ONNXRUNTIME, Device.CPU)
 
 
-def _pays(source: Source, options: CompileOptions, keeps_plans: bool) -> bool:
+def _pays(options: CompileOptions, keeps_plans: bool) -> bool:
     """Whether a plan of ONNX Runtime is worth its build: it must be kept, or change the model."""
     if options.precision is not Precision.AS_IS:
         return True
-    return keeps_plans and source.size_bytes >= options.plan_source_bytes_min
+    return keeps_plans and options.keeps_optimised

@@ -18,7 +18,6 @@ from thirdrail_engines.engine import ModelFileError
 from thirdrail_engines.engine_choice import (
     TORCH_SUFFIXES,
     Candidate,
-    Source,
     engine_order,
 )
 from thirdrail_engines.engine_report import Attempt, EngineReport, LoadedEngine
@@ -134,8 +133,7 @@ def _order(
     if path.suffix not in (".onnx", *TORCH_SUFFIXES):
         raise ModelFileError(f"{path.name}: unknown kind of model file, {_EXPECTED}")
     keeps_plans = services is not None and services.cache is not None
-    source = Source(path.suffix, _size_of(path, wanted.plan_source_bytes_min))
-    return engine_order(source, wanted, host_of(path.suffix), keeps_plans=keeps_plans)
+    return engine_order(path.suffix, wanted, host_of(path.suffix), keeps_plans=keeps_plans)
 
 
 def _read(path: Path, options: EngineOptions, inspector: Inspector | None) -> LoadedEngine:
@@ -145,20 +143,6 @@ def _read(path: Path, options: EngineOptions, inspector: Inspector | None) -> Lo
     with nullcontext(inspector) if inspector else Inspector() as used:
         engine = load_onnx(path, options=options, inspector=used)
     return LoadedEngine(engine, EngineReport(str(EngineChoice.ONNXRUNTIME)))
-
-
-def _size_of(path: Path, bytes_min: int) -> int:
-    """Of the file with its weights, exact from `bytes_min` on. 0 for one that cannot be read."""
-    try:
-        beside = sum(each.stat().st_size for each in path.parent.iterdir() if each.is_file())
-        if beside < bytes_min:
-            return beside
-        from thirdrail_engines.plan_cache.external_weights import weights_beside
-
-        places = [path, *(path.parent / place for place in weights_beside(path))]
-        return sum(place.stat().st_size for place in places)
-    except (OSError, ModelFileError):  # the engine that reads it says why
-        return 0
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from thirdrail_engines.compile_options import CompileOptions
 from thirdrail_engines.engine import ModelFileError
-from thirdrail_engines.engine_choice import Source, engine_order
+from thirdrail_engines.engine_choice import engine_order
 from thirdrail_engines.host import host_of
 from thirdrail_engines.plans import TellProgress
 from thirdrail_server.config import CompileConfig, ConfigError
@@ -85,6 +85,5 @@ def refuse_untrusted_caches(config: CompileConfig) -> None:
 
 def may_build(path: Path, options: CompileOptions) -> bool:
     """Whether an engine that may run this model needs a plan. Quick, and says yes in doubt."""
-    size = sum(each.stat().st_size for each in path.parent.iterdir() if each.is_file())
-    order = engine_order(Source(path.suffix, size), options, host_of(path.suffix), keeps_plans=True)
+    order = engine_order(path.suffix, options, host_of(path.suffix), keeps_plans=True)
     return any(candidate.builder is not None for candidate in order)
