@@ -140,7 +140,7 @@ def prune(
 ) -> None:
     """Remove plans: those named, and those that any option chooses.
 
-    What a running server uses stays. Without a choice only what killed builds have left goes.
+    What a server is loading stays. Without a choice only what killed builds have left goes.
     """
     with _opened(cache_dir) as layout:
         named = _named(entries(layout), keys) if keys else []
