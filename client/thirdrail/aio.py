@@ -17,8 +17,8 @@ from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_a
 from thirdrail.client import READY_POLL_SECONDS
 from thirdrail.discovery import find_address
 from thirdrail.dtypes import extent
-from thirdrail.errors import FailedPrecondition, NotFound, ThirdrailError, TimedOut, Unavailable
-from thirdrail.failures import rpc_errors, with_note
+from thirdrail.errors import FailedPrecondition, NotFound, ThirdrailError, Unavailable
+from thirdrail.failures import not_ready, rpc_errors, with_note
 from thirdrail.lane.aio_lane_stream import AsyncLaneStream
 from thirdrail.lane.calls import NotSent, timed_out
 from thirdrail.lane.encoding import Encoder
@@ -265,7 +265,7 @@ class AsyncClient:
         deadline = time.monotonic() + timeout
         while (fault := await self._ready_fault(model)) is not None:
             if time.monotonic() >= deadline:
-                raise with_note(TimedOut(f"not ready within {timeout:g} s: {fault}"))
+                raise not_ready(timeout, fault)
             await asyncio.sleep(READY_POLL_SECONDS)
 
     async def close(self) -> None:

@@ -22,10 +22,9 @@ from thirdrail.errors import (
     FailedPrecondition,
     NotFound,
     ThirdrailError,
-    TimedOut,
     Unavailable,
 )
-from thirdrail.failures import rpc_errors, with_note
+from thirdrail.failures import not_ready, rpc_errors, with_note
 from thirdrail.lane.busy_poll import LONGEST_US, BusyWindow
 from thirdrail.lane.calls import NotSent
 from thirdrail.lane.encoding import Encoder
@@ -307,7 +306,7 @@ class Client:
         deadline = time.monotonic() + timeout
         while (fault := self._ready_fault(model)) is not None:
             if time.monotonic() >= deadline:
-                raise with_note(TimedOut(f"not ready within {timeout:g} s: {fault}"))
+                raise not_ready(timeout, fault)
             time.sleep(READY_POLL_SECONDS)
 
     def close(self) -> None:

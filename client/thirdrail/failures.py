@@ -55,6 +55,13 @@ _NOTES: dict[type[ThirdrailError], str] = {
 }
 
 
+def not_ready(timeout: float, fault: str) -> errors.TimedOut:
+    """Of a wait for a server or model. timeout: seconds. fault: what was seen last."""
+    error = errors.TimedOut(f"not ready within {timeout:g} s: {fault}")
+    error.add_note("`thirdrail models` shows the state of every model, and why")
+    return error
+
+
 def with_note(error: ThirdrailError) -> ThirdrailError:
     """The error with the advice for its class, where there is any."""
     note = _NOTES.get(type(error))

@@ -106,7 +106,7 @@ def serve(
     socket: Annotated[
         Path | None,
         _option(
-            "The Unix socket to listen on. [default: where clients look]",
+            "The Unix socket to listen on. \\[default: where clients look]",
             "--socket",
             panel=Listening,
         ),
@@ -139,7 +139,7 @@ def serve(
     lane_uid: Annotated[
         list[str] | None,
         _option(
-            "A user who may attach. Repeatable; 'any' for all. [default: the server's own]",
+            "A user who may attach. Repeatable; 'any' for all. \\[default: the server's own]",
             "--lane-uid",
             panel=Lane,
             metavar="UID",
@@ -215,7 +215,7 @@ def serve(
     cache_dir: Annotated[
         Path | None,
         _option(
-            "Where plans are kept. [default: thirdrail/plans in the user's cache folder]",
+            "Where plans are kept. \\[default: thirdrail/plans in the user's cache folder]",
             "--cache-dir",
             panel=Compiling,
         ),
@@ -329,7 +329,7 @@ def serve(
     metrics_port: Annotated[
         int | None,
         _option(
-            "Serve Prometheus /metrics on this port. [default: off]",
+            "Serve Prometheus /metrics on this port. \\[default: off]",
             "--metrics-port",
             panel=Operation,
         ),

@@ -79,7 +79,9 @@ def compile(  # noqa: A001 the command's name
     ] = None,
     cache_dir: Annotated[
         Path | None,
-        typer.Option("--cache-dir", help="The cache to fill. [default: the one that servers use]"),
+        typer.Option(
+            "--cache-dir", help="The cache to fill. \\[default: the one that servers use]"
+        ),
     ] = None,
     cache_gib: Annotated[
         float, typer.Option("--cache-gib", help="Its size.")

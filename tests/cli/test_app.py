@@ -55,6 +55,7 @@ finally:
 
 def test_the_servers_commands_run(typed: Thirdrail) -> None:
     assert "--model-control" in typed("serve", "--help").out
+    assert "[default: off]" in typed("serve", "--help").out, "not taken for markup"
 
 
 @pytest.mark.parametrize(

@@ -138,10 +138,12 @@ def index_of(server: RunningServer) -> dict[str, kserve.RepositoryIndexResponse.
     return {each.name: each for each in found.models}
 
 
-def test_whoever_must_not_fall_back_is_not_served(client: Client) -> None:
+def test_whoever_must_not_fall_back_is_not_served(server: RunningServer, client: Client) -> None:
     status = status_of(client, "strict")
     assert (status.state, status.engine) == ("unavailable", "")
     assert "CUDA" in status.reason or "tensorrt_rtx" in status.reason
+    printed = " ".join(thirdrail(server, "describe", "strict").split())
+    assert printed == f"strict version 1, unavailable: {status.reason}"
 
 
 def test_a_mistake_in_the_configuration_names_the_line_that_would_do(client: Client) -> None:

@@ -82,12 +82,15 @@ def _description_json(found: ModelDescription) -> dict[str, Any]:
 
 def _print_description(found: ModelDescription) -> None:
     out, status = console(), found.status
+    title = f"[bold]{escape(status.name)}[/] version {status.version}, {status.state}"
+    if not (found.inputs or found.outputs):  # not loaded
+        out.print(f"{title}: {escape(_reason(status))}" if _reason(status) else title)
+        return
     batching = (
         f"up to {found.batch_rows_max} rows a batch" if found.batch_rows_max else "no batching"
     )
     out.print(
-        f"[bold]{escape(status.name)}[/] version {status.version}, {status.state}, "
-        f"{escape(status.engine)} on {escape(status.worker)}, {batching}, "
+        f"{title}, {escape(status.engine)} on {escape(status.worker)}, {batching}, "
         f"{found.instances} instance(s)"
     )
     table = new_table("", "NAME", "TYPE", "SHAPE", "")

@@ -28,7 +28,7 @@ def top(
     ctx: typer.Context,
     interval: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", min=0.1, help="Between two looks. [default: 1]"),
+        typer.Option(metavar="SECONDS", min=0.1, help="Between two looks. \\[default: 1]"),
     ] = None,
     once: Annotated[
         bool,
