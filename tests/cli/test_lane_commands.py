@@ -19,7 +19,7 @@ from thirdrail.v1 import sessions_pb2 as pb
 Thirdrail = Callable[..., Any]
 StartServer = Callable[..., RunningServer]
 
-TRANSPORTS = ["lane", "grpc-unix", "grpc-tcp", "kserve-shared-memory"]
+TRANSPORTS = ["lane", "grpc-unix", "grpc-tcp", "kserve-shared-memory", "lane-cuda"]
 
 
 def test_probe_of_a_local_server(thirdrail: Thirdrail, server: RunningServer) -> None:
@@ -28,7 +28,7 @@ def test_probe_of_a_local_server(thirdrail: Thirdrail, server: RunningServer) ->
     found = done.json
     assert found["address"] == server.url
     assert [each["name"] for each in found["transports"]] == TRANSPORTS
-    lane, unix, tcp, kserve = found["transports"]
+    lane, unix, tcp, kserve, cuda = found["transports"]
     for each in (lane, unix, tcp):
         assert each["works"], each["reason"]
         assert not each["reason"]
@@ -39,6 +39,7 @@ def test_probe_of_a_local_server(thirdrail: Thirdrail, server: RunningServer) ->
     assert (unix["address"], tcp["address"]) == (server.url, server.address)
     assert "--allow-client-shm" in kserve["reason"]
     assert kserve["round_trip"] is None
+    assert "device memory is not handed over by this version; " in cuda["reason"]
     assert found["memory"]["write_mib_per_s"] > 0
     assert found["memory"]["read_mib_per_s"] > 0
 
@@ -47,13 +48,14 @@ def test_probe_for_people(thirdrail: Thirdrail) -> None:
     lines = thirdrail("probe").out.splitlines()
     assert lines[0].startswith("thirdrail 0.")
     assert lines[1].split()[:4] == ["TRANSPORT", "WORKS", "ROUND", "TRIP"]
-    assert [line.split()[:2] for line in lines[2:6]] == [
+    assert [line.split()[:2] for line in lines[2:7]] == [
         ["lane", "yes"],
         ["grpc-unix", "yes"],
         ["grpc-tcp", "yes"],
         ["kserve-shared-memory", "no"],
+        ["lane-cuda", "no"],
     ]
-    assert lines[6].startswith("shared memory: this process writes ")
+    assert lines[7].startswith("shared memory: this process writes ")
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import pytest
 from thirdrail_engines.cuda import chunks
 from thirdrail_engines.cuda import driver as our_driver
 from thirdrail_engines.cuda.errors import RELAUNCH, STICKY
+from thirdrail_engines.cuda.sharing import How
 from thirdrail_engines.plans import BuildError
 
 HERE = Path(__file__).parent
@@ -129,12 +130,23 @@ def test_the_device_contract_holds_on_the_bindings(stub_folder: Path) -> None:
     assert "skipped" not in done.stdout
 
 
+TWO_DEVICES = (
+    "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f (Stub 1)",
+    "MIG-10111213-1415-1617-1819-1a1b1c1d1e1f (Stub 2 MIG 1g.5gb)",
+)
+NO_EVENTS = "; ".join(
+    f"not {how}: the device has no events that two processes share, and without them no order"
+    for how in list(How)[:3]
+)
+
 FACTS = """
 from thirdrail_engines.cuda.driver import list_devices, open_device
 for facts in list_devices():
     print(facts.uuid, facts.is_mig, facts.capability_name, facts.driver, facts.name)
 print(open_device("MIG-1011").facts.name)
 print(open_device("GPU-0001").capabilities)
+from thirdrail_engines.cuda.sharing_here import sharing_here
+print(sharing_here())
 """
 
 
@@ -150,6 +162,7 @@ def test_devices_are_told_by_uuid(stub_folder: Path) -> None:
         "has_memory_pools=False, has_pool_posix_fds=True, has_ipc_events=False, "
         "can_register_host=False, can_register_host_read_only=False, has_host_pools=False, "
         "is_integrated=False)",
+        ". ".join(f"{device}: host memory; {NO_EVENTS}" for device in TWO_DEVICES),
     ], done.stderr
 
 

@@ -38,6 +38,13 @@ def list_devices() -> tuple[DeviceFacts, ...]:
     return tuple(_devices(_load()))
 
 
+def device_capabilities(uuid: str) -> Capabilities:
+    """Without making a context. Raises BuildError MISSING."""
+    api = _load()
+    handles = _devices(api)
+    return _capabilities(api, handles[choose_device(uuid, list(handles))])
+
+
 class Api:
     """cuda.bindings.driver, with every result checked."""
 

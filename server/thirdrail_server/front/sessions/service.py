@@ -6,6 +6,7 @@ then on the two talk to each other.
 """
 # ruff: noqa: N802 - the methods have the names of the protocol's calls
 
+import asyncio
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -15,6 +16,7 @@ import grpc
 from thirdrail.errors import FailedPrecondition, NotFound
 from thirdrail.v1 import sessions_pb2 as pb
 from thirdrail.v1 import sessions_pb2_grpc
+from thirdrail_engines.cuda.sharing_here import sharing_here
 from thirdrail_server.config import ServerConfig
 from thirdrail_server.control_messages import OpenedSession, message_of_text
 from thirdrail_server.front.control.supervisor import Supervisor
@@ -81,6 +83,8 @@ class SessionsServicer(sessions_pb2_grpc.SessionsServicer):
             lane_address=str(self._lane_path.absolute()) if self._lane_path else "",
             why_no_lane=self._why_no_lane(context.peer()),
             has_client_shm=self._config.allow_client_shm,
+            # The driver may take its time to answer the first time.
+            device_sharing=await asyncio.to_thread(sharing_here),
         )
 
     def _why_no_lane(self, caller: str) -> str:
