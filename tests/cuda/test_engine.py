@@ -17,8 +17,8 @@ from engines.conftest import WriteModel
 from engines.test_engine_contract import ELEMENT_TYPES
 from support.twins import twin_engine
 from thirdrail_engines import Engine, Inspector, ModelFileError
-from thirdrail_engines.cuda import engine as engine_module
 from thirdrail_engines.cuda.engine import CudaEngine
+from thirdrail_engines.cuda.instance import OVERLAP_BYTES_MIN
 from thirdrail_engines.cuda.twin import TWIN_FACTS, TwinDevice, TwinStream
 from thirdrail_engines.engine import DeviceLost, EngineError
 from thirdrail_engines.plans import Profile, ShapeRange
@@ -279,7 +279,7 @@ def test_what_others_give_meanwhile_is_no_part_of_a_recording(
 
 def test_the_next_inputs_go_in_while_one_run_computes(double: Path, load_model: Load) -> None:
     engine = load_model(double)
-    count = engine_module.OVERLAP_BYTES_MIN // 4
+    count = OVERLAP_BYTES_MIN // 4
     with ThreadPoolExecutor(2) as pool:
         with compute_stream(engine).held():
             runs = [

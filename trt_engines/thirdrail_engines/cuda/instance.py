@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One execution of a program at a time, with the copies of others beside it."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from thirdrail.tensors import Array
+from thirdrail_engines.cuda.device import Device, Graph, Stream
+from thirdrail_engines.cuda.graph_cache import GraphCache, Way
+from thirdrail_engines.cuda.layout import Layout, lay_out
+from thirdrail_engines.cuda.open_output import GrowingOutput
+from thirdrail_engines.cuda.options import CudaOptions
+from thirdrail_engines.cuda.program import Context, Program, largest_shapes
+from thirdrail_engines.cuda.request import Request
+from thirdrail_engines.cuda.slot import Slot
+from thirdrail_engines.cuda.staging import PinnedPool
+from thirdrail_engines.cuda.transfers import Transfers
+from thirdrail_engines.engine import EngineError
+from thirdrail_engines.plans import Shape
+
+# Below this, events between streams cost more than an overlapped copy would save. A guess: not yet
+# measured on a GPU.
+OVERLAP_BYTES_MIN = 256 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    graph: Graph
+    outputs: dict[str, Shape]
+
+
+class Instance:
+    """One context. Runs stage and collect side by side; one at a time, whoever has the lock, talks
+    to the context and to the stream that computes: what others gave it meanwhile would become part
+    of a recording.
+    """
+
+    def __init__(
+        self, program: Program, device: Device, pool: PinnedPool, options: CudaOptions
+    ) -> None:
+        self._spec = program.spec
+        self._device = device
+        self._pool = pool
+        self._options = options
+        self._lock = threading.Lock()
+        self.graphs: GraphCache[_Recording] = GraphCache(options.graphs_max)
+        self.slots: list[Slot] = []
+        self._context: Context | None = None
+        self._streams: list[Stream] = []
+        try:
+            self._streams = [device.new_stream() for _ in range(3)]
+            self._context = program.new_context(self._compute)
+            sizes = self._block_sizes(self._context)
+            for _ in range(options.overlapped_runs):
+                self.slots.append(Slot(self, device, sizes))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def _compute(self) -> Stream:
+        return self._streams[1]
+
+    def run(self, slot: Slot, request: Request) -> dict[str, Array]:
+        """Wait for the results. Raises EngineError, DeviceLost."""
+        layout = lay_out(self._spec.inputs, request.shapes)
+        into_device, compute, out_of_device = self._streams_for(layout.total_bytes)
+        transfers = Transfers(self._pool, request)
+        try:
+            copy_in = transfers.stage(self._spec.inputs, layout, slot.input_block)
+            if into_device is not compute:
+                copy_in(into_device)
+                into_device.record(slot.is_in)
+            with self._lock:
+                if into_device is compute:
+                    copy_in(compute)
+                else:
+                    compute.wait(slot.is_in)
+                shapes = self._calculate(slot, request, layout)
+                if out_of_device is not compute:
+                    compute.record(slot.is_computed)
+                    out_of_device.wait(slot.is_computed)
+                sources = slot.sources(self._spec.outputs, shapes)
+                results = transfers.fetch(self._spec.outputs, shapes, sources, out_of_device)
+                out_of_device.record(slot.is_out)
+            slot.is_out.wait()
+            return results()
+        except BaseException:
+            self._quiesce()
+            raise
+        finally:
+            transfers.close()
+
+    def close(self) -> None:
+        for recording in self.graphs.clear():
+            recording.graph.close()
+        for slot in self.slots:
+            slot.close()
+        if self._context is not None:
+            self._context.close()
+        for stream in self._streams:
+            stream.close()
+
+    def _streams_for(self, input_bytes: int) -> Sequence[Stream]:
+        if input_bytes >= OVERLAP_BYTES_MIN:
+            return self._streams
+        return [self._compute] * 3
+
+    def _block_sizes(self, context: Context) -> tuple[int, int]:
+        """The bytes that the inputs and the outputs of a run take at most."""
+        inputs, outputs = 1, 1
+        for profile in range(max(1, len(self._spec.profiles))):
+            shapes = largest_shapes(self._spec, profile)
+            inputs = max(inputs, lay_out(self._spec.inputs, shapes).total_bytes)
+            found = context.prepare(profile, shapes, self._compute)
+            outputs = max(outputs, lay_out(self._spec.outputs, _closed(found)).total_bytes)
+        return inputs, outputs
+
+    def _calculate(self, slot: Slot, request: Request, layout: Layout) -> dict[str, Shape]:
+        """Give the run to the device. Returns the outputs' shapes."""
+        key = (slot.input_block, request.profile, tuple(request.shapes.values()))
+        slot.begin()
+        way = self.graphs.way(key)
+        if way is Way.LAUNCH:
+            recording = self.graphs.graph(key)
+            self._compute.launch(recording.graph)
+            return recording.outputs
+        context = self._context
+        assert context is not None
+        outputs = context.prepare(request.profile, request.shapes, self._compute)
+        rooms = self._bind(context, slot, layout, outputs)
+        self._enqueue(context, rooms)
+        if way is Way.RECORD:
+            self._record(context, key, outputs)
+        return outputs | {name: room.shape for name, room in rooms.items()}
+
+    def _bind(
+        self, context: Context, slot: Slot, layout: Layout, outputs: Mapping[str, Shape]
+    ) -> dict[str, GrowingOutput]:
+        for name, offset in layout.offsets.items():
+            context.bind(name, slot.input_block + offset)
+        closed = _closed(outputs)
+        results = lay_out(self._spec.outputs, closed)
+        if results.total_bytes > slot.output_bytes:
+            raise EngineError(
+                f"the results take {results.total_bytes} bytes, and at the largest shapes of the "
+                f"profiles {slot.output_bytes}: give a profile of its own to these shapes"
+            )
+        for name, offset in results.offsets.items():
+            context.bind(name, slot.output_block + offset)
+        rooms = {}
+        for name in outputs.keys() - closed.keys():
+            rooms[name] = slot.room(name, self._options.open_output_bytes_max)
+            rooms[name].begin()
+            context.bind_open(name, rooms[name])
+        return rooms
+
+    def _enqueue(self, context: Context, rooms: Mapping[str, GrowingOutput]) -> None:
+        try:
+            context.enqueue(self._compute)
+        except EngineError:
+            self._device.check()  # the cause, if that is it
+            for name, room in rooms.items():
+                if room.fault is not None:
+                    raise EngineError(f"output '{name}': {room.fault}") from None
+            raise
+
+    def _record(self, context: Context, key: object, outputs: dict[str, Shape]) -> None:
+        """Record what has just run. A failure costs the graph and not the run."""
+        if -1 in {dim for shape in outputs.values() for dim in shape} or not context.can_record(
+            self._compute
+        ):
+            return self.graphs.refuse(key)
+        graph = self._captured(context)
+        if graph is None:
+            return self.graphs.refuse(key)
+        for recording in self.graphs.keep(key, _Recording(graph, outputs)):
+            recording.graph.close()  # one that is under way is freed when it is done
+
+    def _captured(self, context: Context) -> Graph | None:
+        """None: it cannot be captured. Raises DeviceLost."""
+        try:
+            self._compute.begin_capture()
+        except EngineError:
+            return None
+        is_enqueued = True
+        try:
+            context.enqueue(self._compute)
+        except EngineError:
+            is_enqueued = False
+        try:
+            graph = self._compute.end_capture()  # in any case: nothing else runs before that
+        except EngineError:
+            graph = None
+        if is_enqueued or graph is None:
+            return graph
+        graph.close()
+        self._device.check()
+        return None
+
+    def _quiesce(self) -> None:
+        """After a failure: nothing may still copy from or to memory that is about to be given
+        back. Raises DeviceLost."""
+        with self._lock:  # or it would meet a recording
+            for stream in self._streams:
+                stream.synchronize()
+
+
+def _closed(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    return {name: shape for name, shape in shapes.items() if -1 not in shape}
