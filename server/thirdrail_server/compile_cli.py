@@ -5,6 +5,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ from thirdrail_engines.builds import BuildLimits
 from thirdrail_engines.compile_options import EngineChoice
 from thirdrail_engines.compiling import CompileServices
 from thirdrail_engines.engine import ModelFileError
-from thirdrail_engines.plan_cache import CacheFolderError, PlanCache, default_folder
+from thirdrail_engines.plan_cache import CacheFolderError, PlanCache, PlanKey, default_folder
 from thirdrail_engines.plans import Precision
 from thirdrail_server.compile_jobs import Job, Wish, jobs_at
 from thirdrail_server.config import GIB, CompileConfig
@@ -84,7 +85,7 @@ def compile(  # noqa: A001 the command's name
         ),
     ] = None,
     cache_gib: Annotated[
-        float, typer.Option("--cache-gib", help="Its size.")
+        float, typer.Option("--cache-gib", min=0, help="Its size.")
     ] = _DEFAULTS.cache_bytes_max / GIB,
     derive_batching: Annotated[
         int,
@@ -96,10 +97,10 @@ def compile(  # noqa: A001 the command's name
         ),
     ] = 0,
     build_minutes_max: Annotated[
-        float, typer.Option("--build-minutes-max", help="How long one build may take.")
+        float, typer.Option("--build-minutes-max", min=0.01, help="How long one build may take.")
     ] = _DEFAULTS.build_s_max / 60,
     build_memory_gib: Annotated[
-        float, typer.Option("--build-memory-gib", help="Memory of one build. 0: no limit.")
+        float, typer.Option("--build-memory-gib", min=0, help="Memory of one build. 0: no limit.")
     ] = 0.0,
 ) -> None:
     """Compile models ahead of time, also for GPUs that are not here.
@@ -108,10 +109,18 @@ def compile(  # noqa: A001 the command's name
     thirdrail compile models/ --for sm86,sm89,sm120 --cache-dir plans/
     thirdrail serve models/ --read-only-cache plans/     # on the machines with the GPUs
 
-    Plans that are there already are left as they are. Exit code 1 when one could not be built.
+    Plans that are there already are left as they are. Exit code 1 when one could not be built or
+    kept, and when there are no models.
     """
     asked = tuple(filter(None, map(str.strip, capabilities.split(","))))
     wish = Wish(asked, engine, precision, derive_batching)
+    if engine is EngineChoice.TORCH:
+        raise typer.BadParameter("PyTorch runs its programs without plans", param_hint="--engine")
+    if engine is EngineChoice.ONNXRUNTIME and asked:
+        raise typer.BadParameter(
+            "ONNX Runtime's plans are for this CPU; for GPUs name tensorrt_rtx or tensorrt",
+            param_hint="--engine",
+        )
     try:
         limits = BuildLimits(
             seconds_max=build_minutes_max * 60,
@@ -121,7 +130,7 @@ def compile(  # noqa: A001 the command's name
         with typed_by_hand():
             jobs = list(jobs_at(path, wish))
         with PlanCache(cache_dir or default_folder(), round(cache_gib * GIB)) as cache:
-            outcomes = list(_with_bars(jobs, cache, limits))
+            outcomes = [_in_cache(each, cache) for each in list(_with_bars(jobs, cache, limits))]
     except (RepositoryError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
     except CacheFolderError as error:
@@ -132,8 +141,8 @@ def compile(  # noqa: A001 the command's name
     elif outcomes:
         console().print(_table(outcomes))
     else:
-        typer.echo(f"{path} holds no models.")
-    if any(each.result == "failed" for each in outcomes):
+        typer.echo(f"{path} holds no models: there is no NAME/VERSION/model.onnx in it.", err=True)
+    if not outcomes or any(each.result == "failed" for each in outcomes):
         raise typer.Exit(EXIT_REFUSED)
 
 
@@ -192,18 +201,28 @@ def _failed(job: Job, target: str, reason: str) -> Outcome:
     return Outcome(job.model, job.version, job.title(target), builder, "failed", reason=reason)
 
 
+def _in_cache(outcome: Outcome, cache: PlanCache) -> Outcome:
+    """When all are built: what did not fit in, or made room for others, is as good as failed."""
+    if outcome.result == "failed" or cache.has(PlanKey(outcome.plan_key, {})):
+        return outcome
+    return dataclasses.replace(outcome, result="failed", reason=NOT_KEPT)
+
+
+NOT_KEPT = (
+    "it was built and is not in the cache, which is too small (--cache-gib) or cannot be written to"
+)
 _STYLES = {"built": "green", "cached": "green", "failed": "red"}
 
 
 def _table(outcomes: list[Outcome]) -> Table:
     columns = ("MODEL", "VERSION", "TARGET", "BUILDER", "RESULT", "SECONDS", "MIB", "PLAN")
     table = new_table(*columns, right=_NUMBERS)
-    for each in outcomes:
+    for each, targets in _rows(outcomes):
         is_there = each.result != "failed"
         table.add_row(
             escape(each.model),
             str(each.version or "-"),
-            each.target,
+            targets,
             each.builder,
             f"[{_STYLES[each.result]}]{each.result}[/]",
             f"{each.build_s:.1f}" if is_there else "-",
@@ -211,3 +230,13 @@ def _table(outcomes: list[Outcome]) -> Table:
             each.plan_key[:12] if is_there else escape(each.reason),
         )
     return table
+
+
+def _rows(outcomes: list[Outcome]) -> Iterator[tuple[Outcome, str]]:
+    """What fails for several targets for the same reason is said once."""
+    for _, group in groupby(outcomes, lambda each: (each.model, each.version, each.reason)):
+        alike = list(group)
+        if alike[0].reason:
+            yield alike[0], ",".join(each.target for each in alike)
+        else:
+            yield from ((each, each.target) for each in alike)

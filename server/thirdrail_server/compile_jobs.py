@@ -88,7 +88,7 @@ def _of_file(path: Path, wish: Wish) -> Iterator[Job]:
 
 
 def _of_model(repository: Path, name: str, wish: Wish) -> Iterator[Job]:
-    broken = Job(name, 0, repository / name, CompileOptions(), Builder.TENSORRT_RTX)
+    broken = _broken(name, 0, repository / name, wish)
     try:
         prepared = prepare(name, LoadSource(repository))
     except RepositoryError as error:
@@ -101,33 +101,38 @@ def _of_model(repository: Path, name: str, wish: Wish) -> Iterator[Job]:
         yield replace(broken, version=version, fault=fault)
 
 
+def _broken(name: str, version: int, path: Path, wish: Wish) -> Job:
+    """One of which no more is known: as the command line alone would have it."""
+    builder = _builder(wish, CompileOptions())
+    targets = () if builder is Builder.ONNXRUNTIME else wish.capabilities
+    return Job(name, version, path, CompileOptions(), builder, targets or ("",))
+
+
 def _of_version(
     name: str, version: int, path: Path, config: ModelConfig, wish: Wish
 ) -> Iterator[Job]:
-    job = Job(name, version, path, CompileOptions(), Builder.ONNXRUNTIME)
     try:
         options = compile_options(
             config, on_failure=OnFailure.FALLBACK, derive_batch_rows=wish.derive_batch_rows
         )
     except RepositoryError as error:
-        yield replace(job, fault=str(error))
+        yield replace(_broken(name, version, path, wish), fault=str(error))
         return
     if wish.precision is not None:
         options = replace(options, precision=wish.precision)
-    job = replace(job, options=options)
+    builder = _builder(wish, options)
+    job = Job(name, version, path, options, builder)
     if path.suffix not in SUFFIXES:
         yield replace(job, fault=f"{path.name} is a plan already")
         return
-    builder = _builder(wish, options)
-    if builder is Builder.ONNXRUNTIME:
+    # A model that names its GPUs is one plan for all of them, and every server asks for that one.
+    if builder is Builder.ONNXRUNTIME or options.compute_capabilities:
         yield job
-    elif options.compute_capabilities:  # of which every server asks for one plan for all of them
-        yield replace(job, builder=builder)
     else:
         targets = wish.capabilities or ("",)
         is_nowhere = builder is Builder.TENSORRT_RTX and not wish.capabilities
         fault = NO_TARGET if is_nowhere and not cuda_devices() else ""
-        yield replace(job, builder=builder, targets=targets, fault=fault)
+        yield replace(job, targets=targets, fault=fault)
 
 
 NO_TARGET = "there is no GPU here, and none is named: say which, as in --for sm86,sm89,sm120"

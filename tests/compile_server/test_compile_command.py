@@ -2,6 +2,7 @@
 """`thirdrail compile`: plans made ahead of time, with no server and no GPU."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ from support.perceptrons import two_layers
 from thirdrail.errors import InvalidArgument
 from thirdrail_engines.compile_options import EngineChoice
 from thirdrail_engines.plans import Builder, Precision
+from thirdrail_server.compile_cli import NOT_KEPT
 from thirdrail_server.compile_jobs import NO_TARGET, Job, Wish, jobs_at
+from thirdrail_server.config import GIB
 
 BATCHES = "max_batch_size: 8\n"
 PROFILE = parameters(profile__0__x="1,4,8")
@@ -77,6 +80,49 @@ def test_what_is_no_model_is_a_mistake_on_the_command_line(tmp_path: Path) -> No
     status, _, error = thirdrail(str(tmp_path / "nothing"), f"--cache-dir={tmp_path / 'cache'}")
     assert status == 2
     assert "MODEL_OR_REPO" in error
+
+
+def test_a_plan_that_is_not_kept_has_failed(repository: Path, tmp_path: Path) -> None:
+    """The first one makes room for the others."""
+    folder = tmp_path / "cache"
+    cache = f"--cache-dir={folder}"
+    assert thirdrail(str(repository), cache)[0] == 0
+    held = sum(each.stat().st_size for each in (folder / "plans").rglob("*") if each.is_file())
+    shutil.rmtree(folder)
+    size = f"--cache-gib={held * 3 / 4 / GIB}"
+    status, told, _ = thirdrail(str(repository), cache, size, "--json")
+    found = {each["model"]: each["result"] for each in json.loads(told)}
+    assert (status, found) == (1, {"batched": "failed", "given": "built", "open": "cached"})
+    assert NOT_KEPT in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--engine=onnxruntime", "--for=sm86"), "plans are for this CPU"),
+        (("--engine=torch",), "without plans"),
+        (("--build-minutes-max=0",), "--build-minutes-max"),
+    ],
+)
+def test_wishes_that_cannot_be_are_refused(
+    repository: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    status, _, error = thirdrail(str(repository), *arguments)
+    assert status == 2
+    assert says in " ".join(error.replace("│", " ").split())
+
+
+def test_no_models_are_a_failure(repository: Path, tmp_path: Path) -> None:
+    cache = f"--cache-dir={tmp_path / 'cache'}"
+    status, _, error = thirdrail(str(repository / "given" / "1"), cache)
+    assert (status, "holds no models" in error) == (1, True)
+
+
+def test_one_reason_for_several_gpus_is_said_once(repository: Path, tmp_path: Path) -> None:
+    write(repository, "open", double(), parameters(profile__0__x="1,4"))
+    cache = f"--cache-dir={tmp_path / 'cache'}"
+    _, told, _ = thirdrail(str(repository / "open"), "--for=sm86,sm89", cache)
+    assert told.count("has 2 shapes") == told.count("sm86,sm89") == 1
 
 
 def jobs(path: Path, **wish: Any) -> list[Job]:

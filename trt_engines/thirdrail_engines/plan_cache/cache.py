@@ -55,6 +55,11 @@ class PlanCache:
         self._holds = Holds()
         sweep(self._scratch.work)
 
+    def has(self, key: PlanKey) -> bool:
+        """Whether a plan lies there, verified or not."""
+        layouts = (self._main, *self._layers)
+        return any((layout.plans / key.digest).is_dir() for layout in layouts)
+
     def get(self, key: PlanKey) -> Plan | None:
         """The plan, verified, and from now on in use. None: it has to be built.
 
