@@ -322,6 +322,14 @@ def test_a_driver_without_a_device_is_said_to_have_none(stub_folder: Path) -> No
 
 
 @pytest.mark.needs_cuda_bindings
+@pytest.mark.needs_gcc
+def test_a_driver_that_fails_at_once_has_no_device(stub_folder: Path) -> None:
+    fail = "import ctypes; ctypes.CDLL('libcuda.so.1').stub_fail_next(b'cuDeviceGetCount', 999)\n"
+    done = run_on_stub(stub_folder, "-c", fail + MISSING)
+    assert done.stdout.startswith("missing | no CUDA device: the device was lost: "), done.stderr
+
+
+@pytest.mark.needs_cuda_bindings
 def test_no_driver_is_an_error_that_says_so() -> None:
     try:
         ctypes.CDLL("libcuda.so.1")

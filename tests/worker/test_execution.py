@@ -20,10 +20,11 @@ from thirdrail.errors import (
     InvalidArgument,
     ResourceExhausted,
     ThirdrailError,
+    Unavailable,
 )
 from thirdrail.tensors import Array
 from thirdrail.v1 import inference_pb2 as pb
-from thirdrail_engines.engine import EngineSpec
+from thirdrail_engines.engine import DeviceLost, EngineSpec
 from thirdrail_server.worker import classification
 from thirdrail_server.worker.execution import Execution, execute
 from thirdrail_server.worker.loading import PreparedVersion
@@ -305,6 +306,37 @@ def test_an_unexpected_failure_is_logged_and_not_told(
     assert error_of(outcome, Internal) == "internal error; the server's log has it"
     assert "a secret of the engine" in caplog.text
     assert session.output.leased_bytes == 0
+
+
+@dataclass
+class OnLostDevice:
+    """An engine whose device has failed for good."""
+
+    spec: EngineSpec
+    runs: int = 0
+
+    def run(self, inputs: Any, wanted: Any, into: Any) -> dict[str, Array]:
+        self.runs += 1
+        raise DeviceLost("the device was lost: illegal address")
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_lost_device_is_nobodys_fault_and_is_not_tried_again(
+    prepare_model: Prepare, open_session: OpenSession, count: int
+) -> None:
+    prepared = prepare_model(add(1, width=WIDE), BATCHES)
+    engine = OnLostDevice(prepared.engine.spec)
+    sessions = [open_session() for _ in range(count)]
+    members = [session.member(prepared.spec, {"a": rows_of(1, width=WIDE)}) for session in sessions]
+    execution = execute(engine, prepared.spec, members)
+    assert engine.runs == 1
+    assert str(execution.device_lost) == "the device was lost: illegal address"
+    for session, outcome in zip(sessions, execution.outcomes, strict=True):
+        assert error_of(outcome, Unavailable) == "the device was lost: illegal address"
+        assert session.output.leased_bytes == 0
 
 
 # Classes

@@ -17,7 +17,7 @@ import numpy as np
 
 from thirdrail.tensors import Array
 from thirdrail_engines.cuda.device import Capabilities, Event, Graph, MemoryFigures, PinnedMemory
-from thirdrail_engines.cuda.errors import error_of
+from thirdrail_engines.cuda.errors import CudaError, DeviceFault, error_of
 from thirdrail_engines.cuda.identity import DeviceFacts, choose_device, uuid_text
 from thirdrail_engines.plans import BuildError, BuildFault
 
@@ -85,6 +85,14 @@ def _load() -> Api:
 
 
 def _devices(api: Api) -> dict[DeviceFacts, Any]:
+    """Raises BuildError MISSING, whatever the driver says: nothing was lost that we had."""
+    try:
+        return _found(api)
+    except (CudaError, DeviceFault) as error:
+        raise BuildError(BuildFault.MISSING, f"no CUDA device: {error}") from None
+
+
+def _found(api: Api) -> dict[DeviceFacts, Any]:
     found = {}
     version: int = api("cuDriverGetVersion")
     for ordinal in range(api("cuDeviceGetCount")):
