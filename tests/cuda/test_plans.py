@@ -21,7 +21,9 @@ from thirdrail_engines.cuda.engine import CudaEngine, CudaOptions
 from thirdrail_engines.cuda.twin import TwinDevice
 from thirdrail_engines.plans import Builder, BuildError, Profile, ShapeRange
 from thirdrail_engines.tensorrt import engine as plan_engine
+from thirdrail_engines.tensorrt.api import load_api
 from thirdrail_engines.tensorrt.engine import KernelNotes, load_plan
+from thirdrail_engines.tensorrt.output_allocator import Rooms, make_output_allocator
 from thirdrail_engines.tensorrt.runtime_choices import RuntimeChoices, choose
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
@@ -221,3 +223,26 @@ def test_the_real_runtime_says_why_it_does_not_start(device: TwinDevice) -> None
             device=device,
             options=CudaOptions(),
         )
+
+
+@pytest.mark.needs_tensorrt
+def test_the_real_package_takes_our_allocator_and_gives_shapes_that_we_read() -> None:
+    trt = load_api(Builder.TENSORRT_RTX).trt
+    rooms = Rooms()
+    allocator = make_output_allocator(trt, rooms)
+    assert isinstance(allocator, trt.IOutputAllocator)
+    told: list[tuple[int, ...]] = []
+
+    class Room:
+        def reserve(self, nbytes: int) -> int:
+            return 1000 + nbytes
+
+        def tell(self, shape: tuple[int, ...]) -> None:
+            told.append(shape)
+
+    rooms.bound["y"] = Room()
+    assert allocator.reallocate_output_async("y", 0, 24, 256, 0) == 1024
+    assert allocator.reallocate_output("y", 0, 0, 256) == 1001  # never a null address
+    assert allocator.reallocate_output_async("other", 0, 24, 256, 0) == 0
+    allocator.notify_shape("y", trt.Dims([2, 3]))
+    assert told == [(2, 3)]
