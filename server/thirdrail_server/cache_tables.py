@@ -32,7 +32,8 @@ def listing(found: Sequence[Entry], now_ns: int) -> RenderableType:
     for each in found:
         table.add_row(each.digest[:KEY_LETTERS], *_columns(each, now_ns))
     total = sum(each.size_bytes for each in found)
-    table.caption = f"{plans(len(found))}, {total / MIB:.1f} MiB"
+    count = sum(not each.has_only_notes for each in found)
+    table.caption = f"{plans(count)}, {total / MIB:.1f} MiB"
     table.caption_justify = "left"
     return table
 
@@ -47,7 +48,8 @@ def _columns(entry: Entry, now_ns: int) -> Iterator[str]:
     yield plain("/".join(PurePath(manifest.source).parts[-3:]) or "-")
     yield plain(builder.strip())
     yield plain(parts.get("precision", "-"))
-    yield plain(_targets(parts.get("compute_capabilities", "")) or "this machine")
+    target = _targets(parts.get("compute_capabilities", "")) or "this machine"
+    yield plain("-" if entry.has_only_notes else target)
     yield f"{entry.size_bytes / MIB:.1f}"
     yield f"{manifest.build_s:.1f}" if entry.manifest else "-"
     yield age(now_ns - entry.used_ns)

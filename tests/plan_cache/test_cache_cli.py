@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,6 +107,16 @@ def test_ls_tells_programs_more(filled: Path, typed: Typed) -> None:
     assert found[0]["key_parts"]["precision"] == "fp16"
     assert list(found[0]["notes"]) == ["proof.json"]
     assert not found[0]["in_use"]
+
+
+def test_ls_does_not_count_notes_as_plans(filled: Path, typed: Typed) -> None:
+    """Those about a plan that lies in a read-only cache."""
+    shutil.rmtree(filled / "plans" / key("a").digest)
+    lines = typed("ls").out.splitlines()
+    [a] = [line for line in lines if line.startswith(key("a").digest[:12])]
+    assert a.split()[1:5] == ["-"] * 4
+    assert a.rstrip().endswith("notes only")
+    assert lines[-1].startswith("2 plans")
 
 
 def test_ls_tells_what_is_in_use_or_damaged(filled: Path, typed: Typed) -> None:

@@ -179,7 +179,7 @@ def _first_of(
             if is_only or on_failure is OnFailure.FAIL or _is_final(error):
                 raise
             attempts.append(_attempt(candidate, error))
-            _log.warning("%s: %s cannot be used: %s", loader.path.name, candidate.name, error)
+            _log.warning("%s: %s cannot be used: %s", loader.path, candidate.name, error)
     raise NoEngine(loader.path, attempts)
 
 
