@@ -40,8 +40,9 @@ def reason(inspector: Inspector) -> Callable[[Path], str]:
         ("a.onnx", random.Random(0).randbytes(5000), "a.onnx: not a readable ONNX file"),
         ("a.onnx", b"\x08\x0a", "a.onnx: "),
         ("a.plan", b"x", "a.plan: no TensorRT plan by its first bytes; here: "),
-        ("a.pt2", b"x", "a.pt2 "),
-        ("a.pt", b"x", "a.pt "),
+        # Of one engine where PyTorch is not installed, of two where it is.
+        ("a.pt2", b"x", "a.pt2"),
+        ("a.pt", b"x", "a.pt"),
         ("model.py", b"x", "model.py: Python models are not served, expected model.onnx, model.pt"),
         ("model.bin", b"x", "model.bin: unknown kind of model file, expected model.onnx"),
     ],
