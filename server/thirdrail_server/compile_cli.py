@@ -129,11 +129,11 @@ def compile(  # noqa: A001 the command's name
         )
         with typed_by_hand():
             jobs = list(jobs_at(path, wish))
-        with PlanCache(cache_dir or default_folder(), round(cache_gib * GIB)) as cache:
+        with PlanCache(cache_dir or _default_cache(), round(cache_gib * GIB)) as cache:
             outcomes = [_in_cache(each, cache) for each in list(_with_bars(jobs, cache, limits))]
     except (RepositoryError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
-    except CacheFolderError as error:
+    except (CacheFolderError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(EXIT_REFUSED) from None
     if session_of(ctx).as_json:
@@ -144,6 +144,13 @@ def compile(  # noqa: A001 the command's name
         typer.echo(f"{path} holds no models: there is no NAME/VERSION/model.onnx in it.", err=True)
     if not outcomes or any(each.result == "failed" for each in outcomes):
         raise typer.Exit(EXIT_REFUSED)
+
+
+def _default_cache() -> Path:
+    try:
+        return default_folder()
+    except RuntimeError:
+        raise ValueError("this user has no home folder: name a --cache-dir") from None
 
 
 def _with_bars(jobs: list[Job], cache: PlanCache, limits: BuildLimits) -> Iterator[Outcome]:

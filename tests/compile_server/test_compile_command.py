@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from support.compiled import parameters
 from support.models import double, write
 from support.perceptrons import two_layers
+from thirdrail.cli.app import app
 from thirdrail.errors import InvalidArgument
 from thirdrail_engines.compile_options import EngineChoice
 from thirdrail_engines.plans import Builder, Precision
@@ -180,3 +182,16 @@ def test_a_file_of_another_kind_is_no_model(tmp_path: Path) -> None:
     path.write_bytes(b"plan")
     with pytest.raises(InvalidArgument, match=r"expected a file that ends in .onnx, .pt2, .pt"):
         jobs(path)
+
+
+def test_a_user_without_a_home_is_told_what_to_name(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    ended = CliRunner().invoke(app, ["compile", str(repository)], prog_name="thirdrail")
+    assert ended.exit_code == 2
+    assert "name a --cache-dir" in ended.output

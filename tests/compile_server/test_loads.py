@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from thirdrail_engines.plan_requests import onnxruntime_request
 from thirdrail_server.config import CompileConfig, ConfigError
 from thirdrail_server.inference import grpc_service_pb2 as kserve
 from thirdrail_server.inference import grpc_service_pb2_grpc
-from thirdrail_server.worker.plans import refuse_untrusted_caches
+from thirdrail_server.worker.plans import Plans, refuse_untrusted_caches
 
 GIB = 1 << 30
 TENSORRTS = ("tensorrt on cuda", "tensorrt_rtx on cuda")
@@ -218,3 +219,12 @@ def test_caches_are_judged_before_anything_else(tmp_path: Path) -> None:
     other.chmod(0o777)
     with pytest.raises(ConfigError, match=f"chmod o-w {other}"):
         refuse_untrusted_caches(missing)
+
+
+def test_a_worker_that_can_write_nowhere_keeps_no_plans(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/proc/nowhere")
+    plans = Plans(CompileConfig(cache_dir=Path("/proc/thirdrail")))
+    assert plans.services(lambda *_phase: None, threading.Event()).cache is None
+    assert "plans are not kept: " in caplog.text

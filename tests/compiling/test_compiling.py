@@ -237,3 +237,28 @@ def test_a_full_disk_is_no_obstacle(tmp_path: Path, model: Path) -> None:
     assert warning.startswith("model.onnx: the plan is built without the cache: ")
     assert result.startswith("False ")
     assert result.endswith(" []")
+
+
+def test_without_a_place_for_temporary_files_that_is_said(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(**_options: object) -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._get_default_tempdir", none)
+    with pytest.raises(BuildError, match=r"no folder to build in: .*No usable") as caught:
+        compile_plan(request_for(model), CompileServices())
+    assert caught.value.fault is BuildFault.OUT_OF_DISK
+
+
+def test_where_there_may_be_no_cache_is_no_place_to_build(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path, bytes_max: int) -> PlanCache:
+        raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr("thirdrail_engines.compiling.PlanCache", full)
+    with pytest.raises(BuildError, match=r"no folder to build in: .*No space left") as caught:
+        compile_plan(request_for(model), CompileServices())
+    assert caught.value.fault is BuildFault.OUT_OF_DISK

@@ -12,6 +12,7 @@ import pytest
 from support.plan_caches import content, key, put, tell_nobody
 from support.small_disk import can_mount, run_on_small_disk, run_read_only
 from thirdrail_engines.plan_cache import CacheFolderError, Manifest, Plan, PlanCache
+from thirdrail_engines.plans import BuildError, BuildFault
 
 MIB = 1 << 20
 Stored = Callable[..., Plan]
@@ -198,3 +199,49 @@ def test_several_layers_for_one_build_farm_command(folder: Path, farm: Path) -> 
         plan = cache.get(key("three"))
         assert plan is not None
         assert bytes(plan.data) == b"built later"
+
+
+PRUNED_WHEN_FULL = """
+    from support.plan_caches import *
+    from thirdrail_engines.plan_cache.layout import Layout
+    from thirdrail_engines.plan_cache.pruning import Pruning, prune_folder
+
+    with PlanCache(disk / "cache", 1 << 30) as cache:
+        put(cache, key("first"), content("first", 100_000))
+    try:
+        with (disk / "other").open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+    except OSError as error:
+        print(error.strerror)
+    print(len(prune_folder(Layout(disk / "cache"), Pruning(everything=True)).removed))
+"""
+
+
+def test_a_full_disk_can_be_pruned(tmp_path: Path) -> None:
+    """Locks must not need the space that is to be made."""
+    if not can_mount():
+        return
+    said = run_on_small_disk(tmp_path / "disk", 2 * MIB, PRUNED_WHEN_FULL)
+    assert said == "No space left on device\n1\n"
+
+
+@pytest.mark.parametrize("what", [".", "plans", "locks", "work"])
+def test_a_cache_that_was_removed_under_us_is_made_again(
+    folder: Path, cache: PlanCache, what: str
+) -> None:
+    shutil.rmtree(folder / what)
+    with cache.building(key("a"), threading.Event(), tell_nobody):
+        cache.release(put(cache, key("a"), b"plan").key)
+    assert cache.get(key("a")) is not None
+
+
+def test_a_cache_that_cannot_be_made_again_is_no_place_to_build(
+    folder: Path, cache: PlanCache
+) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("a file")
+    for use in (cache.workspace(), cache.building(key("a"), threading.Event(), tell_nobody)):
+        with pytest.raises(BuildError, match="is not a folder") as caught, use:
+            pass
+        assert caught.value.fault is BuildFault.OUT_OF_DISK  # so plans are built elsewhere

@@ -17,7 +17,14 @@ from pathlib import Path
 from thirdrail_engines.builds import BuildLimits, BuiltPlan, run_build
 from thirdrail_engines.cuda.device import Device
 from thirdrail_engines.cuda.engine import CudaOptions
-from thirdrail_engines.plan_cache import Manifest, Plan, PlanCache, PlanKey, key_of
+from thirdrail_engines.plan_cache import (
+    CacheFolderError,
+    Manifest,
+    Plan,
+    PlanCache,
+    PlanKey,
+    key_of,
+)
 from thirdrail_engines.plans import BuildError, BuildFault, PlanRequest, TellProgress
 
 _log = logging.getLogger(__name__)
@@ -79,17 +86,25 @@ def _built(request: PlanRequest, key: PlanKey, cache: PlanCache, services: Compi
 
 def _built_unsaved(request: PlanRequest, key: PlanKey, services: CompileServices) -> Plan:
     """Built in a cache that is gone when the plan is here."""
-    with _folder() as folder, PlanCache(Path(folder), _NO_LIMIT) as cache:
+    with _folder() as folder, _cache_in(Path(folder)) as cache:
         return _built(request, key, cache, services)
 
 
 def _folder() -> tempfile.TemporaryDirectory[str]:
     try:
         return tempfile.TemporaryDirectory(prefix="thirdrail-plan-")
-    except OSError as error:
+    except OSError as error:  # which says where, or where all it tried
         raise BuildError(
-            BuildFault.OUT_OF_DISK,
-            f"there is no folder to build in below {tempfile.gettempdir()}: {error.strerror}",
+            BuildFault.OUT_OF_DISK, f"there is no folder to build in: {error}"
+        ) from None
+
+
+def _cache_in(folder: Path) -> PlanCache:
+    try:
+        return PlanCache(folder, _NO_LIMIT)
+    except (CacheFolderError, OSError) as error:
+        raise BuildError(
+            BuildFault.OUT_OF_DISK, f"there is no folder to build in: {error}"
         ) from None
 
 

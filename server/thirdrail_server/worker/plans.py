@@ -5,6 +5,7 @@ Most models need no plan. So the cache is opened, and what compiles is imported,
 does.
 """
 
+import logging
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ from thirdrail_server.config import CompileConfig, ConfigError
 if TYPE_CHECKING:
     from thirdrail_engines.compiling import CompileServices
     from thirdrail_engines.plan_cache import PlanCache
+
+log = logging.getLogger(__name__)
 
 
 class Plans:
@@ -62,6 +65,8 @@ class Plans:
                     )
                 except CacheFolderError as error:
                     raise ModelFileError(str(error)) from None
+                except OSError as error:  # neither there nor for temporary files can be written
+                    log.warning("plans are not kept: %s", error)
             return self._cache
 
 

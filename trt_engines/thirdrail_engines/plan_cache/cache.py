@@ -23,6 +23,7 @@ from thirdrail_engines.plan_cache.opening import open_layer, open_main, open_scr
 from thirdrail_engines.plan_cache.reading import Damaged, Plan, read_and_hash, read_entry
 from thirdrail_engines.plan_cache.saving import save_entry, write_synced
 from thirdrail_engines.plan_cache.store import NoRoom, Store
+from thirdrail_engines.plan_cache.trust import CacheFolderError
 from thirdrail_engines.plan_cache.workspaces import sweep, workspace_in
 from thirdrail_engines.plans import BuildError, BuildFault, TellProgress
 
@@ -93,6 +94,7 @@ class PlanCache:
         sweep(self._scratch.work)
         with contextlib.ExitStack() as stack:
             with self._disk_errors("a folder to build in"):
+                self._remake_folders()
                 path = stack.enter_context(workspace_in(self._scratch.work))
             yield path
 
@@ -112,6 +114,7 @@ class PlanCache:
 
         with contextlib.ExitStack() as stack:
             with self._disk_errors("a lock"):
+                self._remake_folders()
                 lock = locked_file(
                     self._scratch.locks / key.digest, cancelled=cancelled, waiting=waiting
                 )
@@ -191,6 +194,15 @@ class PlanCache:
     ) -> None:
         self.close()
 
+    def _remake_folders(self) -> None:
+        """Somebody may have emptied the disk since the cache was opened. Raises as that does."""
+        wanted = self._scratch.folders if self._store else (self._scratch.locks, self._scratch.work)
+        if not all(each.is_dir() for each in wanted):
+            if self._store is None:
+                open_scratch()
+            else:
+                open_main(self._scratch.root)
+
     def _read(self, path: Path, key: PlanKey, *, is_main: bool) -> Plan:
         fd = open_folder(path)
         try:
@@ -223,6 +235,8 @@ class PlanCache:
     def _disk_errors(self, what: str) -> Iterator[None]:
         try:
             yield
+        except CacheFolderError as error:
+            raise BuildError(BuildFault.OUT_OF_DISK, str(error)) from None
         except OSError as error:
             where = self._scratch.root
             if error.errno in _FULL:
@@ -231,8 +245,9 @@ class PlanCache:
                     f"there is no space for {what} in {where}: {reason_of(error)}. "
                     "Free some, or lower the cache's limit",
                 ) from None
+            # A disk that broke or can only be read now is no better than a full one.
             raise BuildError(
-                BuildFault.MISSING, f"cannot make {what} in {where}: {reason_of(error)}"
+                BuildFault.OUT_OF_DISK, f"cannot make {what} in {where}: {reason_of(error)}"
             ) from None
 
 

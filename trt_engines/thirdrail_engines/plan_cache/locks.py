@@ -9,6 +9,7 @@ A lock's file is removed by who holds it, so that none is left over. Who gets th
 file notices that the name means another file now, and tries again.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -90,8 +91,9 @@ def _try_lock(path: Path) -> int | None:
     fd = os.open(path, _OPEN_FILE, 0o644)
     try:
         if try_lock(fd) and is_still_at(path, fd):
-            os.ftruncate(fd, 0)
-            os.write(fd, b"%d\n" % os.getpid())
+            with contextlib.suppress(OSError):  # on a full disk nobody is told who has it
+                os.ftruncate(fd, 0)
+                os.write(fd, b"%d\n" % os.getpid())
             return fd
     except BaseException:
         os.close(fd)
