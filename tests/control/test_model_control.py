@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from thirdrail.errors import Internal, InvalidArgument, NotFound, ResourceExhausted, Unavailable
-from thirdrail_server.config import ControlLimits, WorkerConfig
+from thirdrail_server.config import CompileConfig, ControlLimits, MemoryBudget, WorkerConfig
 from thirdrail_server.control_messages import LoadProgress
 from thirdrail_server.front.control.access import ControlIsOff
 from thirdrail_server.front.control.catalog import RELOAD_FAILED
@@ -328,3 +328,43 @@ async def test_a_lane_that_cannot_be_attached_is_a_death_like_any_other(
         plane.worker._attach_lane = fail_once
         await plane.until(plane.catalog.all_ready)
         assert plane.worker.restarts == 1
+
+
+async def test_a_better_engine_that_waits_for_its_turn_is_forgotten_with_the_worker(
+    repository: Any, open_plane: Any
+) -> None:
+    """The model serves again at once, from the engine that needs no build."""
+    names = ("a", "b", "c")
+    for name in names:
+        repository.write(name, "stopgap")
+    one_at_a_time = WorkerConfig(loads_at_once_max=1, compiling=CompileConfig(loads_at_once_max=1))
+    async with open_plane(worker=one_at_a_time) as plane:
+        # Two builds go on for ever, and the third waits to begin.
+        await plane.until(plane.catalog.all_ready)
+        async with asyncio.timeout(5):
+            await plane.kill_worker()
+            await plane.until(lambda: plane.catalog.is_ready("c"))
+
+
+async def test_an_unload_before_the_worker_knows_of_a_build_ends_it(
+    repository: Any, open_plane: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While room is made for the better engine, there is nothing yet that a worker could cancel."""
+    repository.write("m", "stopgap")
+    settings = {"load_models": ("m",), "memory": MemoryBudget(bytes_max=1 << 30), **EXPLICIT}
+    async with open_plane(**settings) as plane:
+        call, is_asked, may_answer = plane.worker.call, asyncio.Event(), asyncio.Event()
+
+        async def held(do: str, *rest: Any) -> Any:
+            if do == "memory" and plane.catalog.is_ready("m"):
+                is_asked.set()
+                await may_answer.wait()
+            elif do == "cancel loads":
+                may_answer.set()
+            return await call(do, *rest)
+
+        monkeypatch.setattr(plane.worker, "call", held)
+        async with asyncio.timeout(5):
+            await is_asked.wait()
+            await plane.control.unload("m")
+        assert plane.reason("m") == "unloaded"

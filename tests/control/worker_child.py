@@ -40,10 +40,13 @@ class Models:
     ) -> LoadedModel:
         name, versions = command.name, command.versions
         self.loads += 1
+        is_stopgap = False
         for _version, path in versions:
             # From another thread, as an engine's loader does.
             await asyncio.to_thread(progress, LoadProgress("building", 1, 2))
-            await _obey(path.read_text().strip().partition(" ")[0])
+            words = path.read_text().strip().partition(" ")[0]
+            is_stopgap = words == "stopgap" and command.takes_stopgap
+            await _obey("forever" if words == "stopgap" and not is_stopgap else words)
         self.names.add(name)
         self.sizes[name] = sum(path.stat().st_size for _version, path in versions)
         complete = ModelConfig(name=name, max_batch_size=4)
@@ -53,7 +56,7 @@ class Models:
             {version: None for version, _path in versions},
             {version: ["x"] for version, _path in versions},
             ["a field has no effect"],
-            {version: VersionEngine("nothing") for version, _path in versions},
+            {version: _engine(is_stopgap=is_stopgap) for version, _path in versions},
         )
 
     def cancel_loads(self, name: str | None) -> None:
@@ -79,6 +82,11 @@ class Models:
             metrics_pb2.ModelCounters(name=name, version=1, requests_ok=self.loads)
             for name in sorted(self.names)
         ]
+
+
+def _engine(*, is_stopgap: bool) -> VersionEngine:
+    reason = "something: compiling" if is_stopgap else ""
+    return VersionEngine("nothing", reason, is_stopgap=is_stopgap)
 
 
 async def _obey(words: str) -> None:

@@ -234,6 +234,7 @@ class ModelControl:
         if names:
             _log.warning("not served until there is a worker again: %s", shortened(names))
         for name, source in aftermath.lost:
+            self._improving.pop(name, None)  # it must serve again before it is improved
             self._load_later(name, source)
 
     # Loading
@@ -254,6 +255,7 @@ class ModelControl:
         versions = [version for version, failure in loaded.versions.items() if failure is None]
         _log.info("model '%s' serves, version %s", name, ", ".join(map(str, versions)))
         if any(engine.is_stopgap for engine in loaded.engines.values()):
+            self._improving[name] = order.source  # now: who loads it next must know
             self._spawn(self._improve(name, order.source))
         return versions
 
@@ -262,7 +264,6 @@ class ModelControl:
 
         Another load, or an unload, comes first and puts an end to this.
         """
-        self._improving[name] = source
         try:
             await self._load(_Order(name, source, is_patient=True, improves=True))
         except WorkerDied as death:
@@ -306,8 +307,7 @@ class ModelControl:
         name, source = order.name, order.source
         progress(LoadProgress("reading"))
         prepared = await self._prepare(order)
-        if order.improves and self._improving.get(name) is not source:
-            raise Cancelled(f"a better engine for '{name}' is not wanted any more")
+        self._refuse_unwanted(order)
         if not self._worker.is_up:
             raise Unavailable(
                 f"failed to load '{name}': worker '{self._worker.name}' is being restarted"
@@ -315,7 +315,7 @@ class ModelControl:
         self._catalog.begin_load(name, dict(prepared.command.versions), self._worker.name)
         self._ledger.begin(name)
         try:
-            loaded = order.settled(await self._load_with_room(prepared, progress))
+            loaded = order.settled(await self._load_with_room(order, prepared, progress))
         except WorkerDied:
             raise
         except Cancelled as error:
@@ -340,6 +340,10 @@ class ModelControl:
                 _log.log(level, "model '%s' version %d is run by %s, not by %s", *facts)
         return loaded, before
 
+    def _refuse_unwanted(self, order: _Order) -> None:
+        if order.improves and self._improving.get(order.name) is not order.source:
+            raise Cancelled(f"a better engine for '{order.name}' is not wanted any more")
+
     async def _prepare(self, order: _Order) -> PreparedLoad:
         name = order.name
         try:
@@ -361,13 +365,16 @@ class ModelControl:
                 f"failed to load '{name}', failed to poll from model repository: {error}"
             ) from None
 
-    async def _load_with_room(self, prepared: PreparedLoad, progress: TellProgress) -> LoadedModel:
+    async def _load_with_room(
+        self, order: _Order, prepared: PreparedLoad, progress: TellProgress
+    ) -> LoadedModel:
         """Once more where it turns out larger than its files are, with the figure that is known
         then. A build never interrupts what serves until it is done."""
         name, may_interrupt = prepared.command.name, prepared.command.takes_stopgap
         need = Need(name, prepared.files_bytes)
         while True:
             async with self._room.made(need, may_interrupt=may_interrupt):
+                self._refuse_unwanted(order)  # the worker cancels nothing that it does not know
                 try:
                     return await self._load_in_worker(prepared, progress)
                 except _TooLarge as error:
