@@ -111,3 +111,40 @@ def test_the_record_is_readable_and_without_a_cache_there_is_none(
     for _ in range(2):
         recorded_proof(plan, HERE, PROFILES, {}, LOOSE, None, prover)
     assert prover.count == 2
+
+
+@pytest.mark.parametrize(
+    "figure",
+    ['"max_abs": NaN', '"max_abs": "0.1"', '"cosine": Infinity', '"equal": null', '"name": 1'],
+)
+def test_figures_that_are_none_prove_nothing(
+    cache: PlanCache, plan: Plan, tmp_path: Path, figure: str
+) -> None:
+    prover = Prover()
+    recorded_proof(plan, HERE, PROFILES, {}, LOOSE, cache, prover)
+    [name] = [path.name for path in (tmp_path / "cache" / "notes" / plan.key.digest).iterdir()]
+    record = json.dumps(prover().to_dict() | {"outputs": "OUTPUTS"})
+    cache.note(plan, name, record.replace('"OUTPUTS"', f'[{{"name": "y", {figure}}}]').encode())
+    assert recorded_proof(plan, HERE, PROFILES, {}, LOOSE, cache, prover).outputs == FIGURES
+
+
+@pytest.mark.parametrize("record", [b"[]", b"[" * 100_000, b'{"outputs": [[]]}'])
+def test_what_is_no_record_proves_nothing(
+    cache: PlanCache, plan: Plan, tmp_path: Path, record: bytes
+) -> None:
+    prover = Prover()
+    recorded_proof(plan, HERE, PROFILES, {}, LOOSE, cache, prover)
+    [name] = [path.name for path in (tmp_path / "cache" / "notes" / plan.key.digest).iterdir()]
+    cache.note(plan, name, record)
+    assert recorded_proof(plan, HERE, PROFILES, {}, LOOSE, cache, prover).outputs == FIGURES
+
+
+@pytest.mark.parametrize(
+    ("figures", "tolerance"),
+    [
+        (OutputFigures("y", compared=1, max_abs=float("nan")), Tolerance(max_abs=0.5)),
+        (OutputFigures("y", compared=1, cosine=float("nan")), Tolerance(cosine=0.5)),
+    ],
+)
+def test_a_nan_is_within_no_bound(figures: OutputFigures, tolerance: Tolerance) -> None:
+    assert not ReferenceProof((figures,), ("run",)).judged(tolerance).is_proven

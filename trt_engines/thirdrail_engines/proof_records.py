@@ -69,10 +69,10 @@ def _record_name(
 
 
 def _read(record: bytes | None) -> ReferenceProof | None:
-    """None for a record that is not there, or that another version wrote."""
+    """None for a record that is not there, or that was not written by this version."""
     if record is None:
         return None
     try:
         return ReferenceProof.from_dict(json.loads(record))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

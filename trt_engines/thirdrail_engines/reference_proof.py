@@ -20,6 +20,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Self
 
 import numpy as np
@@ -81,12 +82,21 @@ class ReferenceProof:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Raises KeyError, TypeError or ValueError for anything that `to_dict` did not write."""
         return cls(
-            outputs=tuple(OutputFigures(**figures) for figures in values["outputs"]),
+            outputs=tuple(_read_figures(figures) for figures in values["outputs"]),
             runs=tuple(values["runs"]),
             skipped=tuple(values["skipped"]),
             failed=str(values["failed"]),
             faults=tuple(values["faults"]),
         )
+
+
+def _read_figures(values: Mapping[str, Any]) -> OutputFigures:
+    for key, value in values.items():
+        if not isinstance(value, str) and not (type(value) in (int, float) and isfinite(value)):
+            raise ValueError(f"{key} is no finite number")
+        if isinstance(value, str) != (key in ("name", "fault")):
+            raise TypeError(f"{key} is of the wrong type")
+    return OutputFigures(**values)
 
 
 def tolerance_for(precision: Precision, spec: EngineSpec, asked: Tolerance) -> Tolerance:
@@ -225,9 +235,9 @@ def _output_faults(output: OutputFigures, tolerance: Tolerance) -> Iterator[str]
         yield f"has {output.not_finite} elements that are NaN or infinite on one side only"
     for key in ("max_abs", "mean_abs", "max_rel", "mean_rel"):
         bound, figure = getattr(tolerance, key), getattr(output, key)
-        if bound is not None and figure > bound:
+        if bound is not None and not figure <= bound:  # a NaN is never within
             yield f"has {key} {figure:.3g}, allowed is {bound:g}"
     for key in ("cosine", "equal"):
         bound, figure = getattr(tolerance, key), getattr(output, key)
-        if bound is not None and figure < bound:
+        if bound is not None and not figure >= bound:
             yield f"has {key} {figure:.6g}, expected at least {bound:g}"
