@@ -130,22 +130,22 @@ class PlanCache:
         """Save a plan that was built, and hand it over, in use. `plan_file` is moved away.
 
         The cache's own fields of the manifest are filled in. A plan that cannot be kept, because
-        the cache is only read or full of plans in use, is handed over with a warning.
-        Raises BuildError: OUT_OF_DISK, or MISSING when the build left no plan there.
+        the cache is only read or full of plans in use, or the disk is full, is handed over with a
+        warning. Raises BuildError MISSING when the build left no plan there.
         """
         plan = _finished(key, plan_file, manifest)
         if self._store is None:
             log.warning("plan %.12s is not kept: the cache is only read", key.digest)
             return plan
-        with self._disk_errors("this plan"):
-            try:
-                self._holds.keep(key.digest, save_entry(self._store, plan, plan_file))
-            except (NoRoom, LockTimeout) as error:
-                log.warning("plan %.12s is not kept: %s", key.digest, error)
-            except OSError as error:
-                if error.errno in _FULL:
-                    raise
-                log.warning("plan %.12s is not kept: %s", key.digest, reason_of(error))
+        try:
+            self._holds.keep(key.digest, save_entry(self._store, plan, plan_file))
+        except (NoRoom, LockTimeout) as error:
+            log.warning("plan %.12s is not kept: %s", key.digest, error)
+        except OSError as error:
+            reason = reason_of(error)
+            if error.errno in _FULL:
+                reason += f" in {self._main.root}. Free some, or lower the cache's limit"
+            log.warning("plan %.12s is not kept: %s", key.digest, reason)
         return plan
 
     def note(self, plan: Plan, name: str, data: bytes) -> None:
