@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 STAMP_ALL := $(VENV)/.installed-all
+# A file's tests stay together: they share servers.
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check format test test-all test-gpu proto demo bench bench-triton clean
@@ -34,10 +36,10 @@ format: $(STAMP) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 test: $(STAMP) ## the fast tests; skips what needs gcc, node or other packages
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-all: $(STAMP_ALL) ## every test; installs what they need, and a skip is a failure
-	$(BIN)/pytest --all
+	$(PYTEST) --all
 
 test-gpu: ## the tests that need a GPU, on a machine that has the packages; without one they say why
 	$(BIN)/pytest -rs tests/gpu

@@ -44,7 +44,9 @@ def versatile_server(
 
 @pytest.fixture(scope="session")
 def versatile_worker(versatile_repository: Path) -> Iterator[RunningWorker]:
-    with running_worker(lanes=3) as running:
+    # One for each way onto a lane; several where tests are spread over processes, which may go
+    # through the ways more than once.
+    with running_worker(lanes=24) as running:
         running.load(versatile_repository)
         yield running
 

@@ -6,8 +6,9 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,14 @@ from support.lane_peer import LanePeer, connect
 os.setgid(int(sys.argv[1])); os.setuid(int(sys.argv[1]))
 print(LanePeer(connect(sys.argv[2])).goodbye().message)
 """
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """One that others may enter, which pytest's own are not."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
 
 
 def config(**limits: object) -> WorkerConfig:
@@ -89,14 +98,10 @@ def test_those_who_are_refused_and_stay_are_bounded(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_by_default_only_the_servers_own_user_may_attach(tmp_path: Path) -> None:
-    path = tmp_path / "cpu.lane"
+def test_by_default_only_the_servers_own_user_may_attach(open_folder: Path) -> None:
+    path = open_folder / "cpu.lane"
     with running_worker(listen=path) as worker:
-        tmp_path.chmod(0o755)
         path.chmod(0o666)
-        for folder in tmp_path.parents:  # as pytest makes them, others may not pass
-            if folder.owner() == tmp_path.owner() and folder.name.startswith("pytest-"):
-                folder.chmod(0o755)
         command = [sys.executable, "-c", CHILD, str(STRANGER), str(path)]
         environment = os.environ | {"PYTHONPATH": str(TESTS)}
         said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
