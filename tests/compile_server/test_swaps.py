@@ -27,14 +27,17 @@ from support.compiled import (
     until_ready,
     write_compiled,
 )
+from support.models import identity, write
 from support.perceptrons import two_layers
 from support.server import RunningServer
 from thirdrail import Client
 from thirdrail.errors import ThirdrailError, Unavailable
 from thirdrail.tensors import Array
+from thirdrail_server.config import CompileConfig, WorkerConfig
 
 CALLERS = 4
 PLAIN, PLAN = "onnxruntime", "onnxruntime plan"
+LOADS_AT_ONCE_MAX = WorkerConfig().loads_at_once_max + CompileConfig().loads_at_once_max
 QUICKLY_S = 5.0  # a build takes a second; these must not wait for one that takes for ever
 
 
@@ -99,6 +102,28 @@ class Load:
                     if not np.allclose(found[name], values, rtol=1e-4, atol=1e-4):
                         self.failures.append(f"{name} is {found[name]}, expected {values}")
                 self.answers += 1
+
+
+def test_models_that_wait_for_their_engines_hold_up_no_other_load(
+    tmp_path: Path, start_server: StartServer
+) -> None:
+    """More of them than there are threads or permits for loads."""
+    folder = tmp_path / "repository"
+    names = [f"m{number}" for number in range(LOADS_AT_ONCE_MAX + 4)]
+    for name in names:
+        write_compiled(folder, name, two_layers(), serve_while_compiling="true")
+    write(folder, "plain", identity())
+    wanted = [f"--load-model={name}" for name in names[:-1]]
+    server = start_server(
+        folder, "--model-control=explicit", f"--cache-dir={tmp_path / 'c'}", *wanted, wait=False
+    )
+    with Client(server.url) as client, held_build(server):
+        for name in names[:-1]:
+            until_ready(client, name)
+        started = time.monotonic()
+        client.load(names[-1])
+        client.load("plain")
+        assert time.monotonic() - started < QUICKLY_S
 
 
 def test_requests_are_answered_while_the_engine_is_built_and_when_it_takes_over(

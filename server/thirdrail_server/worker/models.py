@@ -73,9 +73,10 @@ class ModelTable:
         self._leaving_bytes = 0  # of engines that are out of the table and not yet closed
         self._scale = Scale()
         self._loaders = ThreadPoolExecutor(config.loads_at_once_max, thread_name_prefix="loader")
-        self._builders = ThreadPoolExecutor(
-            config.compiling.loads_at_once_max, thread_name_prefix="builder"
-        )
+        waiting_max = config.compiling.loads_at_once_max
+        self._builders = ThreadPoolExecutor(waiting_max, thread_name_prefix="builder")
+        # Loads of what serves already: however many wait for builds, others get past them.
+        self._improvers = ThreadPoolExecutor(waiting_max, thread_name_prefix="improver")
         self._plans = Plans(config.compiling)
         self._loading: dict[str, set[threading.Event]] = {}  # by model; set: the load is to end
         self._is_stopping = False
@@ -174,7 +175,7 @@ class ModelTable:
         tell: "_Phases",
         cancelled: threading.Event,
     ) -> PreparedVersion:
-        """On a thread of those that load, or of those that wait for builds."""
+        """On a thread of those that load, or of one of the kinds that wait for builds."""
         given, config = command.config or ModelConfig(), self._config
         with blaming(command.name):
             options = compile_options(
@@ -200,7 +201,9 @@ class ModelTable:
                 )
                 return replace(prepared, weight=weighing.end(path.parent))
 
-        threads = self._builders if builds else self._loaders
+        threads = self._loaders
+        if builds:
+            threads = self._builders if command.takes_stopgap else self._improvers
         return await asyncio.get_running_loop().run_in_executor(threads, prepare)
 
     def _require_room(self, prepared: Sequence[PreparedVersion], bytes_max: int) -> None:

@@ -105,7 +105,10 @@ class ModelControl:
         self._worker = worker
         self._turns = Turns(config.control.waiting_per_model_max)
         worker_loads_max = config.worker.loads_at_once_max
-        self._gate = LoadGate(worker_loads_max + config.worker.compiling.loads_at_once_max)
+        compiling_loads_max = config.worker.compiling.loads_at_once_max
+        self._gate = LoadGate(worker_loads_max + compiling_loads_max)
+        # Of their own: they wait for builds, for which nobody else shall wait.
+        self._improvements = LoadGate(compiling_loads_max)
         self._ledger: LoadLedger[LoadSource] = LoadLedger()
         self._uploads = Uploads(config.control.upload_files_max, config.upload_bytes_max)
         self._counters = CounterBook()
@@ -283,7 +286,8 @@ class ModelControl:
         while True:
             if is_patient:
                 await self._worker.wait_until_up()
-            async with self._gate.alone() if is_alone else self._gate.shared():
+            gate = self._improvements if order.improves else self._gate
+            async with gate.alone() if is_alone else gate.shared():
                 if is_patient and not self._worker.is_up:
                     continue
                 try:
