@@ -10,6 +10,9 @@ from thirdrail_engines.cuda.identity import DeviceFacts
 from thirdrail_engines.plans import Builder, PlanRequest, Precision, Profile
 
 _TORCHSCRIPT = ".pt"
+# Of our own conversion, in precision/. Raised when it decides differently: a plan that was made by
+# other rules is then another plan.
+_CONVERSION_RULES = 1
 
 
 def onnxruntime_version() -> str:
@@ -37,6 +40,7 @@ def onnxruntime_request(
         builder=Builder.ONNXRUNTIME,
         builder_version=onnxruntime_version(),
         precision=precision,
+        converter=_converter(precision),
         profiles=tuple(Profile(inputs) for inputs in profiles),
         target=cpu_target(),
         threads_max=threads_max,
@@ -70,6 +74,7 @@ def tensorrt_request(
         builder=builder,
         builder_version=version,
         precision=wanted.precision,
+        converter=_converter(wanted.precision),
         profiles=tuple(profiles),
         compute_capabilities=names,
         target=_gpu(device) if device and builder is Builder.TENSORRT else "",
@@ -80,6 +85,13 @@ def tensorrt_request(
         plugins=tuple(path.parent / plugin for plugin in wanted.plugins),
         uses_timing_cache=wanted.uses_timing_cache,
     )
+
+
+def _converter(precision: Precision) -> str:
+    """ONNX Runtime's converter decides what stays in FP32, and we."""
+    if precision is Precision.AS_IS:
+        return ""
+    return f"rules {_CONVERSION_RULES}, onnxruntime {onnxruntime_version()}"
 
 
 def driver_text(device: DeviceFacts) -> str:

@@ -73,6 +73,7 @@ def write_order(order: Order) -> bytes:
             "builder": request.builder,
             "builder_version": request.builder_version,
             "precision": request.precision,
+            "converter": request.converter,
             "profiles": [_plain_profile(profile) for profile in request.profiles],
             "compute_capabilities": request.compute_capabilities,
             "target": request.target,
