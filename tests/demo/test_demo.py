@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,12 +26,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def temporary(tmp_path: Path) -> Iterator[Path]:
-    """Where the demo has to put whatever it needs for a while; must be empty afterwards."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    yield folder
-    assert list(folder.iterdir()) == []
+def temporary() -> Iterator[Path]:
+    """Where the demo has to put whatever it needs for a while; must be empty afterwards. Not below
+    pytest's folders, whose names leave a socket's little room."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+        assert os.listdir(name) == []
 
 
 def start_demo(models: Path, temporary: Path) -> subprocess.Popen[str]:
