@@ -62,10 +62,10 @@ class PlanRequest:
     builder: Builder
     builder_version: str  # of the package
     precision: Precision = Precision.AS_IS
-    converter: str = ""  # what converts it to that precision, and its version; "" for AS_IS
     profiles: tuple[Profile, ...] = ()
     compute_capabilities: tuple[str, ...] = ()  # "sm86"; none: the GPU at hand
     target: str = ""
+    converter: str = ""  # what made the precision, and its version; "" for AS_IS
     workspace_bytes: int | None = None
     optimization_level: int | None = None
     is_version_compatible: bool = False
