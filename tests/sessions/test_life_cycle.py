@@ -94,7 +94,7 @@ TestLife.settings = settings(max_examples=200, stateful_step_count=20, deadline=
 def small_worker(repository: Path, folder: Path) -> Iterator[RunningWorker]:
     config = WorkerConfig(
         lane=LaneLimits(input_arena_bytes_max=4 << 20, output_arena_bytes_max=4 << 20),
-        sessions=SessionLimits(sessions_per_uid_max=5, tokens_pending_max=4),
+        sessions=SessionLimits(sessions_per_uid_max=10, tokens_pending_max=4),
     )
     with running_worker(config, listen=folder / "cpu.lane") as worker:
         worker.load(repository, "identity_fp32")

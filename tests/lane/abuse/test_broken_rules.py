@@ -98,8 +98,12 @@ def test_file_descriptors_are_not_taken(worker: RunningWorker, peer: LanePeer) -
     assert worker.fd_count() <= before
 
 
-def test_memory_asked_for_twice_at_a_time_ends_the_session(peer: LanePeer) -> None:
+def test_memory_asked_for_twice_at_a_time_ends_the_session(
+    worker: RunningWorker, peer: LanePeer
+) -> None:
+    os.kill(worker.process.pid, signal.SIGSTOP)  # else it may have answered before the second
     peer.send(*[Request(grow=lane_pb2.GrowRequest(size=MIB))] * 2)
+    os.kill(worker.process.pid, signal.SIGCONT)
     assert peer.goodbye().message == "input memory is asked for twice at a time"
 
 
