@@ -22,6 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from support.killable import until
 from support.lane_peer import LanePeer, Request, X, by_ref, infer
 from support.worker import RunningWorker, running_worker
 from thirdrail.v1 import lane_pb2
@@ -94,7 +95,7 @@ TestLife.settings = settings(max_examples=200, stateful_step_count=20, deadline=
 def small_worker(repository: Path, folder: Path) -> Iterator[RunningWorker]:
     config = WorkerConfig(
         lane=LaneLimits(input_arena_bytes_max=4 << 20, output_arena_bytes_max=4 << 20),
-        sessions=SessionLimits(sessions_per_uid_max=10, tokens_pending_max=4),
+        sessions=SessionLimits(sessions_per_uid_max=5, tokens_pending_max=4),
     )
     with running_worker(config, listen=folder / "cpu.lane") as worker:
         worker.load(repository, "identity_fp32")
@@ -117,6 +118,8 @@ class SessionMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.live) < 5)
     @rule(target=peers)
     def attach(self) -> LanePeer:
+        # Whoever has hung up counts until the worker has noticed.
+        until(lambda: len(self.worker.sessions()) <= len(self.live), self.worker.sessions)
         peer = self.worker.peer()
         self.live.append(peer)
         self.held[peer] = []
