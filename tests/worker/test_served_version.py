@@ -215,6 +215,25 @@ async def test_instances_run_beside_each_other_and_no_further(serving: Serving) 
         assert names == {f"{served.version.spec.model}/1#{number}" for number in (0, 1)}
 
 
+async def test_a_version_is_idle_as_soon_as_the_last_answer_is_out(serving: Serving) -> None:
+    """Whoever got it may ask for the model's room at once, before the loop does."""
+    async with serving(identity()) as served:
+        idle: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def answer(_call: Call, _ending: Ending) -> None:
+            idle.get_loop().call_soon_threadsafe(idle.set_result, served.version.is_idle)
+
+        member = served.session.member(served.version.spec, X)
+        now_ns = time.monotonic_ns()
+        call = Call(member, served.version, lambda _call, _ending: None, now_ns, answer)
+        served.engine.gate.clear()
+        served.version.submit(call, flow=0, priority=0, timeout_us=0, now_ns=now_ns)
+        await served.entered()
+        assert not served.version.is_idle
+        served.engine.gate.set()
+        assert await idle
+
+
 # Time
 
 DELAY_NS = 100_000_000

@@ -162,6 +162,10 @@ class Scheduler:
         return len(self._live) - self._queue.count
 
     @property
+    def busy_instances(self) -> int:
+        return len(self._running)
+
+    @property
     def is_idle(self) -> bool:
         """Nothing waits and no instance is busy, not even for cancelled requests."""
         return not self._queue.count and not self._running

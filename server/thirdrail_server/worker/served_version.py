@@ -142,6 +142,7 @@ class ServedVersion:
         self._loop = asyncio.get_running_loop()
         self._alarm = Alarm(self._loop, self._on_alarm)
         self._idle: asyncio.Future[None] | None = None
+        self._answered: set[Batch] = set()  # still running, for all the loop knows
         self._actions: deque[Action] = deque()
         self._is_performing = False
 
@@ -151,8 +152,12 @@ class ServedVersion:
 
     @property
     def is_idle(self) -> bool:
-        """No request waits or runs."""
-        return self._scheduler.is_idle
+        """No request waits, and each that runs has its answer.
+
+        Who got it may ask for the model's room before the loop has heard that the run is over.
+        """
+        waiting, busy = self._scheduler.queued_count, self._scheduler.busy_instances
+        return not waiting and busy == len(self._answered)
 
     @property
     def used_ms(self) -> int:
@@ -330,6 +335,7 @@ class ServedVersion:
             execution.is_answered = True
             self._count_run(batch, execution)
             self._count(call.member, outcome, call.arrived_ns, call.started_ns)
+            self._answered.add(batch)
             call.on_run(call, _ending_of(call, outcome, execution, batch.rows))
         try:
             self._loop.call_soon_threadsafe(self._finished, batch, execution)
@@ -338,6 +344,7 @@ class ServedVersion:
 
     def _finished(self, batch: Batch, execution: Execution) -> None:
         now_ns = time.monotonic_ns()
+        self._answered.discard(batch)
         input_bytes = batch.members[0].key.member.request.input_bytes
         if self._place.on_loop and input_bytes > INLINE_INPUT_BYTES_MAX:
             self._large_runs.note(input_bytes, execution.total_ns)
