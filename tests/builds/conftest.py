@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from support import models
+from support.open_files import open_files, opened_since
 from thirdrail_engines.builds import BuildLimits, BuiltPlan, process_tree, run_build
 from thirdrail_engines.plans import Builder, PlanRequest
 
@@ -41,10 +42,10 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
     """No test leaves a process behind, nor a descriptor."""
-    processes, descriptors = process_tree.members(os.getpid()), os.listdir("/proc/self/fd")
+    processes, files = process_tree.members(os.getpid()), open_files()
     yield
     assert len(process_tree.members(os.getpid())) <= len(processes)
-    assert len(os.listdir("/proc/self/fd")) <= len(descriptors)
+    assert opened_since(files) == []
 
 
 @pytest.fixture

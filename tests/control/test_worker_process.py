@@ -10,18 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from support.open_files import open_files, opened_since
 from thirdrail_server.control_channel import ChannelLimits, open_channel
 from thirdrail_server.front.control.worker_process import exit_text, start_worker
 
 WORKER = (sys.executable, str(Path(__file__).with_name("worker_child.py")))
 
 
-def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 async def test_a_worker_ends_when_its_channel_is_closed() -> None:
-    before = open_fds()
+    before = open_files()
     worker = start_worker((), WORKER)
     channel = await open_channel(worker.control, ChannelLimits())
     assert set(await channel.call("status")) == {"status"}
@@ -30,7 +27,7 @@ async def test_a_worker_ends_when_its_channel_is_closed() -> None:
     assert await worker.stop(grace_s=30) == "exit status 0"
     worker.lane.close()
     assert not psutil.pid_exists(worker.pid)
-    assert open_fds() == before
+    assert opened_since(before) == []
 
 
 async def test_a_killed_worker_is_noticed_and_reaped() -> None:
@@ -66,10 +63,10 @@ async def test_one_who_gives_up_waiting_does_not_end_it_for_the_others() -> None
 
 
 async def test_a_command_that_does_not_exist_leaves_nothing_open() -> None:
-    before = open_fds()
+    before = open_files()
     with pytest.raises(OSError, match="No such file"):
         start_worker((), ("/no/such/program",))
-    assert open_fds() == before
+    assert opened_since(before) == []
 
 
 def test_how_a_process_ended_in_words() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from support.open_files import open_files, opened_since
 from thirdrail_server.inference.grpc_service_pb2 import (
     DataType,
     ModelConfig,
@@ -167,7 +168,7 @@ def test_read_bounded_at_the_bound(tmp_path: Path) -> None:
 
 
 def test_a_refused_read_leaves_no_descriptor_open(tmp_path: Path) -> None:
-    before = os.listdir("/proc/self/fd")
+    before = open_files()
     with pytest.raises(RepositoryError, match="the file is not a regular file"):
         read_bounded(tmp_path, 4, "the file")
-    assert os.listdir("/proc/self/fd") == before
+    assert opened_since(before) == []

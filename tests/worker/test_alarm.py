@@ -2,9 +2,9 @@
 """The worker's alarm: rings once, when it should, and not when it was set anew."""
 
 import asyncio
-import os
 import time
 
+from support.open_files import open_files, opened_since
 from thirdrail_server.worker.alarm import Alarm
 
 MS = 1_000_000
@@ -49,9 +49,9 @@ def test_it_can_be_set_again_after_it_rang() -> None:
 
 
 def test_closing_leaves_no_descriptor() -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     rings_of((1, 0.01))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert opened_since(before) == []
 
 
 def test_a_closed_alarm_never_rings() -> None:
