@@ -8,7 +8,7 @@ STAMP_ALL := $(VENV)/.installed-all
 PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-all test-gpu proto demo bench bench-triton clean
+.PHONY: help setup check format test test-all test-rest test-gpu proto demo bench bench-triton clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -40,6 +40,9 @@ test: $(STAMP) ## the fast tests; skips what needs gcc, node or other packages
 
 test-all: $(STAMP_ALL) ## every test; installs what they need, and a skip is a failure
 	$(PYTEST) --all
+
+test-rest: $(STAMP_ALL) ## of test-all, only what make test leaves out
+	$(PYTEST) --rest
 
 test-gpu: ## the tests that need a GPU, on a machine that has the packages; without one they say why
 	$(BIN)/pytest -rs tests/gpu

@@ -33,6 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the slow tests and those that install compilers or other people's packages; "
         "a skip is then a failure, except in tests/gpu",
     )
+    parser.addoption(
+        "--rest",
+        action="store_true",
+        help="of --all, only the tests that do not run without it",
+    )
 
 
 def pytest_configure() -> None:
@@ -41,21 +46,31 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def runs_all(config: pytest.Config) -> bool:
+    return bool(config.getoption("--all") or config.getoption("--rest"))
+
+
+def needs(item: pytest.Item) -> list[str]:
+    """What keeps a test out of `make test`."""
+    return [name for name in NEEDS_ALL if item.get_closest_marker(name)]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--all"):
-        return
-    for item in items:
-        names = [name for name in NEEDS_ALL if item.get_closest_marker(name)]
-        if names:
-            reason = f"{', '.join(names)}: runs with make test-all"
-            item.add_marker(pytest.mark.skip(reason=reason))
+    if config.getoption("--rest"):
+        config.hook.pytest_deselected(items=[item for item in items if not needs(item)])
+        items[:] = [item for item in items if needs(item)]
+    elif not runs_all(config):
+        for item in items:
+            if names := needs(item):
+                reason = f"{', '.join(names)}: runs with make test-all"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield
     is_gpu = "gpu" in item.path.parts
-    if report.skipped and item.config.getoption("--all") and not is_gpu:  # type: ignore[attr-defined]
+    if report.skipped and runs_all(item.config) and not is_gpu:  # type: ignore[attr-defined]
         report.outcome = "failed"  # type: ignore[attr-defined]
         report.longrepr = f"skipped under --all: {report.longrepr}"  # type: ignore[attr-defined]
     return report

@@ -95,13 +95,13 @@ def is_foreign(found: Array) -> bool:
     return bool(found.min() < FLOAT_BYTES[0] or found.max() > FLOAT_BYTES[1])
 
 
+@pytest.mark.parametrize("runs_min", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("operator", sorted(STEERED))
 def test_a_scribbling_client_learns_nothing_and_breaks_nothing(
-    request: pytest.FixtureRequest, prepare_model: Prepare, session: Session, operator: str
+    prepare_model: Prepare, session: Session, operator: str, runs_min: int
 ) -> None:
     prepared = prepare_model(steered(operator))
     contents = STEERED[operator]
-    runs_min = 10_000 if request.config.getoption("--all") else 1000
     runs = answered = 0
     fd = session.input_fd
     with scribbled(fd, session.input.total_bytes, contents) as scribbling:
