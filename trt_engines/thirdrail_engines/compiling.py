@@ -10,10 +10,12 @@ handed over unsaved.
 import logging
 import tempfile
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from thirdrail_engines.build_timings import BuildTimings
 from thirdrail_engines.builds import BuildLimits, BuiltPlan, run_build
 from thirdrail_engines.cuda.device import Device
 from thirdrail_engines.cuda.engine import CudaOptions
@@ -77,11 +79,14 @@ def compile_plan(request: PlanRequest, services: CompileServices) -> tuple[Plan,
 
 def _built(request: PlanRequest, key: PlanKey, cache: PlanCache, services: CompileServices) -> Plan:
     with cache.workspace() as folder:
+        timings = BuildTimings(cache, request, folder)
+        timings.lay_out()
         built = run_build(request, folder, services.limits, services.tell, services.cancelled)
+        timings.take_back()
         _check_unchanged(request, key)
         for warning in built.warnings:
             _log.warning("%s: %s", request.source.name, warning)
-        return cache.put(key, built.plan, _manifest(request, built))
+        return cache.put(key, built.plan, _manifest(request, built, timings.figures))
 
 
 def _built_unsaved(request: PlanRequest, key: PlanKey, services: CompileServices) -> Plan:
@@ -118,7 +123,9 @@ def _check_unchanged(request: PlanRequest, key: PlanKey) -> None:
         )
 
 
-def _manifest(request: PlanRequest, built: BuiltPlan) -> Manifest:
+def _manifest(
+    request: PlanRequest, built: BuiltPlan, timings: Mapping[str, int] | None
+) -> Manifest:
     return Manifest(
         source=str(request.source),
         built_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -136,4 +143,5 @@ def _manifest(request: PlanRequest, built: BuiltPlan) -> Manifest:
         ],
         precision=built.conversion,
         warnings=built.warnings,
+        timing_cache=timings,
     )

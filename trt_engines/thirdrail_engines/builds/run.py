@@ -47,7 +47,8 @@ def run_build(
 ) -> BuiltPlan:
     """Build a plan in a process of its own. Takes as long as that does, and holds this thread.
 
-    folder: private and empty; what is left in it besides the plan is of no use.
+    folder: private, and empty but for the timings that a build may begin with; what is left in it
+        besides those and the plan is of no use.
     tell: called from this thread.
     command: what to run; the number of this process and the niceness are put behind it.
 

@@ -6,6 +6,7 @@ built anew.
 
     plans/KEY/plan, plans/KEY/manifest.json   an entry; the folder's mtime: its last use
     notes/KEY/NAME                            small things learnt about a plan on this machine
+    timings/NAME                              what TensorRT measured of kernels, for later builds
     locks/KEY                                 held by who builds that plan
     locks/changing                            held while entries come and go
     work/                                     unfinished and removed things; who uses one holds it

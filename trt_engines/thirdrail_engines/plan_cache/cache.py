@@ -23,6 +23,7 @@ from thirdrail_engines.plan_cache.opening import open_layer, open_main, open_scr
 from thirdrail_engines.plan_cache.reading import Damaged, Plan, read_and_hash, read_entry
 from thirdrail_engines.plan_cache.saving import save_entry, write_synced
 from thirdrail_engines.plan_cache.store import NoRoom, Store
+from thirdrail_engines.plan_cache.timings import Timings
 from thirdrail_engines.plan_cache.trust import CacheFolderError
 from thirdrail_engines.plan_cache.workspaces import sweep, workspace_in
 from thirdrail_engines.plans import BuildError, BuildFault, TellProgress
@@ -54,6 +55,7 @@ class PlanCache:
         self._store = Store(main, bytes_max) if main else None
         self._scratch = main or open_scratch()
         self._holds = Holds()
+        self.timings = Timings([each.timings for each in (self._main, *self._layers)], main)
         sweep(self._scratch.work)
 
     def has(self, key: PlanKey) -> bool:

@@ -30,6 +30,11 @@ class Layout:
         return self.root / "locks"
 
     @property
+    def timings(self) -> Path:
+        """Made when the first are kept."""
+        return self.root / "timings"
+
+    @property
     def work(self) -> Path:
         return self.root / "work"
 

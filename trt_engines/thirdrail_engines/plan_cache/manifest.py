@@ -28,6 +28,7 @@ class Manifest:
     tensors: Sequence[Mapping[str, Any]] = ()  # name, direction, type, shape
     precision: Mapping[str, Any] | None = None  # the report of a conversion
     warnings: Sequence[str] = ()
+    timing_cache: Mapping[str, int] | None = None  # bytes of it; None where the build used none
     # From here on the cache's.
     format: int = MANIFEST_FORMAT
     key: str = ""
@@ -100,6 +101,9 @@ _CHECKS: dict[str, Any] = {
     "tensors": _is_list_of(_is_object),
     "precision": lambda value: value is None or _is_object(value),
     "warnings": _is_list_of(_is_text),
+    "timing_cache": lambda value: (
+        value is None or (_is_object(value) and all(map(_is_count, value.values())))
+    ),
     "format": _is_count,
     "key": _is_text,
     "key_parts": lambda value: _is_object(value) and all(map(_is_text, value.values())),

@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from thirdrail_engines import build_timings
 from thirdrail_engines.builds.result import Built, PlanTensor
 from thirdrail_engines.plans import BuildError, BuildFault, PlanRequest, TellProgress
 from thirdrail_engines.tensorrt import native as t
@@ -24,7 +25,6 @@ from thirdrail_engines.tensorrt.refusals import (
 from thirdrail_engines.tensorrt.shapes import profile_fault
 
 PLAN_NAME = "model.plan"
-TIMING_CACHE_NAME = "timing.cache"  # used if it is in the folder, and left there for later builds
 
 _WARNINGS_MAX = 10
 
@@ -170,17 +170,19 @@ class _Bench:
             raise self._refused("the model", builder_refusal(self._errors(), known))
         if times:
             timings: t.ITimingCache = config.get_timing_cache()
-            (self._folder / TIMING_CACHE_NAME).write_bytes(memoryview(timings.serialize()))
+            path = self._folder / build_timings.FILE_NAME
+            path.write_bytes(memoryview(timings.serialize()))
         return plan
 
     def _set_timings(self, config: t.IBuilderConfig) -> None:
-        path = self._folder / TIMING_CACHE_NAME
-        timings: t.ITimingCache = config.create_timing_cache(
-            path.read_bytes() if path.is_file() else b""
-        )
-        if timings is None:  # of another version, or damaged
-            timings = config.create_timing_cache(b"")
-        config.set_timing_cache(timings, False)
+        """Begin with those of earlier builds, unless the package refuses them."""
+        path = self._folder / build_timings.FILE_NAME
+        if data := path.read_bytes() if path.is_file() else b"":
+            earlier: t.ITimingCache | None = config.create_timing_cache(data)
+            if earlier is not None and config.set_timing_cache(earlier, False):
+                return
+            self._messages.add("WARNING", "the timings of earlier builds do not fit, and are new")
+        config.set_timing_cache(config.create_timing_cache(b""), False)
 
     def _warnings(self) -> list[str]:
         """What TensorRT itself warned of, each once."""
