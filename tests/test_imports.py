@@ -20,6 +20,7 @@ ALLOWED = {
         "thirdrail.tensors",
         "thirdrail.dtypes",
         "thirdrail.errors",
+        "thirdrail.device",  # what both ends of shared device memory agree on
         "thirdrail._version",
     ),
     "thirdrail_server": ("thirdrail", "thirdrail_engines", "thirdrail_server"),

@@ -10,6 +10,7 @@ any later call; a sticky one (DeviceLost) comes up in every later call.
 All methods may be called from any thread. Blocking ones let other Python threads run.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -112,6 +113,57 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
+class SharedMemory(Protocol):
+    """Device memory that other processes can map, by a file descriptor."""
+
+    @property
+    def address(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def export(self) -> int:
+        """A new file descriptor, which the caller sends and closes."""
+        ...
+
+    def close(self) -> None:
+        """No work of this process may use it any more. Others' mappings stay."""
+        ...
+
+
+class SharedEvents(Protocol):
+    """Triples of events for another process and this one, by place; see event_ring.py.
+
+    The other process can record all of them where they are a GPU's: what this process relies on,
+    it learns from events of its own.
+    """
+
+    @property
+    def in_ready(self) -> Sequence[Event]:
+        """Recorded by the other process."""
+        ...
+
+    @property
+    def out_done(self) -> Sequence[Event]: ...
+
+    @property
+    def consumed(self) -> Sequence[Event]:
+        """Recorded by the other process."""
+        ...
+
+    @property
+    def handles(self) -> bytes:
+        """What the other process opens them by: of 64 bytes each, in the order above; none where
+        descriptors say all."""
+        ...
+
+    def export(self) -> list[int]:
+        """New file descriptors that go with the handles, which the caller sends and closes."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class Device(Protocol):
     @property
     def facts(self) -> DeviceFacts: ...
@@ -140,6 +192,14 @@ class Device(Protocol):
     def new_stream(self) -> Stream: ...
 
     def new_event(self) -> Event: ...
+
+    def share_memory(self, nbytes: int) -> SharedMemory:
+        """At least so many bytes, all zero. Raises OutOfDeviceMemory, CudaError, DeviceLost."""
+        ...
+
+    def share_events(self, places: int) -> SharedEvents:
+        """Raises CudaError, DeviceLost."""
+        ...
 
     def check(self) -> None:
         """Raises DeviceLost if the device is. Returns at once otherwise."""

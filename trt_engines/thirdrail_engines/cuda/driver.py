@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 
 from thirdrail.tensors import Array
-from thirdrail_engines.cuda.device import Capabilities, Event, Graph, MemoryFigures, PinnedMemory
+from thirdrail_engines.cuda.device import (
+    Capabilities,
+    Event,
+    Graph,
+    MemoryFigures,
+    PinnedMemory,
+    SharedEvents,
+    SharedMemory,
+)
 from thirdrail_engines.cuda.errors import CudaError, DeviceFault, error_of
 from thirdrail_engines.cuda.identity import DeviceFacts, choose_device, uuid_text
 from thirdrail_engines.plans import BuildError, BuildFault
@@ -201,6 +209,16 @@ class DriverDevice:
     def new_event(self) -> "DriverEvent":
         return DriverEvent(self)
 
+    def share_memory(self, nbytes: int) -> SharedMemory:
+        from thirdrail_engines.cuda.chunks import SharedChunk  # which is made of this module
+
+        return SharedChunk.create(self, nbytes)
+
+    def share_events(self, places: int) -> SharedEvents:
+        from thirdrail_engines.cuda.driver_events import DriverEvents
+
+        return DriverEvents(self, places)
+
     def check(self) -> None:
         self.call("cuMemGetInfo")  # answers at once, and with the sticky error if there is one
 
@@ -209,15 +227,16 @@ class DriverDevice:
 
 
 class DriverEvent:
-    """See Event."""
+    """See Event. is_shared: another process can open it."""
 
-    def __init__(self, device: DriverDevice) -> None:
+    def __init__(self, device: DriverDevice, *, is_shared: bool = False) -> None:
         self._device = device
         flags = device.names.CUevent_flags
         # Blocking: a thread that spins takes a core from those that have something to do.
-        self.native: Any = device.call(
-            "cuEventCreate", flags.CU_EVENT_DISABLE_TIMING | flags.CU_EVENT_BLOCKING_SYNC
-        )
+        wanted = flags.CU_EVENT_DISABLE_TIMING | flags.CU_EVENT_BLOCKING_SYNC
+        if is_shared:
+            wanted |= flags.CU_EVENT_INTERPROCESS
+        self.native: Any = device.call("cuEventCreate", wanted)
 
     @property
     def handle(self) -> int:

@@ -8,10 +8,13 @@ errors. It can be made to fail, and to hold back a stream's work until a test le
 
 import itertools
 
+from thirdrail.device.twin import TwinMemory
 from thirdrail.tensors import Array
 from thirdrail_engines.cuda.device import Capabilities, MemoryFigures, PinnedMemory
 from thirdrail_engines.cuda.errors import STICKY, error_of
 from thirdrail_engines.cuda.identity import DeviceFacts
+from thirdrail_engines.cuda.sharing import chunk_bytes
+from thirdrail_engines.cuda.twin_events import TwinEvents
 from thirdrail_engines.cuda.twin_memory import Room
 from thirdrail_engines.cuda.twin_stream import TwinEvent, TwinStream
 
@@ -24,6 +27,29 @@ TWIN_FACTS = DeviceFacts(
     memory_bytes=64 << 20,
     driver=(13, 0),
 )
+
+
+GRANULARITY_BYTES = 2 << 20  # of shared memory, as on today's GPUs
+
+
+class SharedTwinMemory:
+    """See SharedMemory."""
+
+    def __init__(self, room: Room, nbytes: int) -> None:
+        memory = TwinMemory.create(chunk_bytes(nbytes, GRANULARITY_BYTES))
+        try:
+            room.adopt(PinnedMemory(memory.address, memory.view), "cuMemCreate")
+        except BaseException:
+            memory.close()
+            raise
+        self._room = room
+        self._memory = memory
+        self.address, self.nbytes = memory.address, memory.nbytes
+        self.export = memory.export
+
+    def close(self) -> None:
+        self._room.let_go(self.address)
+        self._memory.close()
 
 
 class TwinDevice:
@@ -83,6 +109,14 @@ class TwinDevice:
     def new_event(self) -> "TwinEvent":
         self.enter("cuEventCreate")
         return TwinEvent(self, next(self._handles))
+
+    def share_memory(self, nbytes: int) -> SharedTwinMemory:
+        self.enter("cuMemCreate")
+        return SharedTwinMemory(self._room, nbytes)
+
+    def share_events(self, places: int) -> TwinEvents:
+        self.enter("cuIpcGetEventHandle")
+        return TwinEvents(self, places, self._handles)
 
     def check(self) -> None:
         self.enter("cuMemGetInfo")

@@ -39,7 +39,21 @@ class Room:
         whole = np.full(nbytes + ALIGNMENT_BYTES, 0xA5, np.uint8)
         start = -whole.ctypes.data % ALIGNMENT_BYTES
         view = whole[start : start + nbytes]
-        memory = PinnedMemory(view.ctypes.data, view)
+        return self._keep(PinnedMemory(view.ctypes.data, view))
+
+    def adopt(self, memory: PinnedMemory, call: str) -> None:
+        """Memory that was made elsewhere counts as taken here."""
+        if memory.view.nbytes > self.free_bytes:
+            raise error_of("CUDA_ERROR_OUT_OF_MEMORY", call)
+        self._keep(memory)
+
+    def let_go(self, address: int) -> None:
+        """Of what was adopted; what it holds stays as it is, for others may have it."""
+        with self._lock:
+            del self._taken[address]
+            self._starts = sorted(self._taken)
+
+    def _keep(self, memory: PinnedMemory) -> PinnedMemory:
         with self._lock:
             self._taken[memory.address] = memory
             self._starts = sorted(self._taken)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from thirdrail.device.twin import TwinCounters, TwinRecord
 from thirdrail_engines.cuda.device import Event, Graph
 from thirdrail_engines.engine import EngineError
 
@@ -16,19 +17,38 @@ if TYPE_CHECKING:
     from thirdrail_engines.cuda.twin import TwinDevice
 
 Work = Callable[[], None]
+Record = threading.Event | TwinRecord
 
 
 class TwinEvent:
-    """See Event."""
+    """See Event. shared: its counters, and its number there, for an event of two processes."""
 
-    def __init__(self, device: "TwinDevice", handle: int) -> None:
+    def __init__(
+        self, device: "TwinDevice", handle: int, shared: tuple[TwinCounters, int] | None = None
+    ) -> None:
         self._device = device
         self._handle = handle
-        self.last_record: threading.Event | None = None
+        self._shared = shared
+        self._last_record: Record | None = None
 
     @property
     def handle(self) -> int:
         return self._handle
+
+    @property
+    def last_record(self) -> Record | None:
+        if self._shared is None:
+            return self._last_record
+        counters, number = self._shared
+        return counters.last_record(number)
+
+    def new_record(self) -> Record:
+        """To be set when the work before it is done."""
+        if self._shared is not None:
+            counters, number = self._shared
+            return counters.record(number)
+        self._last_record = threading.Event()
+        return self._last_record
 
     def is_done(self) -> bool:
         self._device.enter("cuEventQuery")
@@ -65,7 +85,7 @@ class TwinStream:
     def __init__(self, device: "TwinDevice", handle: int) -> None:
         self._device = device
         self._handle = handle
-        self._work: queue.SimpleQueue[Work | threading.Event | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Work | Record | None] = queue.SimpleQueue()
         self._gate = threading.Event()
         self._gate.set()
         self._capture: TwinGraph | None = None
@@ -105,8 +125,7 @@ class TwinStream:
         assert isinstance(event, TwinEvent)
         self._device.enter("cuEventRecord")
         assert self._capture is None, "events are no part of what we capture"
-        event.last_record = threading.Event()
-        self._work.put(event.last_record)
+        self._work.put(event.new_record())
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, TwinEvent)
@@ -182,7 +201,7 @@ class TwinStream:
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
             self._gate.wait()
-            if isinstance(work, threading.Event):
+            if isinstance(work, Record):
                 work.set()  # also after a failure: nobody waits for ever
             elif not self._device.is_lost:
                 self._do(work)
@@ -194,7 +213,7 @@ class TwinStream:
             self._device.fail("CUDA_ERROR_ILLEGAL_ADDRESS")
 
 
-def _wait_for(record: threading.Event, device: "TwinDevice") -> None:
+def _wait_for(record: Record, device: "TwinDevice") -> None:
     while not record.wait(0.05):
         if device.is_lost:
             return
