@@ -25,16 +25,17 @@ from thirdrail_server import exit_codes
 def server(tmp_path: Path) -> Iterator[RunningServer]:
     repository = tmp_path / "models"
     write(repository, "twin_gather", gather())
+    write(repository, "twin_stuck", gather())
     write(repository, "identity", identity())
     write(repository, "slow", slow())
     with running_server(repository, tmp_path / "server", module="support.twin_server") as running:
         yield running
 
 
-def pick(channel: grpc.Channel, index: int) -> list[float]:
+def pick(channel: grpc.Channel, index: int, model: str = "twin_gather") -> list[float]:
     inputs = [tensor_of_array("index", np.array([index], np.int64))]
-    request = pb.InferRequest(model_name="twin_gather", inputs=inputs)
-    response = inference_pb2_grpc.InferenceStub(channel).Infer(request, timeout=10)
+    request = pb.InferRequest(model_name=model, inputs=inputs)
+    response = inference_pb2_grpc.InferenceStub(channel).Infer(request, timeout=30)
     return list(array_of_tensor(response.outputs[0]))
 
 
@@ -63,3 +64,17 @@ def test_a_sticky_error_restarts_the_worker_and_the_models_come_back(
     assert log.count("the device was lost: ") >= 1
     status = exit_codes.DEVICE_LOST
     assert f"worker 'cpu' died: exit status {status} (the device was lost); restarting in" in log
+
+
+def test_a_run_that_never_ends_is_a_lost_device(server: RunningServer) -> None:
+    with server.channel() as channel:
+        assert pick(channel, 2, "twin_stuck") == [12]
+        with pytest.raises(grpc.RpcError) as caught:
+            pick(channel, 3, "twin_stuck")
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        until(lambda: health(channel, "twin_stuck") == SERVING)
+        assert pick(channel, 1, "twin_stuck") == [11]
+        assert _snapshot(server).workers[0].restarts == 1
+    log = server.log_text()
+    assert "the device was lost: a run has not ended within 0.75 s; this process ends" in log
+    assert f"exit status {exit_codes.DEVICE_LOST} (the device was lost)" in log

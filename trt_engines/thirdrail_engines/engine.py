@@ -39,6 +39,9 @@ class EngineSpec:
     # Above 0: runs wait for a device, which overlaps this many of them for each instance. Their
     # threads' CPU time says nothing about how long they take.
     overlapped_runs: int = 0
+    # Above 0: a run that takes longer will never end. Nothing calls back a thread that waits in the
+    # driver, so whoever has the engine must then treat the device as lost.
+    run_s_max: float = 0.0
 
 
 class Engine(Protocol):

@@ -143,6 +143,7 @@ class ServedVersion:
         self._alarm = Alarm(self._loop, self._on_alarm)
         self._idle: asyncio.Future[None] | None = None
         self._answered: set[Batch] = set()  # still running, for all the loop knows
+        self._watched: dict[Batch, asyncio.TimerHandle] = {}
         self._actions: deque[Action] = deque()
         self._is_performing = False
 
@@ -289,12 +290,22 @@ class ServedVersion:
             call: Call = queued.key
             call.started_ns = started_ns
             members.append(call.member)
+        self._watch(batch)
         if self._place.on_loop and self._is_short(members[0].request.input_bytes):
             if not self._is_suspect:
                 return self._run_on_loop(batch, members)
             self._is_suspect = False
             return self._threads.give(lambda: self._run_on_trial(batch, members))
         self._threads.give(lambda: self._run_on_thread(batch, members))
+
+    def _watch(self, batch: Batch) -> None:
+        """See EngineSpec.run_s_max."""
+        run_s_max = self._engine.spec.run_s_max
+        if run_s_max:
+            runs_max = 1 + len(batch.members)  # together, and after a failure one by one
+            self._watched[batch] = self._loop.call_later(
+                run_s_max * runs_max, self._on_device_lost, _stuck(run_s_max)
+            )
 
     def _run_on_loop(self, batch: Batch, members: list[Member]) -> None:
         execution = execute(self._engine, self.spec, members)
@@ -345,6 +356,8 @@ class ServedVersion:
     def _finished(self, batch: Batch, execution: Execution) -> None:
         now_ns = time.monotonic_ns()
         self._answered.discard(batch)
+        if watch := self._watched.pop(batch, None):
+            watch.cancel()
         input_bytes = batch.members[0].key.member.request.input_bytes
         if self._place.on_loop and input_bytes > INLINE_INPUT_BYTES_MAX:
             self._large_runs.note(input_bytes, execution.total_ns)
@@ -406,6 +419,10 @@ def _ending(outcome: Outcome, execution: Execution, batch_rows: int, queue_ns: i
         execution.output_copy_ns,
         batch_rows,
     )
+
+
+def _stuck(run_s_max: float) -> DeviceLost:
+    return DeviceLost(f"the device was lost: a run has not ended within {run_s_max:g} s")
 
 
 def _finish(future: asyncio.Future[None]) -> None:

@@ -58,6 +58,7 @@ class CudaEngine:
             # What is computed with is a copy, of all of them.
             positional_inputs=frozenset(tensor.name for tensor in program.spec.inputs),
             overlapped_runs=options.overlapped_runs,
+            run_s_max=options.run_s_max,
         )
         self._pool = PinnedPool(device, options.staging_bytes_max)
         self._instances: list[Instance] = []
