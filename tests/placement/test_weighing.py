@@ -18,6 +18,7 @@ from thirdrail.v1 import inference_pb2 as pb
 from thirdrail_server.config import WorkerConfig
 from thirdrail_server.control_messages import Resident, WorkerMemory
 from thirdrail_server.repository.sizes import files_bytes
+from thirdrail_server.worker.memory import Scale
 
 MIB = 1 << 20
 
@@ -58,6 +59,26 @@ def test_a_model_weighs_what_its_weights_do_and_the_first_one_no_more(
     assert worker.status().model_bytes == memory(worker).total == sum(sizes.values())
     worker.unload("large")
     assert memory(worker).total == sizes["small"]
+
+
+def test_who_waits_for_a_build_is_off_the_scale(tmp_path: Path) -> None:
+    """What another load takes meanwhile is weighed, and is not counted in."""
+    scale = Scale()
+    with scale.weigh() as building:
+        before = np.ones(MIB, np.uint8)
+        with building.aside():
+            with scale.weigh() as other:
+                others = np.ones(8 * MIB, np.uint8)
+                weight = other.end(tmp_path)
+            assert weight.is_measured
+            assert weight.size >= others.nbytes
+        after = np.ones(2 * MIB, np.uint8)
+        weight = building.end(tmp_path)
+    assert weight.is_measured
+    assert before.nbytes + after.nbytes <= weight.size < 4 * MIB
+    with scale.weigh() as one, scale.weigh() as two:
+        assert not one.end(tmp_path).is_measured
+        assert not two.end(tmp_path).is_measured
 
 
 def test_a_model_that_runs_is_busy_and_is_not_evicted(

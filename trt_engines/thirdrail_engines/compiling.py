@@ -10,7 +10,8 @@ handed over unsaved.
 import logging
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,12 +44,14 @@ class CompileServices:
     """What a compilation, and the load of what it made, use besides the model.
 
     cache: None to keep no plans. device: where engines for a GPU go; None: the first there is.
+    building: entered for as long as a plan is built or waited for; what it raises ends the load.
     """
 
     cache: PlanCache | None = None
     limits: BuildLimits = field(default_factory=BuildLimits)
     tell: TellProgress = tell_nobody
     cancelled: threading.Event = field(default_factory=threading.Event)
+    building: Callable[[], AbstractContextManager[None]] = nullcontext
     device: Device | None = None
     cuda: CudaOptions = field(default_factory=CudaOptions)
 
@@ -59,11 +62,18 @@ def compile_plan(request: PlanRequest, services: CompileServices) -> tuple[Plan,
     Raises BuildError, or ModelFileError when the source or a plugin cannot be read.
     """
     key = key_of(request)
-    if services.cache is None:
-        return _built_unsaved(request, key, services), False
-    plan = services.cache.get(key)
+    plan = services.cache.get(key) if services.cache else None
     if plan is not None:
         return plan, True
+    with services.building():
+        return _built_or_found(request, key, services)
+
+
+def _built_or_found(
+    request: PlanRequest, key: PlanKey, services: CompileServices
+) -> tuple[Plan, bool]:
+    if services.cache is None:
+        return _built_unsaved(request, key, services), False
     try:
         with services.cache.building(key, services.cancelled, services.tell):
             plan = services.cache.get(key)

@@ -4,12 +4,15 @@
 From before the load to after its warm-up, but never less than its files: weights that the engine
 maps from there are not on the heap. Seen for models of 1 to 128 MiB: within 0.2 MiB of their
 weights, and 0.1 MiB of it is left after an unload. Loads that overlap cannot be told apart; they
-count as much as their files, which is the estimate. What requests of other models allocate at that
+count as much as their files, which is the estimate. The time of a build does not count: another
+process does that, and other loads go on meanwhile. What requests of other models allocate at that
 moment is counted in, and what a version holds only while it runs (activations, results) is not.
 """
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -49,6 +52,17 @@ class Weighing:
         self._heap_before = heap_bytes()
         self.is_alone = True
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Off the scale for a while: what others take meanwhile is not counted in."""
+        grown = heap_bytes() - self._heap_before
+        self._scale.over(self)
+        try:
+            yield
+        finally:
+            self._scale.put_on(self)
+            self._heap_before = heap_bytes() - grown
+
     def end(self, folder: Path) -> Weight:
         """What the version took whose files lie in `folder`."""
         size, now_ms = files_bytes(folder), time.time_ns() // MS
@@ -77,11 +91,15 @@ class Scale:
             if not self._is_primed:
                 prime_onnxruntime()
                 self._is_primed = True
-            weighing = Weighing(self)
+        weighing = Weighing(self)
+        self.put_on(weighing)
+        return weighing
+
+    def put_on(self, weighing: Weighing) -> None:
+        with self._lock:
             for other in self._weighings:
                 other.is_alone = weighing.is_alone = False
             self._weighings.add(weighing)
-        return weighing
 
     def over(self, weighing: Weighing) -> None:
         with self._lock:

@@ -8,17 +8,12 @@ whoever was found before finishes on the old ones, whoever comes after meets the
 import asyncio
 import contextlib
 import logging
-import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
 from thirdrail.errors import Cancelled, InvalidArgument, NotFound, ThirdrailError, Unavailable
 from thirdrail.v1 import metrics_pb2
-from thirdrail_engines import Inspector
-from thirdrail_engines.compile_options import OnFailure
 from thirdrail_engines.engine import DeviceLost, ModelFileError
 from thirdrail_server.config import WorkerConfig
 from thirdrail_server.control_messages import (
@@ -28,12 +23,9 @@ from thirdrail_server.control_messages import (
     Resident,
     WorkerMemory,
 )
-from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
-from thirdrail_server.repository.compilation import compile_options
-from thirdrail_server.repository.errors import blaming
-from thirdrail_server.worker.loading import EngineWish, PreparedVersion, prepare_version
-from thirdrail_server.worker.memory import ModelTooLarge, Scale
-from thirdrail_server.worker.plans import Plans, may_build
+from thirdrail_server.worker.loaders import Loaders
+from thirdrail_server.worker.loading import PreparedVersion
+from thirdrail_server.worker.memory import ModelTooLarge
 from thirdrail_server.worker.reports import version_engine
 from thirdrail_server.worker.served_version import OnDeviceLost, ServedVersion
 
@@ -67,17 +59,9 @@ class ModelTable:
         self._config = config
         self._on_device_lost = on_device_lost
         self._models: dict[str, _Model] = {}
-        self._cores = config.threads_max or len(os.sched_getaffinity(0))
-        self._inspector = Inspector()
+        self._loaders = Loaders(config)
         self._retiring: set[asyncio.Task[None]] = set()
         self._leaving_bytes = 0  # of engines that are out of the table and not yet closed
-        self._scale = Scale()
-        self._loaders = ThreadPoolExecutor(config.loads_at_once_max, thread_name_prefix="loader")
-        waiting_max = config.compiling.loads_at_once_max
-        self._builders = ThreadPoolExecutor(waiting_max, thread_name_prefix="builder")
-        # Loads of what serves already: however many wait for builds, others get past them.
-        self._improvers = ThreadPoolExecutor(waiting_max, thread_name_prefix="improver")
-        self._plans = Plans(config.compiling)
         self._loading: dict[str, set[threading.Event]] = {}  # by model; set: the load is to end
         self._is_stopping = False
 
@@ -137,7 +121,9 @@ class ModelTable:
             for number, (version, path) in enumerate(command.versions):
                 tell = _Phases(progress, number * STEPS_PER_VERSION, steps)
                 try:
-                    prepared.append(await self._prepare(command, version, path, tell, cancelled))
+                    prepared.append(
+                        await self._loaders.prepare(command, version, path, tell, cancelled)
+                    )
                 except (ModelFileError, ThirdrailError) as error:
                     failures[version] = error
                 except DeviceLost as error:
@@ -166,45 +152,6 @@ class ModelTable:
                 for each in prepared
             },
         )
-
-    async def _prepare(
-        self,
-        command: LoadCommand,
-        version: int,
-        path: Path,
-        tell: "_Phases",
-        cancelled: threading.Event,
-    ) -> PreparedVersion:
-        """On a thread of those that load, or of one of the kinds that wait for builds."""
-        given, config = command.config or ModelConfig(), self._config
-        with blaming(command.name):
-            options = compile_options(
-                given,
-                on_failure=OnFailure.FALLBACK if config.compiling.falls_back else OnFailure.FAIL,
-                derive_batch_rows=config.derive_batch_rows,
-            )
-        builds = await asyncio.to_thread(may_build, path, options)
-
-        def prepare() -> PreparedVersion:
-            services = self._plans.services(tell, cancelled) if builds else None
-            with self._scale.weigh() as weighing:
-                prepared = prepare_version(
-                    command.name,
-                    version,
-                    path,
-                    command.config,
-                    config,
-                    self._cores,
-                    self._inspector,
-                    tell,
-                    EngineWish(options, services, command.takes_stopgap),
-                )
-                return replace(prepared, weight=weighing.end(path.parent))
-
-        threads = self._loaders
-        if builds:
-            threads = self._builders if command.takes_stopgap else self._improvers
-        return await asyncio.get_running_loop().run_in_executor(threads, prepare)
 
     def _require_room(self, prepared: Sequence[PreparedVersion], bytes_max: int) -> None:
         """Beside all that is here, with no await between this and the swap: whatever the front knew
@@ -284,7 +231,7 @@ class ModelTable:
             async with asyncio.timeout(CLOSING_S_MAX):
                 while self._loading:
                     await asyncio.sleep(CLOSING_S_MAX / 100)
-        self._plans.close()
+        self._loaders.close()
 
     def counters(self) -> list[metrics_pb2.ModelCounters]:
         return [

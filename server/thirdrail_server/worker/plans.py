@@ -7,6 +7,8 @@ does.
 
 import logging
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +34,12 @@ class Plans:
         self._opening = threading.Lock()
         self._cache: PlanCache | None = None
 
-    def services(self, tell: TellProgress, cancelled: threading.Event) -> "CompileServices":
+    def services(
+        self,
+        tell: TellProgress,
+        cancelled: threading.Event,
+        building: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> "CompileServices":
         """For one load. Raises ModelFileError when the cache's folder is not to be trusted."""
         from thirdrail_engines.builds import BuildLimits
         from thirdrail_engines.compiling import CompileServices
@@ -42,7 +49,7 @@ class Plans:
             memory_bytes_max=self._config.build_memory_bytes_max,
             builds_at_once_max=self._config.builds_at_once_max,
         )
-        return CompileServices(self._open_cache(), limits, tell, cancelled)
+        return CompileServices(self._open_cache(), limits, tell, cancelled, building)
 
     def close(self) -> None:
         with self._opening:

@@ -3,7 +3,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from thirdrail.errors import ResourceExhausted
@@ -53,13 +53,17 @@ class LoadGate:
         self._one_alone = asyncio.Lock()  # two that collect all permits would wait for each other
 
     @contextlib.asynccontextmanager
-    async def shared(self) -> AsyncIterator[None]:
-        async with self._permits:
-            yield
+    async def shared(self) -> AsyncIterator[Callable[[], None]]:
+        """Yields what lets another one in, for who only waits from now on."""
+        await self._permits.acquire()
+        with contextlib.ExitStack() as permit:
+            permit.callback(self._permits.release)
+            yield permit.close  # once, however often it is called
 
     @contextlib.asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
+    async def alone(self) -> AsyncIterator[Callable[[], None]]:
+        """Yields what lets nobody in."""
         async with self._one_alone, contextlib.AsyncExitStack() as permits:
             for _ in range(self._loads_max):
                 await permits.enter_async_context(self._permits)
-            yield
+            yield lambda: None
