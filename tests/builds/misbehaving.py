@@ -123,6 +123,19 @@ def progress_for_ever() -> None:
         say(100 * (json.dumps({"progress": ["at work" + " " * 900 + ".", 1, 2]}).encode() + b"\n"))
 
 
+def much_progress() -> None:
+    """More than anything else that a build may say, as one that takes many hours does."""
+    line = json.dumps({"progress": ["at work" + " " * 980 + ".", 1, 2]}).encode() + b"\n"
+    for _ in range(17):
+        say(1000 * line)
+    finish()
+
+
+def two_results() -> None:
+    finish()
+    say(result())
+
+
 def garbage() -> None:
     say(os.urandom(5000) + b"\n")
     time.sleep(600)

@@ -36,7 +36,8 @@ Misbehave = Callable[..., BuiltPlan]
         ("garbage", "the process of the onnxruntime build made no sense: it sent "),
         ("huge_line", "made no sense: it sent more than a build has to say"),
         ("deep", "made no sense: it sent a line nested too deeply"),
-        ("progress_for_ever", "made no sense: it sent more than a build has to say"),
+        ("progress_for_ever", "made no sense: it sent more progress than there can be"),
+        ("two_results", "made no sense: it sent a second result"),
         ("plan_elsewhere", "made no sense: it sent a plan with the name '../model.plan'"),
         ("plan_is_a_link", "the build left a plan that is no file, or empty"),
         ("plan_is_absent", "the build left no plan: No such file or directory"),
@@ -47,6 +48,13 @@ def test_a_crash_is_an_error(misbehave: Misbehave, what: str, text: str) -> None
         misbehave(what)
     assert caught.value.fault is BuildFault.CRASHED
     assert text in str(caught.value)
+
+
+def test_progress_takes_no_room_of_the_result(misbehave: Misbehave) -> None:
+    told: list[str] = []
+    built = misbehave("much_progress", tell=lambda phase, *_steps: told.append(phase))
+    assert built.plan.read_bytes() == b"plan"
+    assert len(told) > 17_000
 
 
 def test_a_refusal_is_presentable(misbehave: Misbehave) -> None:

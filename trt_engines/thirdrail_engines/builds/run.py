@@ -31,7 +31,9 @@ _COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("child.py")))
 _TURN_S = 0.05  # how long a cancel may go unnoticed
 _END_S_MAX = 5.0  # for a killed process to be gone
 _READ_BYTES = 1 << 16
-_ANSWER_BYTES_MAX = 16 << 20  # of one build, all together
+# What a build tells of its progress: so much at any time, and more the longer it takes.
+_PROGRESS_LINES_MAX = 20_000
+_PROGRESS_LINES_PER_S_MAX = 1000
 _OUTPUT_BYTES_KEPT = 16 << 10
 _MIB = 1 << 20
 
@@ -71,7 +73,8 @@ class _Build:
         self._tell = tell
         self._cancelled = cancelled
         self._unread = b""  # the start of an answer's line
-        self._answer_bytes = 0
+        self._progress_lines = 0
+        self._began_s = time.monotonic()
         self._output = b""  # the end of all that it printed
         self._result: wire.Result | None = None
         self._peak_bytes = 0
@@ -79,14 +82,13 @@ class _Build:
     def run(
         self, command: Sequence[str], request: PlanRequest, folder: Path, home: Path
     ) -> BuiltPlan:
-        began_s = time.monotonic()
         kills_before = kernel_oom_kills()
         order = wire.write_order(wire.Order(request, folder.absolute()))
         process = _start(command, folder, home)
         try:
             with memory_group.of(process.pid, self._limits.memory_bytes_max) as group:
                 _hand_over(process, order)
-                self._attend(process, began_s + self._limits.seconds_max)
+                self._attend(process, self._began_s + self._limits.seconds_max)
                 was_kernel = group.was_exceeded() or kernel_oom_kills() > kills_before
         finally:
             _end(process)
@@ -99,7 +101,7 @@ class _Build:
             self._result.tensors,
             self._result.conversion,
             self._result.warnings,
-            time.monotonic() - began_s,
+            time.monotonic() - self._began_s,
             self._peak_bytes,
         )
 
@@ -163,9 +165,8 @@ class _Build:
         self._output = (self._output + data)[-_OUTPUT_BYTES_KEPT:]
 
     def _hear(self, data: bytes) -> None:
-        self._answer_bytes += len(data)
         *lines, self._unread = (self._unread + data).split(b"\n")
-        if self._answer_bytes > _ANSWER_BYTES_MAX or len(self._unread) > wire.LINE_BYTES_MAX:
+        if len(self._unread) > wire.LINE_BYTES_MAX:
             raise self._nonsense("more than a build has to say")
         for line in lines:
             try:
@@ -177,11 +178,20 @@ class _Build:
     def _heed(self, answer: wire.Answer) -> None:
         match answer:
             case wire.Progress():
+                self._count_progress()
                 self._tell(answer.phase, answer.done, answer.steps)
             case wire.Refusal():
                 raise BuildError(answer.fault, answer.text)
             case wire.Result():
+                if self._result is not None:
+                    raise self._nonsense("a second result")
                 self._result = answer
+
+    def _count_progress(self) -> None:
+        self._progress_lines += 1
+        elapsed_s = time.monotonic() - self._began_s
+        if self._progress_lines > _PROGRESS_LINES_MAX + elapsed_s * _PROGRESS_LINES_PER_S_MAX:
+            raise self._nonsense("more progress than there can be")
 
     def _nonsense(self, what: str) -> BuildError:
         return BuildError(
