@@ -65,6 +65,7 @@ class OutputProof:
     mean_rel_error: float  # as a part of its mean magnitude
     equal: float  # of what is no float, the part that was equal
     not_finite: int  # elements that were NaN or infinite, and something else in the reference
+    compared: int  # elements; 0: the figures say nothing, and the configuration allows that
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +193,7 @@ def _proof_of_message(message: pb.OutputProof) -> OutputProof:
         mean_rel_error=message.mean_rel_error,
         equal=message.equal,
         not_finite=message.not_finite,
+        compared=message.compared,
     )
 
 

@@ -44,6 +44,7 @@ VALID = {
     "tolerance.mean_rel": "0",
     "tolerance.cosine": "0.9",
     "tolerance.equal": "1",
+    "tolerance.uncompared": "2",
     "proof.rate": "16000",
     "proof.a.b": " -0.5..7 ",
 }
@@ -69,7 +70,7 @@ def test_every_key_is_read() -> None:
         uses_timing_cache=False,
         plugins=(Path("a.so"), Path("/b.so")),
         keeps_optimised=True,
-        tolerance=Tolerance(0.5, 1e-3, 2.0, 0.0, 0.9, 1.0),
+        tolerance=Tolerance(0.5, 1e-3, 2.0, 0.0, 0.9, 1.0, 2),
         proof_values={"rate": ValueRange(16000, 16000), "a.b": ValueRange(-0.5, 7)},
     )
     assert all(map(is_compile_key, VALID))
@@ -100,6 +101,7 @@ def test_nothing_given_is_the_default_and_keys_of_others_are_passed_over() -> No
         ("tolerance.cosine", "1.1", "expected a number from 0 to 1"),
         ("tolerance.cosine", "nan", "expected a number from 0 to 1"),
         ("tolerance.equal", "most", "expected a number from 0 to 1"),
+        ("tolerance.uncompared", "all", "expected a number of outputs from 0"),
     ],
 )
 def test_a_mistake_says_what_is_allowed_and_a_line_that_would_do(

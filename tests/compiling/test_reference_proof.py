@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine is compared with the reference: what is right passes, what is damaged does not."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -181,6 +182,41 @@ def test_what_is_never_finite_proves_nothing(open_model: OpenModel) -> None:
     built.graph.initializer[0].CopyFrom(constant("two", np.array([np.nan], np.float32)))
     proof = prove(open_model(built), open_model(built), (), TIGHT)
     assert proof.faults == ("nothing could be compared: seeded inputs lead to no finite number",)
+
+
+def never_positive(kind: str) -> onnx.ModelProto:
+    """y = x, and z: the logarithm of -x * x, or the x that are above 9, of which there are none."""
+    if kind == "NaN":
+        nodes = [
+            helper.make_node("Mul", ["x", "x"], ["squared"]),
+            helper.make_node("Neg", ["squared"], ["negative"]),
+            helper.make_node("Log", ["negative"], ["z"]),
+        ]
+    else:
+        nodes = [
+            helper.make_node("Greater", ["x", "nine"], ["is_large"]),
+            helper.make_node("Compress", ["x", "is_large"], ["z"]),
+        ]
+    nodes.append(helper.make_node("Identity", ["x"], ["y"]))
+    outputs = [tensor("y", "FP32", (4,)), tensor("z", "FP32", ("n",))]
+    nine = constant("nine", np.array([9], np.float32))
+    return model(nodes, [tensor("x", "FP32", (4,))], outputs, [nine])
+
+
+@pytest.mark.parametrize("kind", ["NaN", "empty"])
+def test_an_output_that_was_never_compared_is_named_and_may_be_allowed(
+    open_model: OpenModel, kind: str
+) -> None:
+    built = open_model(never_positive(kind))
+    proof = prove(built, built, (), TIGHT)
+    assert [(each.name, each.compared) for each in proof.outputs] == [("y", 4), ("z", 0)]
+    assert not proof.is_proven
+    (fault,) = proof.faults
+    assert fault.startswith("output 'z' was never compared: seeded inputs lead to no finite number")
+    assert 'parameters { key: "proof.INPUT" value' in fault
+    assert 'parameters { key: "tolerance.uncompared" value { string_value: "1" } }' in fault
+    assert proof.judged(dataclasses.replace(TIGHT, uncompared=1)).is_proven
+    assert not proof.judged(dataclasses.replace(TIGHT, uncompared=0)).is_proven
 
 
 class Failing:

@@ -7,7 +7,7 @@ from thirdrail_server.control_messages import VersionEngine
 from thirdrail_server.front.control.engine_book import EngineBook
 from thirdrail_server.front.control.metrics_text import prometheus_text
 
-PROOF = pb.OutputProof(output="y", max_abs_error=0.5, cosine=0.75)
+PROOF = pb.OutputProof(output="y", max_abs_error=0.5, cosine=0.75, compared=1)
 BUILT = VersionEngine("a", report=pb.EngineReport(plan_key="k", build_ns=3, proofs=[PROOF]))
 FOUND = VersionEngine("a", report=pb.EngineReport(plan_key="k", build_ns=3, is_cache_hit=True))
 PLAIN = VersionEngine("b")

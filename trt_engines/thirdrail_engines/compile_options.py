@@ -26,6 +26,7 @@ from thirdrail_engines.trials import ValueRange
 
 WORKSPACE_MIB_MAX = 1 << 20
 LEVEL_MAX = 5  # TensorRT's highest
+OUTPUTS_MAX = 10_000
 
 
 class EngineChoice(StrEnum):
@@ -81,7 +82,7 @@ def read_compile_options(
     Raises InvalidArgument: which key, what came, what is allowed, and a line that would do.
     """
     values: dict[str, Any] = {}
-    tolerance: dict[str, float] = {}
+    tolerance: dict[str, Any] = {}
     for key, text in parameters.items():
         row = _KEYS.get(key)
         if row is None:
@@ -204,6 +205,9 @@ _KEYS: dict[str, _Key] = {
     "tolerance.mean_rel": _Key("mean_rel", *_DISTANCE),
     "tolerance.cosine": _Key("cosine", *_PART),
     "tolerance.equal": _Key("equal", *_PART),
+    "tolerance.uncompared": _Key(
+        "uncompared", _number(0, OUTPUTS_MAX), "a number of outputs from 0", "1"
+    ),
 }
 
 

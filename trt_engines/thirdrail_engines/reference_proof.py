@@ -46,6 +46,7 @@ class Tolerance:
     mean_rel: float | None = None  # as a part of its mean magnitude
     cosine: float | None = None  # at least
     equal: float | None = None  # of whole numbers, booleans and text, at least this part
+    uncompared: int | None = None  # so many outputs may be without any number to compare
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,15 @@ class ReferenceProof:
     skipped: tuple[str, ...] = ()  # with the reason
     failed: str = ""  # the run that the engine failed, and how
     faults: tuple[str, ...] = ()
+
+    @property
+    def uncompared(self) -> tuple[str, ...]:
+        """The outputs of which no run had anything to compare: all NaN, or empty."""
+        return tuple(
+            each.name
+            for each in self.outputs
+            if not (each.compared or each.not_finite or each.fault)
+        )
 
     @property
     def is_proven(self) -> bool:
@@ -220,11 +230,22 @@ def _faults(proof: ReferenceProof, tolerance: Tolerance) -> Iterator[str]:
     elif not proof.runs:
         more = f" (and {len(proof.skipped) - 1} more like it)" if proof.skipped[1:] else ""
         yield f"nothing could be compared: {'; '.join(proof.skipped[:1])}{more}; {_ADVICE}"
-    elif not any(output.compared or output.not_finite or output.fault for output in proof.outputs):
+    elif len(proof.uncompared) == len(proof.outputs):
         yield "nothing could be compared: seeded inputs lead to no finite number"
+    elif len(proof.uncompared) > (tolerance.uncompared or 0):
+        yield _uncompared_fault(proof.uncompared)
     for output in proof.outputs:
         for fault in _output_faults(output, tolerance):
             yield f"output '{output.name}' {fault}"
+
+
+def _uncompared_fault(names: Sequence[str]) -> str:
+    which = ", ".join(f"'{name}'" for name in names)
+    subject = f"outputs {which} were" if names[1:] else f"output {which} was"
+    return (
+        f"{subject} never compared: seeded inputs lead to no finite number there; {_ADVICE}; or "
+        f"do without: {config_line('tolerance.uncompared', str(len(names)))}"
+    )
 
 
 def _output_faults(output: OutputFigures, tolerance: Tolerance) -> Iterator[str]:

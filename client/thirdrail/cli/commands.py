@@ -118,8 +118,9 @@ def _print_engine(report: EngineReport, status: ModelStatus) -> None:
         table = new_table("OUTPUT", *_PROOF_COLUMNS, right=_PROOF_COLUMNS)
         for each in report.proofs:
             figures = (each.max_abs_error, each.mean_abs_error, each.max_rel_error)
+            cells = (*(f"{figure:.2g}" for figure in figures), f"{each.cosine:.6f}")
             table.add_row(
-                escape(each.output), *(f"{figure:.2g}" for figure in figures), f"{each.cosine:.6f}"
+                escape(each.output), *(cells if each.compared else ("not compared", "-", "-", "-"))
             )
         out.print("against ONNX Runtime on the CPU:", table)
 

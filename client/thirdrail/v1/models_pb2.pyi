@@ -57,6 +57,7 @@ class ModelStatus(google.protobuf.message.Message):
     IS_EXPECTED_BACK_FIELD_NUMBER: builtins.int
     ENGINE_REASON_FIELD_NUMBER: builtins.int
     LOAD_PHASE_FIELD_NUMBER: builtins.int
+    WORKERS_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.int
     """0: no version is known"""
@@ -66,13 +67,17 @@ class ModelStatus(google.protobuf.message.Message):
     engine: builtins.str
     """what runs it, e.g. "onnxruntime" """
     worker: builtins.str
-    """which worker runs it, e.g. "cpu" """
+    """which worker runs it, e.g. "cpu"; several: their names, with commas"""
     is_expected_back: builtins.bool
     """not ready because its worker died; it will be loaded again"""
     engine_reason: builtins.str
     """why it is not the engine of first choice; empty when it is"""
     load_phase: builtins.str
     """of a load under way, e.g. "building"; another engine may be serving meanwhile"""
+    @property
+    def workers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """those that serve it now"""
+
     def __init__(
         self,
         *,
@@ -85,8 +90,9 @@ class ModelStatus(google.protobuf.message.Message):
         is_expected_back: builtins.bool = ...,
         engine_reason: builtins.str = ...,
         load_phase: builtins.str = ...,
+        workers: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["engine", b"engine", "engine_reason", b"engine_reason", "is_expected_back", b"is_expected_back", "load_phase", b"load_phase", "name", b"name", "reason", b"reason", "state", b"state", "version", b"version", "worker", b"worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["engine", b"engine", "engine_reason", b"engine_reason", "is_expected_back", b"is_expected_back", "load_phase", b"load_phase", "name", b"name", "reason", b"reason", "state", b"state", "version", b"version", "worker", b"worker", "workers", b"workers"]) -> None: ...
 
 global___ModelStatus = ModelStatus
 
@@ -246,6 +252,7 @@ class OutputProof(google.protobuf.message.Message):
     MEAN_REL_ERROR_FIELD_NUMBER: builtins.int
     EQUAL_FIELD_NUMBER: builtins.int
     NOT_FINITE_FIELD_NUMBER: builtins.int
+    COMPARED_FIELD_NUMBER: builtins.int
     output: builtins.str
     max_abs_error: builtins.float
     mean_abs_error: builtins.float
@@ -259,6 +266,8 @@ class OutputProof(google.protobuf.message.Message):
     """of what is no float, the part that was equal"""
     not_finite: builtins.int
     """elements that were NaN or infinite, and something else in the reference"""
+    compared: builtins.int
+    """elements; 0: the figures say nothing, and the configuration allows that"""
     def __init__(
         self,
         *,
@@ -270,8 +279,9 @@ class OutputProof(google.protobuf.message.Message):
         mean_rel_error: builtins.float = ...,
         equal: builtins.float = ...,
         not_finite: builtins.int = ...,
+        compared: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cosine", b"cosine", "equal", b"equal", "max_abs_error", b"max_abs_error", "max_rel_error", b"max_rel_error", "mean_abs_error", b"mean_abs_error", "mean_rel_error", b"mean_rel_error", "not_finite", b"not_finite", "output", b"output"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["compared", b"compared", "cosine", b"cosine", "equal", b"equal", "max_abs_error", b"max_abs_error", "max_rel_error", b"max_rel_error", "mean_abs_error", b"mean_abs_error", "mean_rel_error", b"mean_rel_error", "not_finite", b"not_finite", "output", b"output"]) -> None: ...
 
 global___OutputProof = OutputProof
 

@@ -33,4 +33,5 @@ def _output_proof(figures: OutputFigures) -> pb.OutputProof:
         mean_rel_error=figures.mean_rel,
         equal=figures.equal,
         not_finite=figures.not_finite,
+        compared=figures.compared,
     )

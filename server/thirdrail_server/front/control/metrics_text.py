@@ -132,7 +132,8 @@ def _of_engines(engines: list[EngineCounters]) -> Iterator[Metric]:
         gauge = GaugeMetricFamily(f"thirdrail_proof_{name}", text, labels=(*MODEL, "output"))
         for each in engines:
             for proof in each.proofs:
-                gauge.add_metric((*_labels(each), proof.output), getattr(proof, field))
+                if proof.compared:
+                    gauge.add_metric((*_labels(each), proof.output), getattr(proof, field))
         yield gauge
 
 
