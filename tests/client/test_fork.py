@@ -21,6 +21,7 @@ def forked(body):
     pid = os.fork()
     if pid:
         return pid
+    signal.alarm(50)  # the parent's does not count here
     code = 1
     try:
         body()
@@ -124,6 +125,23 @@ def test_a_child_that_forks_again(echo: EchoServer) -> None:
             assert succeeded(forked(lambda: client.infer("echo", X)))
 
         assert succeeded(forked(child))
+        """,
+    )
+
+
+def test_a_fork_right_after_a_close(echo: EchoServer) -> None:
+    run(
+        echo,
+        """
+        def call():
+            with thirdrail.Client(url) as client:
+                client.infer("echo", X)
+
+        children = []
+        for _ in range(20):
+            call()
+            children.append(forked(call))
+        assert all([succeeded(pid) for pid in children])
         """,
     )
 
