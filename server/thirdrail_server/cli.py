@@ -54,6 +54,7 @@ _FLAGS = {
     "concurrent_calls_max": "--max-calls",
     "connections_max": "--max-connections",
     "derive_batch_rows": "--derive-batching",
+    "device_bytes_max": "--device-memory-gib",
     "load_models": "--load-model",
     "message_bytes_max": "--max-message-mib",
     "metrics_port": "--metrics-port",
@@ -71,7 +72,6 @@ _FLAGS = {
 }
 
 _MEMORY = MemoryBudget()
-_WORKER = WorkerConfig()
 _SESSIONS = SessionLimits()
 _COMPILING = CompileConfig()
 
@@ -212,6 +212,16 @@ def serve(
         int,
         _option("CPU threads for the models together. 0: one per core.", "--threads", panel=Models),
     ] = 0,
+    devices: Annotated[
+        list[str] | None,
+        _option(
+            "A GPU to run models on, by UUID or number. Repeatable; 'auto' for all there are, "
+            "'cpu' for none. The CPU is always there. \\[default: auto]",
+            "--devices",
+            panel=Models,
+            metavar="UUID|NUMBER|auto|cpu",
+        ),
+    ] = None,
     cache_dir: Annotated[
         Path | None,
         _option(
@@ -256,10 +266,14 @@ def serve(
     memory_gib: Annotated[
         float,
         _option(
-            "Memory of the models together, while nothing runs. 0: no budget.",
+            "Memory of the models on the CPU together, while nothing runs. 0: no budget.",
             "--memory-gib",
             panel=Memory,
         ),
+    ] = 0,
+    device_memory_gib: Annotated[
+        float,
+        _option("The same for each GPU, of its own memory.", "--device-memory-gib", panel=Memory),
     ] = 0,
     over_budget: Annotated[
         OverBudget,
@@ -407,13 +421,18 @@ def serve(
             connections_max=max_connections,
             stream_requests_in_flight_max=max_stream_requests,
             shutdown_s_max=shutdown_seconds,
-            memory=MemoryBudget(round(memory_gib * GIB), over_budget, swap, evict_after),
+            devices=_devices(devices),
+            memory=MemoryBudget(
+                round(memory_gib * GIB),
+                over_budget,
+                swap,
+                evict_after,
+                round(device_memory_gib * GIB),
+            ),
             busy_poll_us=busy_poll_us,
             worker=WorkerConfig(
                 busy_poll_us=busy_poll_us,
                 threads_max=threads,
-                # One after the other, so that each can be weighed.
-                loads_at_once_max=1 if memory_gib else _WORKER.loads_at_once_max,
                 queue_requests_max=max_queue,
                 derive_batch_rows=derive_batching,
                 compiling=CompileConfig(
@@ -499,6 +518,18 @@ def _uids(texts: list[str] | None) -> tuple[int, ...] | None:
         if not (text.isascii() and text.isdecimal()):
             raise ConfigError(f"--lane-uid takes a user's number, or any, got '{text}'")
     return tuple(map(int, texts))
+
+
+def _devices(texts: list[str] | None) -> tuple[str, ...] | None:
+    """The GPUs that are named; None: all there are."""
+    names = [name.strip() for text in texts or ["auto"] for name in text.split(",")]
+    if "auto" in names:
+        if len(names) > 1:
+            raise ConfigError("--devices auto means all GPUs, it stands alone")
+        return None
+    if "" in names:
+        raise ConfigError("--devices takes auto, cpu, UUIDs and numbers, got an empty name")
+    return tuple(name for name in names if name != "cpu")
 
 
 def _is_strict(ready_when: str) -> bool:

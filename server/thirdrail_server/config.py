@@ -59,6 +59,21 @@ class LaneLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceLimits:
+    """What lane sessions may have of a worker's device. The front's own lane has nothing of it."""
+
+    places_max: int = 64  # requests of a session at once that have tensors on the device
+    input_arena_bytes_max: int = 1 << 30
+    output_arena_bytes_max: int = 1 << 30
+    arena_bytes_per_uid_max: int = 2 << 30
+    arena_bytes_total_max: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            _require(self, each.name, 1)
+
+
+@dataclass(frozen=True, slots=True)
 class SessionLimits:
     """Who may attach to a worker, and what all its sessions together may use. The front's own lane
     counts for none of it.
@@ -144,7 +159,9 @@ class WorkerConfig:
     """What a worker process needs to know; the front passes it as JSON."""
 
     name: str = "cpu"
+    device: str = ""  # the UUID of the GPU that its engines run on; empty: the CPU
     lane: LaneLimits = field(default_factory=LaneLimits)
+    lane_device: DeviceLimits = field(default_factory=DeviceLimits)
     sessions: SessionLimits = field(default_factory=SessionLimits)
     exports: ExportLimits = field(default_factory=ExportLimits)
     compiling: CompileConfig = field(default_factory=CompileConfig)
@@ -181,6 +198,7 @@ class WorkerConfig:
             sessions["uids"] = tuple(sessions["uids"])
         values |= {
             "lane": LaneLimits(**values["lane"]),
+            "lane_device": DeviceLimits(**values["lane_device"]),
             "sessions": SessionLimits(**sessions),
             "exports": ExportLimits(**values["exports"]),
             "compiling": CompileConfig.from_values(values["compiling"]),
@@ -228,13 +246,15 @@ class SwapOverBudget(StrEnum):
 class MemoryBudget:
     """What the engines of one worker may hold in memory together; see docs/placement.md."""
 
-    bytes_max: int = 0  # 0: there is no budget
+    bytes_max: int = 0  # of the CPU's worker; 0: there is no budget
     over_budget: OverBudget = OverBudget.REFUSE
     swap: SwapOverBudget = SwapOverBudget.REFUSE
     spared_s: int = 10  # a model that was loaded or used within so many seconds is not evicted
+    device_bytes_max: int = 0  # of each GPU's, in that device's own figures; 0: there is none
 
     def __post_init__(self) -> None:
         _require(self, "bytes_max", 0)
+        _require(self, "device_bytes_max", 0)
         _require(self, "spared_s", 0)
 
 
@@ -271,6 +291,7 @@ class ServerConfig:
     lane: bool = True  # clients on this host may attach; needs the Unix socket
     tls: TlsFiles | None = None  # for TCP; the Unix socket is protected by its folder's mode
     model_control: ModelControlMode = ModelControlMode.NONE
+    devices: tuple[str, ...] | None = None  # GPUs by UUID or number; None: all that are found
     load_models: tuple[str, ...] = ()  # explicit mode: loaded at the start; "*" for all
     poll_interval_s: float = 2.0
     server_name: str = "thirdrail"  # what ServerMetadata says; some foreign tests expect "triton"

@@ -27,6 +27,7 @@ class LoadCommand:
     versions: tuple[tuple[int, Path], ...]  # number, where it lies
     takes_stopgap: bool = False  # what can serve at once will do, where the best has to be built
     memory_bytes_max: int = 0  # all engines of the worker together may hold so much; 0: no matter
+    instances: int = 0  # on the worker's device; 0: as the configuration says
 
     def to_fields(self) -> Fields:
         return {
@@ -35,6 +36,7 @@ class LoadCommand:
             "versions": [[version, str(path)] for version, path in self.versions],
             "takes_stopgap": self.takes_stopgap,
             "memory_bytes_max": self.memory_bytes_max,
+            "instances": self.instances,
         }
 
     @classmethod
@@ -48,6 +50,7 @@ class LoadCommand:
                 tuple((int(version), Path(path)) for version, path in fields["versions"]),
                 bool(fields["takes_stopgap"]),
                 int(fields["memory_bytes_max"]),
+                int(fields["instances"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise Internal(f"a load command that cannot be read: {error!r}") from None

@@ -15,10 +15,12 @@ import pytest
 
 from thirdrail_server.config import ControlLimits, ModelControlMode, ServerConfig
 from thirdrail_server.control_channel import ChannelLimits
-from thirdrail_server.front.control.catalog import READY, UNAVAILABLE, Catalog
+from thirdrail_server.front.control.catalog import Catalog
 from thirdrail_server.front.control.model_control import ModelControl
+from thirdrail_server.front.control.served_model import READY, UNAVAILABLE
 from thirdrail_server.front.control.supervisor import Supervisor
 from thirdrail_server.front.control.worker_process import start_worker
+from thirdrail_server.repository.device_choice import CPU
 
 WORKER = (sys.executable, str(Path(__file__).with_name("worker_child.py")))
 LIMITS = ControlLimits(restart_delay_ms_min=1, restart_delay_ms_max=50, worker_stop_s_max=5)
@@ -114,8 +116,9 @@ def open_plane(repository: Repository) -> OpenPlane:
         worker = Supervisor(
             "cpu", lambda: start_worker(arguments, WORKER), attach, config.control, ChannelLimits()
         )
-        control = ModelControl(config, catalog, worker)
-        worker.start(control.news)
+        control = ModelControl(config, catalog, {CPU: worker})
+        (models,) = control.workers
+        models.start()
         try:
             await control.start()
             yield Plane(config, catalog, control, worker, lanes)

@@ -8,16 +8,15 @@ import pytest
 from thirdrail.errors import InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from thirdrail.models import error_of_missing, status_of_message
 from thirdrail_server.control_messages import LoadedModel, VersionEngine
-from thirdrail_server.front.control.catalog import (
+from thirdrail_server.front.control.catalog import RELOAD_FAILED, Catalog
+from thirdrail_server.front.control.models_service import statuses_of
+from thirdrail_server.front.control.served_model import (
     LOADING,
     READY,
-    RELOAD_FAILED,
     UNAVAILABLE,
     UNLOADING,
-    Catalog,
     VersionStatus,
 )
-from thirdrail_server.front.control.models_service import statuses_of
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 
 

@@ -51,7 +51,7 @@ async def test_a_model_that_is_used_again_is_left_alone_and_it_is_decided_anew(
         await plane.until(plane.catalog.all_ready)
         await plane.control.load("m")
         assert plane.reason("used_once").startswith("evicted to make room for 'm'")
-        assert plane.control.evictions == 1
+        assert plane.control.workers[0].evictions == 1
 
 
 async def test_a_load_does_not_wait_for_ever_for_models_in_use(
@@ -64,7 +64,7 @@ async def test_a_load_does_not_wait_for_ever_for_models_in_use(
         with pytest.raises(ResourceExhausted, match="were in use again when they were to"):
             await plane.control.load("m")
         assert plane.catalog.is_ready("used_always")
-        assert plane.control.evictions == 0
+        assert plane.control.workers[0].evictions == 0
 
 
 async def test_no_model_leaves_whose_own_load_is_under_way(

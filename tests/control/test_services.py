@@ -52,7 +52,7 @@ async def serving(plane: Any, folder: Path) -> AsyncIterator[Stubs]:
     server = grpc.aio.server()
     models = ModelsServicer(plane.catalog, plane.control, access.authorize)
     models_pb2_grpc.add_ModelsServicer_to_server(models, server)
-    figures = MetricsServicer(plane.control, plane.worker, Registered())
+    figures = MetricsServicer(plane.control, Registered())
     metrics_pb2_grpc.add_MetricsServicer_to_server(figures, server)
     health = HealthServicer(plane.catalog, strict_readiness=True)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

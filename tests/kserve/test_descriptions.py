@@ -9,7 +9,7 @@ from google.protobuf import json_format
 
 from thirdrail.errors import InvalidArgument, Unimplemented
 from thirdrail.v1 import metrics_pb2, models_pb2
-from thirdrail_server.front.control.catalog import ServedModel, VersionStatus
+from thirdrail_server.front.control.served_model import ServedModel, VersionStatus
 from thirdrail_server.front.kserve import metadata, repository, statistics
 from thirdrail_server.inference import grpc_service_pb2 as kserve
 

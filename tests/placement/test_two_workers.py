@@ -34,6 +34,7 @@ class Twins:
             for model, what in loaded.items():
                 self.catalog.begin_load(model, [1], name)
                 self.catalog.end_load(model, what, name)
+        self.catalog.leave("moved", next(iter(workers)))
 
     async def asked(self, *models: str, killed: str = "") -> list[Reply]:
         """Over lanes of this loop. killed: a worker that dies before."""

@@ -84,6 +84,7 @@ class OpenSessionResponse(google.protobuf.message.Message):
     SOCKET_NAME_FIELD_NUMBER: builtins.int
     SOCKET_PATH_FIELD_NUMBER: builtins.int
     WORKER_FIELD_NUMBER: builtins.int
+    WORKERS_FIELD_NUMBER: builtins.int
     session: builtins.int
     token: builtins.bytes
     """16 bytes, good for one hello"""
@@ -94,6 +95,10 @@ class OpenSessionResponse(google.protobuf.message.Message):
     """
     socket_path: builtins.str
     worker: builtins.str
+    @property
+    def workers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """all that the server has; a model runs in some of them, see ModelStatus"""
+
     def __init__(
         self,
         *,
@@ -103,8 +108,9 @@ class OpenSessionResponse(google.protobuf.message.Message):
         socket_name: builtins.str = ...,
         socket_path: builtins.str = ...,
         worker: builtins.str = ...,
+        workers: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["session", b"session", "socket_name", b"socket_name", "socket_path", b"socket_path", "token", b"token", "token_life_ms", b"token_life_ms", "worker", b"worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["session", b"session", "socket_name", b"socket_name", "socket_path", b"socket_path", "token", b"token", "token_life_ms", b"token_life_ms", "worker", b"worker", "workers", b"workers"]) -> None: ...
 
 global___OpenSessionResponse = OpenSessionResponse
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from thirdrail.discovery import DEFAULT_HOST, DEFAULT_PORT, default_socket_path
 from thirdrail_server.config import ModelControlMode, ServerConfig
-from thirdrail_server.front.control.catalog import LOADING, Catalog
+from thirdrail_server.front.control.catalog import Catalog
+from thirdrail_server.front.control.served_model import LOADING
 
 NAMES_SHOWN_MAX = 5
 

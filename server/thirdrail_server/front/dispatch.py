@@ -96,14 +96,18 @@ class Dispatcher:
         return lambda: lane.cancel(call)
 
     def _lane_for(self, request: pb.InferRequest) -> AsyncLane:
-        """To the worker that has the model. Raises Unavailable; `_exact` knows it better."""
+        """To the worker that has the model; of several, the one with the fewest calls in flight.
+
+        Raises Unavailable; `_exact` knows it better.
+        """
         if self._only_lane is not None:
             return self._only_lane
         model = self._catalog.get(request.model_name)
-        lane = None if model is None else self._lanes.get(model.worker)
-        if lane is None:
+        workers = () if model is None else model.workers_of(request.model_version)
+        lanes = [self._lanes[each] for each in workers if each in self._lanes]
+        if not lanes:
             raise Unavailable("the worker is starting")
-        return lane
+        return min(lanes, key=lambda lane: lane.calls_in_flight)
 
     def _checked(self, result: Result, request: pb.InferRequest) -> Result:
         """The worker knows what is loaded; why something is not, the catalog knows better."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The front process from start to end: listeners, services, one worker, and an orderly stop."""
+"""The front process from start to end: listeners, services, workers, and an orderly stop."""
 
 import asyncio
 import contextlib
@@ -9,6 +9,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -31,6 +33,7 @@ from thirdrail_server.front.control.model_control import ModelControl
 from thirdrail_server.front.control.models_service import ModelsServicer
 from thirdrail_server.front.control.supervisor import Supervisor
 from thirdrail_server.front.control.worker_process import WorkerProcess, start_worker
+from thirdrail_server.front.devices import find_devices, worker_config, worker_environment
 from thirdrail_server.front.dispatch import Dispatcher
 from thirdrail_server.front.handlers import service_handler
 from thirdrail_server.front.kserve.regions import RegionRegistry
@@ -40,6 +43,7 @@ from thirdrail_server.front.native_inference import NativeInference
 from thirdrail_server.front.sessions.lane_socket import LaneSocket, bind_lane
 from thirdrail_server.front.sessions.service import SessionsServicer
 from thirdrail_server.inference import grpc_service_pb2
+from thirdrail_server.repository.device_choice import CPU, Device
 from thirdrail_server.worker.plans import refuse_untrusted_caches
 from thirdrail_server.worker.process import GIL_SWITCH_S
 
@@ -52,22 +56,19 @@ SECOND_SIGNAL_S_MIN = 0.5  # coreutils' timeout signals the child and then its g
 
 
 class Front:
-    """All parts of the front, wired. `await start()`, then `await stop()`."""
+    """All parts of the front, wired. `await start()`, then `await stop()`.
 
-    def __init__(self, config: ServerConfig) -> None:
+    devices: each gets a worker; the first is that of clients who name none.
+    """
+
+    def __init__(self, config: ServerConfig, devices: Sequence[Device] = (CPU,)) -> None:
         self._config = config
         self.catalog = Catalog(config.control.models_max, config.control.watchers_max)
         self.dispatcher = Dispatcher(self.catalog)
-        self._worker = Supervisor(
-            config.worker.name,
-            self._start_worker,
-            self._attach_lane,
-            config.control,
-            ChannelLimits(),
-        )
-        self._control = ModelControl(config, self.catalog, self._worker)
+        self._workers = {device: self._supervisor(device) for device in devices}
+        self._control = ModelControl(config, self.catalog, self._workers)
         self._regions = RegionRegistry.of(config)
-        self._metrics = MetricsServicer(self._control, self._worker, self._regions)
+        self._metrics = MetricsServicer(self._control, self._regions)
         self._metrics_endpoint = MetricsEndpoint(self._metrics.text)
         self._native = NativeInference(
             self.dispatcher, stream_requests_in_flight_max=config.stream_requests_in_flight_max
@@ -89,8 +90,8 @@ class Front:
             maximum_concurrent_rpcs=config.concurrent_calls_max,
             compression=grpc.Compression.Gzip if config.compress else None,
         )
-        self._sessions = SessionsServicer(config, self._worker)
-        self._lane_socket: LaneSocket | None = None
+        self._sessions = SessionsServicer(config, list(self._workers.values()))
+        self._lane_sockets: dict[str, LaneSocket] = {}  # by worker
         self._is_listening = False
         self._add_services()
 
@@ -120,21 +121,26 @@ class Front:
         self._server.add_generic_rpc_handlers(handlers)
 
     async def start(self) -> None:
-        """Listen, start the worker, begin to load.
+        """Listen, start the workers, begin to load.
 
         Raises ConfigError or RepositoryError when the server cannot start; call `stop` then, too.
         """
         refuse_untrusted_caches(self._config.worker.compiling)
         address = listen(self._server, self._config)
         self._is_listening = True
-        self._lane_socket = bind_lane(self._config)
-        self._sessions.listening(address, self._lane_socket.path if self._lane_socket else None)
+        for worker in self._workers.values():
+            bound = bind_lane(self._config, worker.name)
+            if bound is not None:
+                self._lane_sockets[worker.name] = bound
+        lanes = {name: each.path for name, each in self._lane_sockets.items()}
+        self._sessions.listening(address, lanes)
         await self._server.start()
         await self._control.start()
         if self._config.metrics_port is not None:
             await self._start_metrics(self._config.metrics_host, self._config.metrics_port)
         log.info("%s", announcements.listening(self._config, address))
-        self._worker.start(self._control.news)
+        for models in self._control.workers:
+            models.start()
 
     async def _start_metrics(self, host: str, port: int) -> None:
         try:
@@ -157,9 +163,9 @@ class Front:
         await self._server.stop(max(0.0, ends_at - time.monotonic()))
         await self._metrics_endpoint.stop()
         await self._control.stop()
-        await self._worker.stop()
-        if self._lane_socket is not None:
-            self._lane_socket.close()
+        await asyncio.gather(*(worker.stop() for worker in self._workers.values()))
+        for lane in self._lane_sockets.values():
+            lane.close()
         if self._is_listening and self._config.socket is not None:  # else it is somebody else's
             self._config.socket.unlink(missing_ok=True)
 
@@ -174,23 +180,40 @@ class Front:
 
     async def _stop_sessions(self) -> None:
         """The lane's own clients finish what is in flight, too."""
+        await asyncio.gather(*map(self._stop_sessions_of, self._workers.values()))
+
+    async def _stop_sessions_of(self, worker: Supervisor) -> None:
         drain_s_max = self._config.shutdown_s_max
         with contextlib.suppress(ThirdrailError, TimeoutError):
             async with asyncio.timeout(drain_s_max + LAST_WORDS_S):
-                await self._worker.call("stop sessions", {"drain_s_max": drain_s_max})
+                await worker.call("stop sessions", {"drain_s_max": drain_s_max})
 
-    def _start_worker(self) -> WorkerProcess:
-        arguments = ["--front-pid", str(os.getpid()), "--config", self._config.worker.to_json()]
-        if self._config.socket is not None:
-            arguments += ["--remove", str(self._config.socket)]
-        if self._lane_socket is None:
-            return start_worker(arguments)
-        arguments += ["--remove", str(self._lane_socket.path)]
-        return start_worker(arguments, lane_listener=self._lane_socket.sock)
+    def _supervisor(self, device: Device) -> Supervisor:
+        return Supervisor(
+            device.worker,
+            partial(self._start_worker, device),
+            partial(self._attach_lane, device),
+            self._config.control,
+            ChannelLimits(),
+        )
 
-    async def _attach_lane(self, sock: socket.socket) -> AsyncLane:
+    def _start_worker(self, device: Device) -> WorkerProcess:
+        config = worker_config(self._config, device)
+        arguments = ["--front-pid", str(os.getpid()), "--config", config.to_json()]
+        left_behind = [lane.path for lane in self._lane_sockets.values()]
+        for path in (self._config.socket, *left_behind):
+            if path is not None:
+                arguments += ["--remove", str(path)]
+        lane = self._lane_sockets.get(device.worker)
+        return start_worker(
+            arguments,
+            lane_listener=None if lane is None else lane.sock,
+            environment=worker_environment(device, os.environ),
+        )
+
+    async def _attach_lane(self, device: Device, sock: socket.socket) -> AsyncLane:
         lane = await AsyncLane.attach(sock)
-        self.dispatcher.attach(lane, self._worker.name)
+        self.dispatcher.attach(lane, device.worker)
         return lane
 
 
@@ -201,7 +224,7 @@ async def run_front(config: ServerConfig) -> None:
     """
     sys.setswitchinterval(GIL_SWITCH_S)
     ending = _until_signalled()
-    front = Front(config)
+    front = Front(config, await asyncio.to_thread(find_devices, config))
     announcing = asyncio.create_task(_announce(front.catalog, config))
     try:
         await front.start()

@@ -2,7 +2,10 @@
 """What the server knows about its models: which there are, what state each version is in, and why.
 
 Pure: it is told what happened and answers questions. The front's servicers read it,
-model_control.py and the supervisor's news write it.
+model_control.py and worker_models.py write it.
+
+A model that runs on several devices has a part in each of their workers, with a state of its own;
+what is told about the model is joined from its parts.
 
 A model that is known always has at least one VersionStatus; version 0 stands for "no version is
 known". A version stays READY while its model is being loaded again, because it goes on serving.
@@ -10,56 +13,29 @@ known". A version stays READY while its model is being loaded again, because it 
 
 import asyncio
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from thirdrail.errors import InvalidArgument, NotFound, ResourceExhausted, Unavailable
-from thirdrail.v1 import models_pb2 as pb
-from thirdrail_server.control_messages import LoadedModel, VersionEngine
-from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
-
-LOADING = pb.MODEL_STATE_LOADING
-READY = pb.MODEL_STATE_READY
-UNLOADING = pb.MODEL_STATE_UNLOADING
-UNAVAILABLE = pb.MODEL_STATE_UNAVAILABLE
+from thirdrail_server.control_messages import LoadedModel
+from thirdrail_server.front.control.served_model import (
+    LOADING,
+    READY,
+    UNAVAILABLE,
+    UNLOADING,
+    ServedModel,
+    VersionStatus,
+    all_unavailable,
+    by_number,
+    failed,
+    joined,
+    with_ready_as,
+)
 
 UNLOADED = "unloaded"
 EVICTED = "evicted to make room for"
 RELOAD_FAILED = "the last reload failed, what was loaded before is serving"
 VERSION_MAX = (1 << 63) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class VersionStatus:
-    version: int  # 0: no version is known
-    state: pb.ModelState.ValueType
-    reason: str = ""  # why it is not ready; empty when it is
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """One model as it is now. Any change makes a new one, so it can be kept and compared."""
-
-    name: str
-    versions: tuple[VersionStatus, ...]  # by number
-    config: ModelConfig | None = None  # complete; None until it was loaded once. Not to be changed
-    warnings: tuple[str, ...] = ()
-    in_place: dict[int, tuple[str, ...]] = field(default_factory=dict)  # version -> inputs
-    engines: dict[int, VersionEngine] = field(default_factory=dict)  # by version
-    worker: str = ""
-    load_phase: str = ""  # of a load under way
-    is_expected_back: bool = False  # it lost its worker and will be loaded again
-
-    @property
-    def ready_versions(self) -> tuple[int, ...]:
-        return tuple(each.version for each in self.versions if each.state == READY)
-
-    def engine_reason(self, version: int) -> str:
-        """Why a version does not run on the engine of first choice; empty when it does."""
-        return self.engines[version].reason if version in self.engines else ""
-
-    def status(self, version: int) -> VersionStatus | None:
-        return next((each for each in self.versions if each.version == version), None)
 
 
 class Subscription:
@@ -108,8 +84,10 @@ class Catalog:
         self._models_max = models_max
         self._watchers_max = watchers_max
         self._models: dict[str, ServedModel] = {}
+        self._parts: dict[str, dict[str, ServedModel]] = {}  # by model and worker; "": not placed
         self._startup: set[str] | None = None  # None: not known yet
-        self._workers_down: set[str] = set()
+        self._workers: dict[str, bool] = {}  # whether it is up
+        self._starting: set[str] = set()  # workers that were never up
         self._subscriptions: set[Subscription] = set()
         self.is_stopping = False
 
@@ -152,11 +130,12 @@ class Catalog:
         return True
 
     def all_ready(self) -> bool:
-        """Whether every worker is up and every model that the server started with is ready.
+        """Whether every worker has started, one of them is up, and every model that the server
+        started with is ready.
 
         A model that somebody unloaded on purpose counts no more.
         """
-        if self._startup is None or self._workers_down or self.is_stopping:
+        if self._startup is None or self.is_stopping or not self._has_workers():
             return False
         return all(self.is_ready(name) for name in self._startup)
 
@@ -166,7 +145,7 @@ class Catalog:
 
     def is_settled(self) -> bool:
         """Whether every worker is up, and no load is under way or waits for its turn."""
-        if self._startup is None or self._workers_down:
+        if self._startup is None or not all(self._workers.values()):
             return False
         return not any(
             each.state == LOADING for model in self._models.values() for each in model.versions
@@ -194,16 +173,27 @@ class Catalog:
         self._make_room(name)
         statuses = tuple(VersionStatus(number, UNAVAILABLE, UNLOADED) for number in versions)
         none_known = (VersionStatus(0, UNAVAILABLE, UNLOADED),)
-        self._put(ServedModel(name, _by_number(statuses or none_known)))
+        self._put(ServedModel(name, by_number(statuses or none_known)))
+
+    def place(self, name: str, workers: Sequence[str]) -> None:
+        """It is about to be loaded there. What is left of it elsewhere and serves no more goes."""
+        for worker, part in list(self._parts.get(name, {}).items()):
+            if worker and worker not in workers and not part.ready_versions:
+                self.leave(name, worker)
+
+    def leave(self, name: str, worker: str) -> None:
+        """It does not belong to this worker any more, and belongs to another one."""
+        if self._parts.get(name, {}).pop(worker, None) is not None:
+            self._join(name)
 
     def begin_load(self, name: str, versions: Iterable[int], worker: str) -> None:
         """Raises ResourceExhausted when there are too many models."""
         self._make_room(name)
-        model = self._models.get(name) or ServedModel(name, ())
+        model = self._parts.get(name, {}).get(worker) or ServedModel(name, ())
         ready = set(model.ready_versions)
         kept = tuple(each for each in model.versions if each.version in ready)
         new = (VersionStatus(v, LOADING, "loading") for v in versions if v not in ready)
-        statuses = _by_number((*kept, *new)) or (VersionStatus(0, LOADING, "loading"),)
+        statuses = by_number((*kept, *new)) or (VersionStatus(0, LOADING, "loading"),)
         self._put(
             replace(
                 model,
@@ -214,13 +204,13 @@ class Catalog:
             )
         )
 
-    def tell_phase(self, name: str, phase: str) -> None:
+    def tell_phase(self, name: str, phase: str, worker: str = "") -> None:
         """How far the load of a model has come, in a word."""
-        model = self._models.get(name)
-        if model is not None and model.load_phase and model.load_phase != phase:
-            self._put(replace(model, load_phase=phase))
+        for part in self._parts_of(name, worker):
+            if part.load_phase and part.load_phase != phase:
+                self._put(replace(part, load_phase=phase))
 
-    def end_load(self, name: str, loaded: LoadedModel, worker: str) -> None:
+    def end_load(self, name: str, loaded: LoadedModel, worker: str, instances: int = 0) -> None:
         """It serves. Versions that are not among the loaded ones are gone."""
         versions = (
             VersionStatus(number, READY if failure is None else UNAVAILABLE, failure or "")
@@ -229,65 +219,58 @@ class Catalog:
         self._put(
             ServedModel(
                 name,
-                _by_number(versions),
+                by_number(versions),
                 loaded.config,
                 tuple(loaded.warnings),
                 {number: tuple(names) for number, names in loaded.in_place.items()},
                 dict(loaded.engines),
                 worker,
+                instances=instances,
             )
         )
 
-    def cancel_load(self, name: str) -> None:
+    # Of these, `worker` names one part; empty: all of them
+
+    def cancel_load(self, name: str, worker: str = "") -> None:
         """Somebody wanted it to end: what was serving goes on serving."""
-        model = self._models.get(name)
-        kept = tuple(each for each in model.versions if each.state == READY) if model else ()
-        if model is None or not kept:
-            self.fail_load(name, "the load was cancelled")
-        else:
-            self._put(replace(model, versions=kept, load_phase=""))
+        for part in self._parts_of(name, worker):
+            kept = tuple(each for each in part.versions if each.state == READY)
+            if kept:
+                self._put(replace(part, versions=kept, load_phase=""))
+            else:
+                self._put(failed(part, "the load was cancelled"))
 
-    def fail_load(self, name: str, reason: str) -> None:
+    def fail_load(self, name: str, reason: str, worker: str = "") -> None:
         """What was serving goes on serving, and says in its warnings what happened."""
-        model = self._models.get(name) or ServedModel(name, ())
-        kept = tuple(each for each in model.versions if each.state == READY)
-        if kept:
-            old = (text for text in model.warnings if not text.startswith(RELOAD_FAILED))
+        for part in self._parts_of(name, worker) or [ServedModel(name, (), worker=worker)]:
+            kept = tuple(each for each in part.versions if each.state == READY)
+            if not kept:
+                self._put(failed(part, reason))
+                continue
+            old = (text for text in part.warnings if not text.startswith(RELOAD_FAILED))
             warnings = (*old, f"{RELOAD_FAILED}: {reason}")
-            self._put(replace(model, versions=kept, warnings=warnings, load_phase=""))
-            return
-        numbers = [each.version for each in model.versions] or [0]
-        failed = tuple(VersionStatus(number, UNAVAILABLE, reason) for number in numbers)
-        lost = replace(model, versions=failed, engines={}, load_phase="")
-        self._put(replace(lost, is_expected_back=False))
+            self._put(replace(part, versions=kept, warnings=warnings, load_phase=""))
 
-    def interrupt(self, name: str) -> None:
+    def interrupt(self, name: str, worker: str = "") -> None:
         """It serves no longer, because it is being loaded anew."""
-        model = self._models[name]
-        versions = tuple(
-            VersionStatus(each.version, LOADING, "loading") if each.state == READY else each
-            for each in model.versions
-        )
-        self._put(replace(model, versions=versions))
+        for part in self._parts_of(name, worker):
+            self._put(with_ready_as(part, LOADING, "loading"))
 
     def begin_unload(self, name: str) -> None:
-        model = self._models[name]
-        versions = tuple(
-            VersionStatus(each.version, UNLOADING, "unloading") if each.state == READY else each
-            for each in model.versions
-        )
-        self._put(replace(model, versions=versions))
+        for part in self._parts_of(name, ""):
+            self._put(with_ready_as(part, UNLOADING, "unloading"))
 
-    def end_unload(self, name: str, reason: str = UNLOADED) -> None:
+    def end_unload(self, name: str, reason: str = UNLOADED, worker: str = "") -> None:
         """It is out of memory, on purpose."""
-        if self._startup is not None:
+        for part in self._parts_of(name, worker):
+            self._put(all_unavailable(replace(part, is_expected_back=False), reason))
+        if self._startup is not None and not self._models[name].ready_versions:
             self._startup.discard(name)
-        model = replace(self._models[name], is_expected_back=False)
-        self._put(_all_unavailable(model, reason))
 
     def remove(self, name: str) -> None:
         """It is no longer in the repository, and not loaded."""
         self._models.pop(name, None)
+        self._parts.pop(name, None)
         if self._startup is not None:
             self._startup.discard(name)
         self._tell(name)
@@ -299,22 +282,28 @@ class Catalog:
 
     def expect_worker(self, worker: str) -> None:
         """The server is not ready before this worker has started."""
-        self._workers_down.add(worker)
+        self._workers[worker] = False
+        self._starting.add(worker)
 
     def worker_started(self, worker: str) -> None:
-        self._workers_down.discard(worker)
+        self._workers[worker] = True
+        self._starting.discard(worker)
         self._tell("")
 
     def worker_died(self, worker: str, coming_back: Iterable[str]) -> None:
-        """Its models are gone. coming_back: those that will be loaded again."""
-        self._workers_down.add(worker)
+        """What runs there is gone. coming_back: those models that will be loaded again."""
+        self._workers[worker] = False
         names = set(coming_back)
         reason = f"worker '{worker}' died; restarting"
-        for model in list(self._models.values()):
-            if model.worker == worker and any(each.state != UNAVAILABLE for each in model.versions):
-                lost = _all_unavailable(model, reason)
-                self._put(replace(lost, is_expected_back=model.name in names))
+        for name in list(self._parts):
+            for part in self._parts_of(name, worker):
+                if any(each.state != UNAVAILABLE for each in part.versions):
+                    lost = all_unavailable(part, reason)
+                    self._put(replace(lost, is_expected_back=name in names))
         self._tell("")
+
+    def _has_workers(self) -> bool:
+        return not self._starting and (not self._workers or any(self._workers.values()))
 
     def _find_version(self, model: ServedModel, wanted: int) -> tuple[ServedModel, int]:
         status = model.status(wanted)
@@ -330,9 +319,21 @@ class Catalog:
         if name not in self._models and len(self._models) >= self._models_max:
             raise ResourceExhausted(f"{self._models_max} models are known, the most allowed")
 
-    def _put(self, model: ServedModel) -> None:
-        self._models[model.name] = model
-        self._tell(model.name)
+    def _parts_of(self, name: str, worker: str) -> list[ServedModel]:
+        """One part, or for "" all; none where there is none."""
+        parts = self._parts.get(name, {})
+        return [part for key, part in parts.items() if worker in ("", key)]
+
+    def _put(self, part: ServedModel) -> None:
+        parts = self._parts.setdefault(part.name, {})
+        if part.worker:
+            parts.pop("", None)
+        parts[part.worker] = part
+        self._join(part.name)
+
+    def _join(self, name: str) -> None:
+        self._models[name] = joined(list(self._parts[name].values()))
+        self._tell(name)
 
     def _tell(self, name: str) -> None:
         for subscription in self._subscriptions:
@@ -365,16 +366,3 @@ def _not_ready(name: str, status: VersionStatus) -> Unavailable:
 def _eviction(model: ServedModel) -> str:
     reasons = {each.reason for each in model.versions if each.reason.startswith(EVICTED)}
     return f": {reasons.pop()}" if reasons else ""
-
-
-def _all_unavailable(model: ServedModel, reason: str) -> ServedModel:
-    """Every version becomes unavailable; those that already were keep their reason."""
-    versions = tuple(
-        each if each.state == UNAVAILABLE else VersionStatus(each.version, UNAVAILABLE, reason)
-        for each in model.versions
-    )
-    return replace(model, versions=versions, engines={}, load_phase="")
-
-
-def _by_number(versions: Iterable[VersionStatus]) -> tuple[VersionStatus, ...]:
-    return tuple(sorted(versions, key=lambda each: each.version))

@@ -70,6 +70,16 @@ class CounterBook:
         _add(base, latest)
 
 
+def summed(parts: Iterable[Iterable[ModelCounters]]) -> list[ModelCounters]:
+    """What several workers count together, by name and version."""
+    totals: dict[Key, ModelCounters] = {}
+    for each in (counters for part in parts for counters in part):
+        key = each.name, each.version
+        total = totals.setdefault(key, ModelCounters(name=each.name, version=each.version))
+        _add(total, each)
+    return [totals[key] for key in sorted(totals)]
+
+
 def _add(total: ModelCounters, part: ModelCounters) -> None:
     for name in (*SUMS, *GAUGES):
         setattr(total, name, getattr(total, name) + getattr(part, name))

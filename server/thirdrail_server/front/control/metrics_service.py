@@ -16,7 +16,6 @@ from thirdrail.v1 import metrics_pb2 as pb
 from thirdrail.v1 import metrics_pb2_grpc
 from thirdrail_server.front.control.metrics_text import prometheus_text
 from thirdrail_server.front.control.model_control import ModelControl
-from thirdrail_server.front.control.supervisor import Supervisor
 from thirdrail_server.front.statuses import failures_as_status
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -41,21 +40,21 @@ class Regions(Protocol):
 class MetricsServicer(metrics_pb2_grpc.MetricsServicer):
     """Figures of the server since this object was made."""
 
-    def __init__(self, control: ModelControl, worker: Supervisor, regions: Regions) -> None:
+    def __init__(self, control: ModelControl, regions: Regions) -> None:
         self._control = control
-        self._worker = worker
         self._regions = regions
         self._started_ns = time.monotonic_ns()
 
     async def snapshot(self) -> pb.SnapshotResponse:
-        counters, status = await asyncio.gather(self._control.counters(), self._worker.status())
-        status.evictions = self._control.evictions
-        status.model_bytes_max = self._control.memory_bytes_max
+        counters, statuses = await asyncio.gather(
+            self._control.counters(),
+            asyncio.gather(*(each.status() for each in self._control.workers)),
+        )
         return pb.SnapshotResponse(
             uptime_ns=time.monotonic_ns() - self._started_ns,
             server_version=__version__,
             models=counters,
-            workers=[status],
+            workers=statuses,
             regions=self._regions.count,
             region_bytes=self._regions.total_bytes,
             engines=self._control.engines.counters(),

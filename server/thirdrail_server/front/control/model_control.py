@@ -1,35 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads and unloads models: at the start, on demand, when files change, after a worker's death.
 
-Each model has its turn: one load or unload at a time. A load that somebody asked for goes on when
-the asker hangs up, so that the catalog never depends on a client's patience. The worker swaps a
-model in one step, so a failed reload changes nothing but the catalog's warnings. One broken model
-is that model's own affair.
+Each model has its turn: one load or unload at a time, in all the workers that it runs on. A load
+that somebody asked for goes on when the asker hangs up, so that the catalog never depends on a
+client's patience. One broken model is that model's own affair, and one broken worker is the affair
+of what runs there. What a worker does is in worker_models.py.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from thirdrail.errors import (
-    Cancelled,
     Internal,
     InvalidArgument,
     NotFound,
-    ResourceExhausted,
     ThirdrailError,
     Unavailable,
 )
 from thirdrail.v1 import metrics_pb2
 from thirdrail_server.config import ModelControlMode, ServerConfig
-from thirdrail_server.control_messages import LoadedModel, LoadProgress, message_of_text
-from thirdrail_server.front.announcements import shortened
+from thirdrail_server.control_messages import LoadedModel, LoadProgress
 from thirdrail_server.front.control.access import refuse_unless_explicit
-from thirdrail_server.front.control.catalog import EVICTED, Catalog
-from thirdrail_server.front.control.counters import CounterBook
+from thirdrail_server.front.control.catalog import Catalog
+from thirdrail_server.front.control.counters import summed
 from thirdrail_server.front.control.engine_book import EngineBook
 from thirdrail_server.front.control.load_source import (
     LoadSource,
@@ -37,103 +33,65 @@ from thirdrail_server.front.control.load_source import (
     PreparedLoad,
     prepare,
 )
-from thirdrail_server.front.control.placement import Need, mib
-from thirdrail_server.front.control.restarts import LoadLedger, Verdict
-from thirdrail_server.front.control.room import RoomMaker
-from thirdrail_server.front.control.supervisor import Supervisor, WorkerDied, WorkerNews
-from thirdrail_server.front.control.turns import LoadGate, Turns
+from thirdrail_server.front.control.orders import Order, Orders
+from thirdrail_server.front.control.repository_watch import Look, look, startup_names
+from thirdrail_server.front.control.restarts import Verdict
+from thirdrail_server.front.control.supervisor import Supervisor, WorkerDied
+from thirdrail_server.front.control.turns import Turns
 from thirdrail_server.front.control.uploads import Uploads
+from thirdrail_server.front.control.worker_models import TellProgress, WorkerModels
+from thirdrail_server.front.devices import memory_budget, worker_config
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
+from thirdrail_server.repository.device_choice import Device, devices_of
 from thirdrail_server.repository.errors import RepositoryError
-from thirdrail_server.repository.fingerprint import Fingerprint, snapshot
-from thirdrail_server.repository.layout import ModelFolder, scan
 from thirdrail_server.repository.poll import Decision, Poller
 
-TellProgress = Callable[[LoadProgress], None]
+T = TypeVar("T")
+Placed = list[tuple[WorkerModels, int]]  # where a model belongs, with how many instances
+
+UNLOADED_MEANWHILE = "the model was unloaded meanwhile"
+LOADED_MEANWHILE = "the model was loaded again meanwhile"
+STOPPING = "the server is stopping"
+
+_log = logging.getLogger(__name__)
 
 
 def _to_nobody(_progress: LoadProgress) -> None:
     """A TellProgress for loads that nobody waits for."""
 
 
-T = TypeVar("T")
+class ModelControl:
+    """The only writer of the catalog. `await start()`, load and unload, `await stop()`.
 
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Order:
-    """A load to be done. is_patient: it waits for a worker that is not there.
-
-    improves: the model serves, from the same source, and gets the engine that had to be built.
-    settles_for: why the engine that can serve at once has to do, for good.
+    workers: by device; the GPUs in the order of their numbers.
     """
 
-    name: str
-    source: LoadSource
-    is_patient: bool = False
-    improves: bool = False
-    settles_for: str = ""
-
-    def settled(self, loaded: LoadedModel) -> LoadedModel:
-        """What came of it, as it is to be told."""
-        if not self.settles_for:
-            return loaded
-        engines = {
-            version: replace(engine, reason=self.settles_for, is_stopgap=False)
-            if engine.is_stopgap
-            else engine
-            for version, engine in loaded.engines.items()
-        }
-        return replace(loaded, engines=engines)
-
-
-class _TooLarge(Exception):
-    """The worker has loaded it, and dropped it again, for it takes more than it may."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size  # bytes
-
-
-class ModelControl:
-    """The only writer of the catalog. `await start()`, load and unload, `await stop()`."""
-
-    def __init__(self, config: ServerConfig, catalog: Catalog, worker: Supervisor) -> None:
+    def __init__(
+        self, config: ServerConfig, catalog: Catalog, workers: Mapping[Device, Supervisor]
+    ) -> None:
         self._config = config
         self._catalog = catalog
-        self._worker = worker
-        self._turns = Turns(config.control.waiting_per_model_max)
-        worker_loads_max = config.worker.loads_at_once_max
-        compiling_loads_max = config.worker.compiling.loads_at_once_max
-        self._gate = LoadGate(worker_loads_max + compiling_loads_max)
-        # Of their own: they wait for builds, for which nobody else shall wait.
-        self._improvements = LoadGate(compiling_loads_max)
-        self._ledger: LoadLedger[LoadSource] = LoadLedger()
+        self.turns = Turns(config.control.waiting_per_model_max)
+        self._orders = Orders()
         self._uploads = Uploads(config.control.upload_files_max, config.upload_bytes_max)
-        self._counters = CounterBook()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._room = RoomMaker(
-            config.memory,
-            worker,
-            is_held=self._turns.is_taken,
-            evict=self._evict,
-            unload=self._unload_to_reload,
-        )
-        self.evictions = 0
-        self._improving: dict[str, LoadSource] = {}  # these serve while a better engine is built
         self.engines = EngineBook()
-        catalog.expect_worker(worker.name)
+        self._gpus = tuple(device for device in workers if device.uuid)
+        self._workers = {
+            device.worker: WorkerModels(
+                worker_config(config, device),
+                config.control,
+                memory_budget(config, device),
+                catalog,
+                worker,
+                self,
+            )
+            for device, worker in workers.items()
+        }
 
     @property
-    def memory_bytes_max(self) -> int:
-        """The memory budget of the worker; 0: there is none."""
-        return self._config.memory.bytes_max
-
-    @property
-    def news(self) -> WorkerNews:
-        """What the supervisor is started with."""
-        return WorkerNews(self._on_worker_started, self._on_worker_died)
+    def workers(self) -> Sequence[WorkerModels]:
+        return list(self._workers.values())
 
     async def start(self) -> None:
         """Read the repository and begin to load; the catalog tells how that goes.
@@ -141,15 +99,15 @@ class ModelControl:
         Raises RepositoryError when there is no readable repository, ResourceExhausted when it has
         too many models, InvalidArgument when a model of `load_models` is not in it.
         """
-        folders, prints = await asyncio.to_thread(self._look)
-        names = self._startup_names(folders)
+        found = await asyncio.to_thread(look, self._config.repository)
+        names = startup_names(self._config, found.folders)
         self._catalog.expect(names)
-        for name in folders.keys() - set(names):
-            self._catalog.list_unloaded(name, folders[name].versions)
+        for name in found.folders.keys() - set(names):
+            self._catalog.list_unloaded(name, found.folders[name].versions)
         for name in names:
-            self._load_later(name, LoadSource(self._config.repository))
+            self._order(self._from_repository(name))
         if self._config.model_control is ModelControlMode.POLL:
-            self._spawn(self._follow_repository(Poller(prints)))
+            self._spawn(self._follow_repository(found))
 
     async def stop(self) -> None:
         """Give up all loads, remove uploaded files. Nothing is unloaded: the worker ends next."""
@@ -170,8 +128,8 @@ class ModelControl:
         config: in place of the repository's config.pbtxt. files: path inside the model's folder ->
         content; the model is then loaded from them alone, and `config` must be given.
         Raises ControlIsOff, NotFound (the repository has no such model), Unavailable (no worker),
-        InvalidArgument and ResourceExhausted (files, a full line), Internal: the load failed. What
-        served before goes on serving.
+        InvalidArgument and ResourceExhausted (files, a full line), Cancelled (it was unloaded),
+        Internal: the load failed. What served before goes on serving.
         """
         refuse_unless_explicit(self._config.model_control)
         source = LoadSource(self._config.repository, config)
@@ -181,11 +139,11 @@ class ModelControl:
             repository = await asyncio.to_thread(self._uploads.store, name, files)
             source = LoadSource(repository, config)
         await self._stop_improving(name)
-        load = self._spawn(self._load(_Order(name, source), progress))
-        return await asyncio.shield(load)
+        return await asyncio.shield(self._order(Order(name, source), progress))
 
     async def unload(self, name: str, *, wait: bool = True) -> None:
-        """Unload a model on demand; one that is not loaded stays so.
+        """Unload a model on demand; one that is not loaded stays so. Loads of it that were asked
+        for before end.
 
         wait: until its last request has ended and its memory is free; else only until nobody gets
         it any more. Raises ControlIsOff, NotFound, ResourceExhausted.
@@ -193,7 +151,7 @@ class ModelControl:
         refuse_unless_explicit(self._config.model_control)
         if self._catalog.get(name) is None:
             raise NotFound(f"Request for unknown model: '{name}' is not found")
-        await self._cancel_loads(name)
+        await self._end_loads(name)
         is_leaving = asyncio.Event()
         unload = self._spawn(self._unload(name, is_leaving))
         left = self._spawn(is_leaving.wait())
@@ -205,299 +163,209 @@ class ModelControl:
 
     async def cancel_loads(self) -> None:
         """Begin to stop: builds end now, and the loads that wait for them."""
-        await self._cancel_loads(None)
+        await self._cancel_in_workers(None)
 
     async def counters(self) -> list[metrics_pb2.ModelCounters]:
         """Of every model version since the server started; they never decrease."""
-        try:
-            async with asyncio.timeout(self._config.control.worker_answer_s_max):
-                answer = await self._worker.call("counters")
-            texts = answer["models"]
-            self._counters.observe(
-                [message_of_text(metrics_pb2.ModelCounters, text) for text in texts]
-            )
-        except (ThirdrailError, TimeoutError):
-            pass  # no worker to ask: what was known stays true
-        except (KeyError, TypeError, ValueError) as error:
-            _log.error(
-                "worker '%s' sent counters that cannot be read: %r", self._worker.name, error
-            )
-        return self._counters.totals()
+        return summed(await asyncio.gather(*(each.counters() for each in self.workers)))
 
-    # The worker's life
+    # What the workers ask for: see worker_models.Desk
 
-    def _on_worker_started(self) -> None:
-        self._catalog.worker_started(self._worker.name)
+    def comes_back(self, worker: str, name: str, source: LoadSource) -> None:
+        # It must serve again before it is improved.
+        self._orders.end_improvements(name, "its worker died", worker)
+        self._order(Order(name, source, worker, is_patient=True))
 
-    def _on_worker_died(self, how: str) -> None:
-        aftermath = self._ledger.on_death()
-        self._counters.restart()
-        names = [name for name, _source in aftermath.lost]
-        self._catalog.worker_died(self._worker.name, (*names, *aftermath.retried))
-        if names:
-            _log.warning("not served until there is a worker again: %s", shortened(names))
-        for name, source in aftermath.lost:
-            self._improving.pop(name, None)  # it must serve again before it is improved
-            self._load_later(name, source)
+    async def let_go(self, name: str, source: LoadSource | None) -> None:
+        """Uploaded files are kept as long as a worker needs them."""
+        if source is None or self._orders.need(name, source.repository):
+            return
+        if not any(each.uses(name, source.repository) for each in self.workers):
+            await asyncio.to_thread(self._uploads.discard, source.repository)
 
     # Loading
 
-    async def _load(self, order: _Order, progress: TellProgress = _to_nobody) -> list[int]:
-        """Load in the model's turn."""
+    def _from_repository(self, name: str) -> Order:
+        return Order(name, LoadSource(self._config.repository), is_patient=True)
+
+    def _order(self, order: Order, progress: TellProgress = _to_nobody) -> asyncio.Task[list[int]]:
+        """Have it done. From now on it can be ended."""
+        self._orders.add(order)
+        work = self._improve(order) if order.improves else self._load(order, progress)
+        task = self._spawn(work)
+        task.add_done_callback(lambda _: self._orders.remove(order))
+        return task
+
+    async def _load(self, order: Order, progress: TellProgress = _to_nobody) -> list[int]:
+        """Load in the model's turn. Returns the versions that serve because of it."""
         name = order.name
-        before: LoadSource | None = order.source  # not needed any more, whichever way this ends
         try:
-            async with self._turns.of(name):
-                loaded, before = await self._load_in_turn(order, progress)
+            async with contextlib.AsyncExitStack() as turn:
+                with order.waiting():
+                    if order.worker:  # not in the turn: nobody shall wait for a worker but this
+                        await self._workers[order.worker].wait_until_up()
+                    await turn.enter_async_context(self.turns.of(name))
+                loaded = await self._load_in_turn(order, progress)
         except ThirdrailError as error:
             _log.warning("%s", error)
             raise
         finally:
-            if before is not None and not order.improves:  # else it served before, and still does
-                self._uploads.discard(before.repository)
-        versions = [version for version, failure in loaded.versions.items() if failure is None]
-        _log.info("model '%s' serves, version %s", name, ", ".join(map(str, versions)))
-        if any(engine.is_stopgap for engine in loaded.engines.values()):
-            self._improving[name] = order.source  # now: who loads it next must know
-            self._spawn(self._improve(name, order.source))
+            self._orders.remove(order)
+            await self.let_go(name, order.source)
+        ready = {v for each in loaded.values() for v, fault in each.versions.items() if not fault}
+        versions = sorted(ready)
+        if versions:
+            _log.info("model '%s' serves, version %s", name, ", ".join(map(str, versions)))
         return versions
 
-    async def _improve(self, name: str, source: LoadSource) -> None:
+    async def _load_in_turn(
+        self, order: Order, progress: TellProgress
+    ) -> dict[WorkerModels, LoadedModel]:
+        """Returns what serves now where. Parts for workers that are down come later, if they may.
+
+        Raises what went wrong where no part was loaded.
+        """
+        name = order.name
+        progress(LoadProgress("reading"))
+        prepared, placed = await self._prepare(order)
+        order.require_wanted()
+        here = [(each, count) for each, count in placed if each.is_up]
+        if not here and not order.is_patient:
+            names = " and ".join(f"'{each.name}'" for each, _count in placed)
+            raise Unavailable(f"failed to load '{name}': worker {names} is being restarted")
+        if order.is_patient:
+            self._order_later(order, [each for each, _count in placed if not each.is_up])
+        if not here:
+            return {}
+        loading = [self._spawn(each.load(order, prepared, n, progress)) for each, n in here]
+        await asyncio.wait(loading)
+        loaded: dict[WorkerModels, LoadedModel] = {}
+        failures: dict[WorkerModels, ThirdrailError] = {}
+        for (each, _count), task in zip(here, loading, strict=True):
+            try:
+                loaded[each] = task.result()
+            except ThirdrailError as error:
+                failures[each] = error
+        if not loaded:
+            raise next(iter(failures.values()))
+        if not order.worker:
+            await self._leave_others(order, failures, placed)
+        if not order.is_patient:
+            self._order_later(order, [each for each, _count in placed if each not in dict(here)])
+        for each, what in loaded.items():
+            self._after_load(order, each, what)
+        return loaded
+
+    def _order_later(self, order: Order, absent: Sequence[WorkerModels]) -> None:
+        """The parts for workers that are down."""
+        for each in absent:
+            self._order(Order(order.name, order.source, each.name, is_patient=True))
+
+    async def _leave_others(
+        self, order: Order, failures: Mapping[WorkerModels, ThirdrailError], placed: Placed
+    ) -> None:
+        """What served before serves nowhere beside what was just loaded: callers of one model shall
+        not meet two."""
+        for each, error in failures.items():
+            _log.warning("'%s' is served without worker '%s': %s", order.name, each.name, error)
+            await each.unload(order.name)
+            self._catalog.end_unload(order.name, error.message, each.name)
+        self._orders.end_parts(order.name, order.source, LOADED_MEANWHILE)
+        belongs = {each for each, _count in placed}
+        for each in self.workers:
+            if each not in belongs:
+                await each.unload(order.name)
+                self._catalog.leave(order.name, each.name)
+
+    def _after_load(self, order: Order, where: WorkerModels, loaded: LoadedModel) -> None:
+        name, engines = order.name, loaded.engines
+        self.engines.loaded(name, engines)
+        for version, engine in engines.items():
+            if engine.reason:
+                level = logging.INFO if engine.is_stopgap else logging.WARNING
+                facts = (name, version, engine.name, engine.reason)
+                _log.log(level, "model '%s' version %d is run by %s, not by %s", *facts)
+        if any(engine.is_stopgap for engine in engines.values()):
+            # Now: who loads it next must know.
+            self._order(Order(name, order.source, where.name, is_patient=True, improves=True))
+
+    async def _improve(self, order: Order) -> list[int]:
         """Load again, now waiting for the engine that has to be built, while another one serves.
 
         Another load, or an unload, comes first and puts an end to this.
         """
         try:
-            await self._load(_Order(name, source, is_patient=True, improves=True))
+            return await self._load(order)
         except WorkerDied as death:
-            is_culprit = self._ledger.verdict(name) is Verdict.BROKEN
+            verdict = self._workers[order.worker].verdict(order.name)
             reason = f"worker died while loading a better engine: {death.how}"
-            again = _Order(name, source, is_patient=True, settles_for=reason if is_culprit else "")
-            self._spawn(self._load(again))
-        finally:
-            if self._improving.get(name) is source:
-                del self._improving[name]
+            settles_for = reason if verdict is Verdict.BROKEN else ""
+            again = Order(order.name, order.source, order.worker, True, settles_for=settles_for)
+            self._order(again)
+            return []
 
-    async def _load_in_turn(
-        self, order: _Order, progress: TellProgress
-    ) -> tuple[LoadedModel, LoadSource | None]:
-        """Returns what serves now, and the source that it serves from no longer."""
-        is_patient, is_alone, name = order.is_patient, False, order.name
-        while True:
-            if is_patient:
-                await self._worker.wait_until_up()
-            gate = self._improvements if order.improves else self._gate
-            async with gate.alone() if is_alone else gate.shared():
-                if is_patient and not self._worker.is_up:
-                    continue
-                try:
-                    return await self._load_once(order, progress)
-                except WorkerDied as death:
-                    if order.improves:
-                        raise
-                    verdict = self._ledger.verdict(name)
-                    if verdict is Verdict.BROKEN:
-                        reason = f"worker died while loading it: {death.how}"
-                        self._catalog.fail_load(name, reason)
-                        raise Internal(f"failed to load '{name}', {reason}") from None
-                    is_patient, is_alone = True, verdict is Verdict.RETRY_ALONE
-                except Unavailable:
-                    if not is_patient:
-                        raise
-
-    async def _load_once(
-        self, order: _Order, progress: TellProgress
-    ) -> tuple[LoadedModel, LoadSource | None]:
-        name, source = order.name, order.source
-        progress(LoadProgress("reading"))
-        prepared = await self._prepare(order)
-        self._refuse_unwanted(order)
-        if not self._worker.is_up:
-            raise Unavailable(
-                f"failed to load '{name}': worker '{self._worker.name}' is being restarted"
-            )
-        self._catalog.begin_load(name, dict(prepared.command.versions), self._worker.name)
-        self._ledger.begin(name)
-        try:
-            loaded = order.settled(await self._load_with_room(order, prepared, progress))
-        except WorkerDied:
-            raise
-        except Cancelled as error:
-            self._ledger.fail(name)
-            self._catalog.cancel_load(name)
-            raise Cancelled(f"loading '{name}' ended early: {error}") from None
-        except ThirdrailError as error:
-            self._ledger.fail(name)
-            self._catalog.fail_load(name, error.message)
-            kind = ResourceExhausted if isinstance(error, ResourceExhausted) else Internal
-            raise kind(f"failed to load '{name}', no version is available: {error}") from None
-        except BaseException:
-            self._ledger.fail(name)
-            raise
-        before = self._ledger.succeed(name, source)
-        self._catalog.end_load(name, loaded, self._worker.name)
-        self.engines.loaded(name, loaded.engines)
-        for version, engine in loaded.engines.items():
-            if engine.reason:
-                level = logging.INFO if engine.is_stopgap else logging.WARNING
-                facts = (name, version, engine.name, engine.reason)
-                _log.log(level, "model '%s' version %d is run by %s, not by %s", *facts)
-        return loaded, before
-
-    def _refuse_unwanted(self, order: _Order) -> None:
-        if order.improves and self._improving.get(order.name) is not order.source:
-            raise Cancelled(f"a better engine for '{order.name}' is not wanted any more")
-
-    async def _prepare(self, order: _Order) -> PreparedLoad:
+    async def _prepare(self, order: Order) -> tuple[PreparedLoad, Placed]:
         name = order.name
         try:
             prepared = await asyncio.to_thread(prepare, name, order.source)
-            command = replace(
-                prepared.command,
-                takes_stopgap=not order.improves,
-                memory_bytes_max=self.memory_bytes_max,
-            )
-            return replace(prepared, command=command)
+            devices = devices_of(prepared.command.config, self._gpus)
+            placed = [(self._workers[each.worker], count) for each, count in devices.items()]
+            if order.worker:
+                placed = [found for found in placed if found[0].name == order.worker]
+            if not placed:
+                raise RepositoryError("instance_group places it on other devices; load it again")
         except ModelMissing as error:
             # A name that nobody knows leaves no trace, or callers could fill the catalog.
             if self._catalog.get(name) is not None:
-                self._catalog.fail_load(name, error.message)
+                self._catalog.fail_load(name, error.message, order.worker)
             raise NotFound(error.message) from None
         except RepositoryError as error:
-            self._catalog.fail_load(name, error.message)
+            self._catalog.fail_load(name, error.message, order.worker)
             raise Internal(
                 f"failed to load '{name}', failed to poll from model repository: {error}"
             ) from None
+        if not order.worker:
+            self._catalog.place(name, [each.name for each, _count in placed])
+        return prepared, placed
 
-    async def _load_with_room(
-        self, order: _Order, prepared: PreparedLoad, progress: TellProgress
-    ) -> LoadedModel:
-        """Once more where it turns out larger than its files are, with the figure that is known
-        then. A build never interrupts what serves until it is done."""
-        name, may_interrupt = prepared.command.name, prepared.command.takes_stopgap
-        need = Need(name, prepared.files_bytes)
-        while True:
-            async with self._room.made(need, may_interrupt=may_interrupt):
-                self._refuse_unwanted(order)  # the worker cancels nothing that it does not know
-                try:
-                    return await self._load_in_worker(prepared, progress)
-                except _TooLarge as error:
-                    if need.is_measured:
-                        text = f"it takes {mib(error.size)}, which others took meanwhile"
-                        raise ResourceExhausted(text) from None
-                    need = Need(name, error.size, is_measured=True)
+    async def _end_loads(self, name: str, why: str = UNLOADED_MEANWHILE) -> None:
+        self._orders.end(name, why)
+        await self._cancel_in_workers(name)
 
-    async def _load_in_worker(self, prepared: PreparedLoad, progress: TellProgress) -> LoadedModel:
-        def tell(fields: dict[str, Any]) -> None:
-            told = LoadProgress.from_fields(fields)
-            self._catalog.tell_phase(prepared.command.name, told.phase)
-            self._ledger.note(prepared.command.name, is_building=told.is_building)
-            progress(told)
-
-        answer = await self._worker.call("load", prepared.command.to_fields(), tell)
-        if "too_large_bytes" in answer:
-            raise _TooLarge(int(answer["too_large_bytes"]))
-        loaded = LoadedModel.from_fields(answer)
-        versions: dict[int, str | None] = {**loaded.versions, **prepared.failures}
-        if None not in versions.values():
-            raise Internal(
-                "; ".join(f"version {v}: {text}" for v, text in sorted(versions.items()))
-            )
-        return replace(loaded, versions=dict(sorted(versions.items())))
-
-    def _load_later(self, name: str, source: LoadSource) -> None:
-        self._spawn(self._load(_Order(name, source, is_patient=True)))
-
-    async def _cancel_loads(self, name: str | None) -> None:
-        """None: of all models, for good."""
-        if name is not None:
-            self._improving.pop(name, None)
-        with contextlib.suppress(ThirdrailError, TimeoutError):  # no worker: nothing is built
-            async with asyncio.timeout(self._config.control.worker_answer_s_max):
-                await self._worker.call("cancel loads", {} if name is None else {"name": name})
+    async def _cancel_in_workers(self, name: str | None) -> None:
+        await asyncio.gather(*(each.cancel_loads(name) for each in self.workers))
 
     async def _stop_improving(self, name: str) -> None:
         """For a load that is to take its place."""
-        if self._improving.pop(name, None) is not None:
-            await self._cancel_loads(name)
+        if self._orders.end_improvements(name, LOADED_MEANWHILE):
+            await self._cancel_in_workers(name)
 
     # Unloading
 
     async def _unload(self, name: str, is_leaving: asyncio.Event) -> None:
-        async with self._turns.of(name):
-            model = self._catalog.get(name)
-            if model is None:
+        async with self.turns.of(name):
+            if self._catalog.get(name) is None:
                 return
-            source = self._ledger.forget(name)
             self._catalog.begin_unload(name)
             is_leaving.set()
-            failure: ThirdrailError | None = None
-            if source is not None:
-                failure = await self._unload_in_worker(name)
-                await asyncio.to_thread(self._uploads.discard, source.repository)
+            outcomes = await asyncio.gather(*(each.unload(name) for each in self.workers))
             self._catalog.end_unload(name)
-            if failure is not None:
+            for failure in filter(None, outcomes):
                 raise failure
         _log.info("model '%s' is unloaded", name)
 
-    async def _unload_in_worker(self, name: str) -> ThirdrailError | None:
-        try:
-            await self._worker.call("unload", {"name": name})
-        except (Unavailable, NotFound):
-            pass  # the worker, or the model in it, is gone: that is what was asked for
-        except ThirdrailError as error:
-            _log.error("model '%s' was not unloaded cleanly: %s", name, error)
-            return error
-        return None
-
-    async def _unload_to_reload(self, name: str) -> None:
-        """In the model's turn: there is no room for what serves and what is loaded beside it."""
-        self._catalog.interrupt(name)
-        source = self._ledger.forget(name)
-        await self._unload_in_worker(name)
-        if source is not None:
-            await asyncio.to_thread(self._uploads.discard, source.repository)
-
-    async def _evict(self, name: str, needy: str) -> bool:
-        """Take an idle model out of memory for another one. False: it is not idle any more."""
-        if self._turns.is_taken(name):
-            return False
-        async with self._turns.of(name):
-            answer = await self._worker.call("evict", {"name": name})
-            if not answer.get("evicted"):
-                return False
-            source = self._ledger.forget(name)
-            self._catalog.end_unload(name, f"{EVICTED} '{needy}'; load it to use it again")
-            if source is not None:
-                await asyncio.to_thread(self._uploads.discard, source.repository)
-        self.evictions += 1
-        _log.warning("model '%s' was %s '%s'", name, EVICTED, needy)
-        return True
-
     # The repository
 
-    def _look(self) -> tuple[dict[str, ModelFolder], dict[str, Fingerprint]]:
-        folders = scan(self._config.repository)
-        return folders, snapshot(folders)
-
-    def _startup_names(self, folders: Mapping[str, ModelFolder]) -> list[str]:
-        wanted = self._config.load_models
-        if self._config.model_control is not ModelControlMode.EXPLICIT or "*" in wanted:
-            return list(folders)
-        for name in wanted:
-            if name not in folders:
-                raise InvalidArgument(f"the repository has no model '{name}' to load at the start")
-        return list(dict.fromkeys(wanted))
-
-    async def _follow_repository(self, poller: Poller) -> None:
+    async def _follow_repository(self, found: Look) -> None:
+        poller = Poller(found.prints)
         while True:
             await asyncio.sleep(self._config.poll_interval_s)
             try:
-                _folders, prints = await asyncio.to_thread(self._look)
+                found = await asyncio.to_thread(look, self._config.repository)
             except RepositoryError as error:
                 _log.error("polling goes on with the models as they are: %s", error)
                 continue
-            for decision in poller.observe(prints):
+            for decision in poller.observe(found.prints):
                 self._obey(decision)
 
     def _obey(self, decision: Decision) -> None:
@@ -508,10 +376,10 @@ class ModelControl:
 
     async def _reload(self, name: str) -> None:
         await self._stop_improving(name)
-        await self._load(_Order(name, LoadSource(self._config.repository), is_patient=True))
+        await asyncio.shield(self._order(self._from_repository(name)))
 
     async def _unload_and_remove(self, name: str) -> None:
-        await self._cancel_loads(name)
+        await self._end_loads(name)
         await self._unload(name, asyncio.Event())
         self._catalog.remove(name)
 

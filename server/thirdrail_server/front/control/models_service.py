@@ -14,8 +14,9 @@ from thirdrail.errors import Unavailable
 from thirdrail.v1 import models_pb2 as pb
 from thirdrail.v1 import models_pb2_grpc
 from thirdrail_server.control_messages import LoadProgress, VersionEngine
-from thirdrail_server.front.control.catalog import Catalog, ServedModel, parse_version
+from thirdrail_server.front.control.catalog import Catalog, parse_version
 from thirdrail_server.front.control.model_control import ModelControl
+from thirdrail_server.front.control.served_model import ServedModel
 from thirdrail_server.front.statuses import failures_as_status
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.repository.model_config import parse_text
@@ -157,6 +158,7 @@ def statuses_of(model: ServedModel) -> Iterator[pb.ModelStatus]:
             is_expected_back=model.is_expected_back,
             engine_reason=engine.reason,
             load_phase=model.load_phase,
+            workers=model.workers_of(each.version) if each.version else (),
         )
 
 
@@ -184,7 +186,7 @@ def describe(model: ServedModel, version: int) -> pb.DescribeResponse:
         inputs=[spec.to_message() for spec in input_specs(config)],
         outputs=[spec.to_message() for spec in output_specs(config)],
         batch_rows_max=max(config.max_batch_size, 0),
-        instances=sum(max(group.count, 1) for group in config.instance_group),
+        instances=model.instances or sum(max(each.count, 1) for each in config.instance_group),
         config_pbtxt=text_format.MessageToString(config),
         warnings=model.warnings,
         inputs_in_place=model.in_place.get(version, ()),

@@ -92,6 +92,10 @@ class LoadLedger(Generic[Source]):
         self._loading.discard(name)
         self._building.discard(name)
 
+    def source_of(self, name: str) -> Source | None:
+        """What the model serves from."""
+        return self._serving.get(name)
+
     def forget(self, name: str) -> Source | None:
         """The model was unloaded, and does not come back by itself. Returns what it served from."""
         return self._serving.pop(name, None)

@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from thirdrail_server.exit_codes import MEANINGS
@@ -68,10 +68,12 @@ def start_worker(
     command: Sequence[str] = WORKER_COMMAND,
     *,
     lane_listener: socket.socket | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> WorkerProcess:
     """Start `command --control-fd N --lane-fd M *arguments` and watch it.
 
     lane_listener: passed on as `--lane-listen-fd`; it stays the caller's and outlives the worker.
+    environment: the worker's variables; None: ours.
     Must be called on the main thread's event loop: a worker ends with the thread that started it.
     Raises OSError when the process cannot be started.
     """
@@ -88,6 +90,7 @@ def start_worker(
             stdin=subprocess.DEVNULL,
             pass_fds=fds,
             process_group=0,
+            env=environment,
         )
     except BaseException:
         control.close()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from thirdrail.errors import Internal, InvalidArgument, NotFound, Unavailable, Unimplemented
 from thirdrail.v1 import models_pb2
 from thirdrail_server.front.control.access import ControlIsOff
-from thirdrail_server.front.control.catalog import ServedModel
+from thirdrail_server.front.control.served_model import ServedModel
 from thirdrail_server.inference import grpc_service_pb2 as kserve
 from thirdrail_server.repository.model_config import parse_json
 

@@ -11,8 +11,9 @@ import grpc
 from thirdrail import __version__
 from thirdrail.errors import InvalidArgument, Unavailable
 from thirdrail_server.config import ServerConfig
-from thirdrail_server.front.control.catalog import Catalog, ServedModel, parse_version
+from thirdrail_server.front.control.catalog import Catalog, parse_version
 from thirdrail_server.front.control.model_control import ModelControl
+from thirdrail_server.front.control.served_model import ServedModel
 from thirdrail_server.front.dispatch import Dispatcher
 from thirdrail_server.front.handlers import service_handler
 from thirdrail_server.front.kserve import metadata, region_calls, repository, settings, statistics

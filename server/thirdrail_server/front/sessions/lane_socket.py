@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lane's listening socket: bound by the front, in the folder of its gRPC socket.
+"""A lane's listening socket: bound by the front, in the folder of its gRPC socket.
 
-The front keeps it and every worker inherits it, so clients that connect while a worker is replaced
-wait for the next one. Who may use it is decided by the worker, by uid; the file's mode only spares
-it those whom it would refuse.
+Each worker has one, which the front keeps and every successor of the worker inherits, so clients
+that connect while a worker is replaced wait for the next one. Who may use it is decided by the
+worker, by uid; the file's mode only spares it those whom it would refuse.
 """
 
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 from thirdrail.lane.long_paths import socket_address
 from thirdrail_server.config import ConfigError, ServerConfig
 from thirdrail_server.front.listeners import locked, socket_mode
+from thirdrail_server.repository.device_choice import CPU
 
 BACKLOG = 128
 # The worker of a front that was killed holds its socket a moment longer.
@@ -35,14 +36,15 @@ class LaneSocket:
 
 
 def lane_path(grpc_socket: Path, worker: str) -> Path:
-    return grpc_socket.with_name(f"{grpc_socket.stem}.{worker}.lane")
+    """worker: "cuda:GPU-..." becomes a part of a name that needs no quotes."""
+    return grpc_socket.with_name(f"{grpc_socket.stem}.{worker.replace(':', '-')}.lane")
 
 
-def bind_lane(config: ServerConfig) -> LaneSocket | None:
+def bind_lane(config: ServerConfig, worker: str = CPU.worker) -> LaneSocket | None:
     """None where the configuration wants none. Raises ConfigError where it cannot be bound."""
     if config.socket is None or not config.lane:
         return None
-    path = lane_path(config.socket, config.worker.name)
+    path = lane_path(config.socket, worker)
     try:
         with locked(path.parent):
             if _is_answered_for_long(path):

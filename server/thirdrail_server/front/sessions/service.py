@@ -7,6 +7,7 @@ then on the two talk to each other.
 # ruff: noqa: N802 - the methods have the names of the protocol's calls
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -30,49 +31,49 @@ NO_SOCKET = "the server offers no lane: it has no Unix socket (--socket PATH)"
 
 
 class SessionsServicer(sessions_pb2_grpc.SessionsServicer):
-    """Of a server with one worker."""
+    """workers: the first is that of clients who name none."""
 
-    def __init__(self, config: ServerConfig, worker: Supervisor) -> None:
+    def __init__(self, config: ServerConfig, workers: Sequence[Supervisor]) -> None:
         self._config = config
-        self._worker = worker
-        self._lane_path: Path | None = None
+        self._workers = {worker.name: worker for worker in workers}
+        self._first = workers[0]
+        self._lane_paths: Mapping[str, Path] = {}
         self._tcp_address: str | None = None
 
-    def listening(self, tcp_address: str | None, lane_path: Path | None) -> None:
-        """Where the server listens, which it only knows once it does."""
+    def listening(self, tcp_address: str | None, lane_paths: Mapping[str, Path]) -> None:
+        """Where the server listens, which it only knows once it does. lane_paths: by worker."""
         self._tcp_address = tcp_address
-        self._lane_path = lane_path
+        self._lane_paths = lane_paths
 
     @answering
     async def OpenSession(
         self, request: pb.OpenSessionRequest, context: Context
     ) -> pb.OpenSessionResponse:
-        if request.worker not in ("", self._worker.name):
-            raise NotFound(
-                f"there is no worker '{request.worker}', this server has '{self._worker.name}'"
-            )
+        worker = self._workers.get(request.worker) if request.worker else self._first
+        if worker is None:
+            there = ", ".join(f"'{name}'" for name in self._workers)
+            raise NotFound(f"there is no worker '{request.worker}', this server has {there}")
         why_not = self._why_no_lane(context.peer())
-        if why_not or self._lane_path is None:
+        path = self._lane_paths.get(worker.name)
+        if why_not or path is None:
             raise FailedPrecondition(why_not)
-        opened = OpenedSession.from_fields(await self._worker.call("open session"))
+        opened = OpenedSession.from_fields(await worker.call("open session"))
         return pb.OpenSessionResponse(
             session=opened.session,
             token=opened.token,
             token_life_ms=opened.token_life_ms,
-            socket_name=self._lane_path.name,
-            socket_path=str(self._lane_path.absolute()),
-            worker=self._worker.name,
+            socket_name=path.name,
+            socket_path=str(path.absolute()),
+            worker=worker.name,
+            workers=self._workers,
         )
 
     @answering
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Context
     ) -> pb.ListSessionsResponse:
-        answer = await self._worker.call("list sessions")
-        sessions = [message_of_text(pb.SessionInfo, text) for text in answer["sessions"]]
-        for each in sessions:
-            each.worker = self._worker.name
-        return pb.ListSessionsResponse(sessions=sessions)
+        lists = await asyncio.gather(*map(_sessions_of, self._workers.values()))
+        return pb.ListSessionsResponse(sessions=[each for found in lists for each in found])
 
     @answering
     async def Probe(self, request: pb.ProbeRequest, context: Context) -> pb.ProbeResponse:
@@ -80,7 +81,7 @@ class SessionsServicer(sessions_pb2_grpc.SessionsServicer):
             request,
             self._config,
             tcp_address=self._tcp_address,
-            lane_address=str(self._lane_path.absolute()) if self._lane_path else "",
+            lane_address=", ".join(str(path.absolute()) for path in self._lane_paths.values()),
             why_no_lane=self._why_no_lane(context.peer()),
             has_client_shm=self._config.allow_client_shm,
             # The driver may take its time to answer the first time.
@@ -91,7 +92,7 @@ class SessionsServicer(sessions_pb2_grpc.SessionsServicer):
         """Empty where there is one for this caller."""
         if not self._config.lane:
             return NO_LANE
-        if self._lane_path is None:
+        if not self._lane_paths:
             return NO_SOCKET
         if not is_local(caller):
             return (
@@ -99,6 +100,14 @@ class SessionsServicer(sessions_pb2_grpc.SessionsServicer):
                 "the server's Unix socket or its loopback address"
             )
         return ""
+
+
+async def _sessions_of(worker: Supervisor) -> list[pb.SessionInfo]:
+    answer = await worker.call("list sessions")
+    sessions = [message_of_text(pb.SessionInfo, text) for text in answer["sessions"]]
+    for each in sessions:
+        each.worker = worker.name
+    return sessions
 
 
 def is_local(caller: str) -> bool:
