@@ -356,6 +356,37 @@ def test_nothing_is_to_come_when_the_plan_is_there(
     assert services.phases == [LOADING]
 
 
+def test_a_damaged_plan_is_built_anew_while_another_engine_answers(
+    begin: Begin, model: Path, tmp_path: Path
+) -> None:
+    first = begin(model, SERVE).later
+    assert first is not None
+    first().engine.close()
+    (plan,) = (tmp_path / "cache/plans").glob("*/plan")
+    plan.write_bytes(b"x" + plan.read_bytes()[1:])
+    begun = begin(model, SERVE)
+    assert begun.now.report.engine == "onnxruntime"
+    assert begun.later is not None
+    final = begun.later()
+    assert final.report.engine == "onnxruntime plan"
+    final.engine.close()
+
+
+def test_the_stopgap_says_all_that_keeps_the_first_engine_away(begin: Begin, model: Path) -> None:
+    """The first cannot be had, and the second has to be built."""
+    begun = begin(model, {**SERVE, "engine": "tensorrt_rtx"})
+    attempts = begun.now.report.attempts
+    assert [(each.engine, each.fault) for each in attempts] == [
+        ("tensorrt_rtx on cuda", "missing"),
+        ("onnxruntime plan", "compiling"),
+    ]
+    assert begun.later is not None
+    final = begun.later()
+    assert final.report.engine == "onnxruntime plan"
+    assert [each.fault for each in final.report.attempts] == ["missing"]
+    final.engine.close()
+
+
 @pytest.mark.parametrize("parameters", [{}, PLAN, {"serve_while_compiling": "true"}], ids=str)
 def test_one_step_is_enough_without_the_wish_or_without_a_build(
     begin: Begin, model: Path, parameters: dict[str, str]

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,14 +11,18 @@ import pytest
 
 from support.compilations import GIB, Services
 from support.perceptrons import two_layers
-from thirdrail_engines import EngineOptions, Inspector, LoadedEngine, cuda_engines, load
+from thirdrail.dtypes import BY_NAME
+from thirdrail.tensors import TensorSpec
+from thirdrail_engines import EngineOptions, Inspector, LoadedEngine, cuda_engines, load, one_engine
 from thirdrail_engines.ahead import PlanAhead, compile_ahead
 from thirdrail_engines.compile_options import CompileOptions, read_compile_options
 from thirdrail_engines.cuda.identity import DeviceFacts
+from thirdrail_engines.inputs_on_record import inputs_on_record
 from thirdrail_engines.load import NoEngine
 from thirdrail_engines.one_engine import EngineLoader
+from thirdrail_engines.onnxruntime_engine import OnnxRuntimeEngine, load_onnx
 from thirdrail_engines.plan_cache import PlanCache, key_of
-from thirdrail_engines.plans import Builder, BuildError, BuildFault
+from thirdrail_engines.plans import Builder, BuildError, BuildFault, PlanRequest
 
 ROWS = {"profile.0.x": "1x16,4x16,8x16"}
 AMPERE = DeviceFacts("GPU-0", "NVIDIA A10", (8, 6), 24 << 30, (13, 0))
@@ -35,6 +40,25 @@ def model(tmp_path: Path) -> Path:
     path = tmp_path / "model/model.onnx"
     onnx.save(two_layers(), path)
     return path
+
+
+def test_a_manifest_tells_the_inputs_of_its_model(
+    cache: PlanCache, model: Path, tmp_path: Path
+) -> None:
+    assert inputs_on_record(model, Builder.ONNXRUNTIME, cache) is None
+    (plan,) = ahead(model, cache, Builder.ONNXRUNTIME)
+    assert inputs_on_record(model, Builder.ONNXRUNTIME, cache) == (
+        TensorSpec("x", BY_NAME["FP32"], (-1, 16)),
+    )
+    assert inputs_on_record(model, Builder.TENSORRT_RTX, cache) is None
+    assert inputs_on_record(model, Builder.ONNXRUNTIME, None) is None
+    manifest = tmp_path / "cache/plans" / plan.key / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"FP32"', '"FP31"'))
+    assert inputs_on_record(model, Builder.ONNXRUNTIME, cache) is None
+    manifest.write_text(text)
+    onnx.save(two_layers(seed=1), model)
+    assert inputs_on_record(model, Builder.ONNXRUNTIME, cache) is None
 
 
 def ahead(
@@ -83,6 +107,33 @@ def test_a_plan_for_a_gpu_is_found_where_that_gpu_is(
     wanted = read_compile_options(ROWS)
     with EngineLoader(model, EngineOptions(), inspector, wanted, None) as loader:
         assert key_of(loader.request(Builder.TENSORRT_RTX)).digest == plans[0].key
+
+
+@pytest.mark.needs_tensorrt
+def test_a_plan_that_is_there_is_found_without_loading_the_model(
+    cache: PlanCache, model: Path, inspector: Inspector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its manifest tells the shapes."""
+    (plan,) = ahead(model, cache, Builder.TENSORRT_RTX, "sm86")
+    monkeypatch.setattr(cuda_engines, "cuda_devices", lambda: (AMPERE,))
+    loads: list[Path] = []
+
+    def load_and_note(path: Path, **more: Any) -> OnnxRuntimeEngine:
+        loads.append(path)
+        return load_onnx(path, **more)
+
+    monkeypatch.setattr(one_engine, "load_onnx", load_and_note)
+
+    def request(**parameters: str) -> PlanRequest:
+        wanted = read_compile_options({**ROWS, **parameters})
+        services = Services(cache).given
+        with EngineLoader(model, EngineOptions(), inspector, wanted, services) as loader:
+            return loader.request(Builder.TENSORRT_RTX)
+
+    assert key_of(request()).digest == plan.key
+    assert loads == []
+    assert key_of(request(workspace_mib="64")).digest != plan.key
+    assert loads == [model], "no such plan is there"
 
 
 @pytest.mark.needs_tensorrt

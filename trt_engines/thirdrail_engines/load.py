@@ -6,9 +6,10 @@ order of engines (engine_choice.py): each is built, loaded and proven (one_engin
 that fails, the policy says whether the next one is tried. What failed is in the report.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,11 +105,17 @@ def begin_load(
         )
     order = _order(path, wanted, services)
     *before, last = order
-    with _loader(path, options, inspector, wanted, services) as loader:
-        if not (before and last.reads_model and loader.needs_build(order[0])):
+    if not (before and last.reads_model):
+        with _loader(path, options, inspector, wanted, services) as loader:
             return BegunLoad(_first_of(loader, order, wanted.on_failure))
-        waiting = Attempt(order[0].name, "compiling", "its plan is being built and proven")
-        now = loader.load(last, (waiting,))
+    attempts: list[Attempt] = []
+    with _loader(path, options, inspector, wanted, _building_nothing(services)) as loader:
+        try:
+            return BegunLoad(_first_of(loader, order, wanted.on_failure, attempts))
+        except _BuildPutOff:
+            better = order[len(attempts)].name
+            waiting = Attempt(better, "compiling", "its plan is being built and proven")
+            now = loader.load(last, (*attempts, waiting))
 
     def later() -> LoadedEngine:
         # A loader of its own: whoever shares the inspector may have closed it by now.
@@ -116,6 +123,19 @@ def begin_load(
             return _first_of(loader, before, wanted.on_failure, is_last=False)
 
     return BegunLoad(now, later)
+
+
+class _BuildPutOff(Exception):
+    """A plan is not there, and shall not be built now."""
+
+
+def _building_nothing(services: "CompileServices | None") -> "CompileServices":
+    from thirdrail_engines.compiling import CompileServices
+
+    def put_off() -> AbstractContextManager[None]:
+        raise _BuildPutOff
+
+    return dataclasses.replace(services or CompileServices(), building=put_off)
 
 
 def stays(report: EngineReport, error: ModelFileError) -> EngineReport:
@@ -166,11 +186,15 @@ def _first_of(
     loader: "EngineLoader",
     order: Sequence[Candidate],
     on_failure: OnFailure,
+    attempts: list[Attempt] | None = None,
     *,
     is_last: bool = True,
 ) -> LoadedEngine:
-    """The first that loads and is proven. is_last: nothing else can run the model after these."""
-    attempts: list[Attempt] = []
+    """The first that loads and is proven. is_last: nothing else can run the model after these.
+
+    attempts: where those are noted that failed, also for a caller who meets an exception.
+    """
+    attempts = [] if attempts is None else attempts
     for candidate in order:
         try:
             return loader.load(candidate, tuple(attempts))

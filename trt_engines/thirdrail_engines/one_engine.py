@@ -22,14 +22,8 @@ from thirdrail_engines.inspector import Inspector
 from thirdrail_engines.onnxruntime_engine import load_onnx, load_plan
 from thirdrail_engines.onnxruntime_session import CUDA_PROVIDERS
 from thirdrail_engines.options import EngineOptions
-from thirdrail_engines.plan_cache import Plan, key_of
-from thirdrail_engines.plan_requests import (
-    driver_text,
-    onnxruntime_request,
-    onnxruntime_version,
-    tensorrt_request,
-    tensorrt_version,
-)
+from thirdrail_engines.plan_cache import Plan
+from thirdrail_engines.plan_requests import driver_text, onnxruntime_version
 from thirdrail_engines.plans import (
     Builder,
     BuildError,
@@ -47,6 +41,7 @@ from thirdrail_engines.reference_proof import (
     tolerance_for,
 )
 from thirdrail_engines.trials import value_fault
+from thirdrail_engines.wanted_plans import WantedPlans
 
 
 class ProofError(ModelFileError):
@@ -73,6 +68,9 @@ class EngineLoader:
         self._inspector = inspector
         self._wanted = wanted
         self._services = services or CompileServices()
+        self._plans = WantedPlans(
+            path, options.threads_max, wanted, self._services, lambda: self._need_reference().spec
+        )
         self._reference: Engine | None = None
 
     def load(self, candidate: Candidate, attempts: tuple[Attempt, ...]) -> LoadedEngine:
@@ -89,25 +87,6 @@ class EngineLoader:
         if candidate.builder is None:
             return self._load_model_file(candidate, attempts)
         return self._load_plan(candidate, candidate.builder, attempts)
-
-    def needs_build(self, candidate: Candidate) -> bool:
-        """Whether its plan is yet to be built. False also where that would not even begin."""
-        if candidate.builder is None:
-            return False
-        try:
-            if candidate.device is Device.CUDA:
-                facts_for(candidate.engine, self._services)
-            request = self.request(candidate.builder)
-            key = key_of(request)
-        except ModelFileError:  # which `load` raises again
-            return False
-        cache = self._services.cache
-        if cache is None:
-            return True
-        if cache.get(key) is None:
-            return True
-        cache.release(key)
-        return False
 
     def close(self) -> None:
         if self._reference is not None:
@@ -146,7 +125,7 @@ class EngineLoader:
     def _open_reference(self) -> Engine:
         if not self._is_torch:
             return load_onnx(self.path, options=self._options, inspector=self._inspector)
-        plan, _ = compile_plan(self._onnxruntime_request(Precision.AS_IS), self._services)
+        plan, _ = compile_plan(self._plans.of_onnxruntime(Precision.AS_IS), self._services)
         try:
             return load_plan(plan.data, self.path, options=self._options)
         finally:
@@ -199,25 +178,8 @@ class EngineLoader:
         return LoadedEngine(engine, report)
 
     def request(self, builder: Builder, capability: str = "") -> PlanRequest:
-        """What to build. capability: in place of the configured ones, and of the GPU at hand.
-
-        Raises BuildError (MISSING, REFUSED), and ProfileError; ModelFileError where the model
-        cannot be read.
-        """
-        if builder is Builder.ONNXRUNTIME:
-            return self._onnxruntime_request(self._wanted.precision)
-        version = tensorrt_version(builder)
-        names = (capability,) if capability else self._wanted.compute_capabilities
-        is_named = builder is Builder.TENSORRT_RTX and names
-        device = None if is_named else facts_for(builder, self._services)
-        spec, wanted = self._need_reference().spec, self._wanted
-        profiles = profiles_for(spec.inputs, wanted.profiles, wanted.rows, spec.unranked)
-        return tensorrt_request(self.path, builder, version, wanted, profiles, names, device)
-
-    def _onnxruntime_request(self, precision: Precision) -> PlanRequest:
-        return onnxruntime_request(
-            self.path, self._wanted, precision=precision, threads_max=self._options.threads_max
-        )
+        """See WantedPlans.of."""
+        return self._plans.of(builder, capability)
 
     def _open_plan(self, plan: Plan, request: PlanRequest) -> Engine:
         if request.builder is Builder.ONNXRUNTIME:
@@ -270,7 +232,7 @@ class EngineLoader:
         self, candidate: Candidate, engine: Engine, plan: Plan, request: PlanRequest
     ) -> ReferenceProof | None:
         """None for the plan that is the reference itself. Raises ProofError."""
-        if self._is_torch and request == self._onnxruntime_request(Precision.AS_IS):
+        if self._is_torch and request == self._plans.of_onnxruntime(Precision.AS_IS):
             return None
         profiles = request.profiles or self._profiles(engine)
         proof = recorded_proof(

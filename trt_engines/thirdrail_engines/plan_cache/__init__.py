@@ -15,7 +15,7 @@ All locks are flock's, which end with the process that holds them, however it en
 """
 
 from thirdrail_engines.plan_cache.cache import PlanCache
-from thirdrail_engines.plan_cache.key import PlanKey, key_of
+from thirdrail_engines.plan_cache.key import PlanKey, digest_of, key_of
 from thirdrail_engines.plan_cache.layout import default_folder
 from thirdrail_engines.plan_cache.manifest import Manifest
 from thirdrail_engines.plan_cache.reading import Plan
@@ -28,5 +28,6 @@ __all__ = [
     "PlanCache",
     "PlanKey",
     "default_folder",
+    "digest_of",
     "key_of",
 ]

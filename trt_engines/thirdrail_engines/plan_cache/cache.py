@@ -20,7 +20,13 @@ from thirdrail_engines.plan_cache.layout import Layout, check_note_name
 from thirdrail_engines.plan_cache.locks import LockTimeout, locked_file, open_folder, try_lock
 from thirdrail_engines.plan_cache.manifest import MANIFEST_FORMAT, Manifest
 from thirdrail_engines.plan_cache.opening import open_layer, open_main, open_scratch, reason_of
-from thirdrail_engines.plan_cache.reading import Damaged, Plan, read_and_hash, read_entry
+from thirdrail_engines.plan_cache.reading import (
+    Damaged,
+    Plan,
+    manifests_in,
+    read_and_hash,
+    read_entry,
+)
 from thirdrail_engines.plan_cache.saving import save_entry, write_synced
 from thirdrail_engines.plan_cache.store import NoRoom, Store
 from thirdrail_engines.plan_cache.timings import Timings
@@ -81,6 +87,10 @@ class PlanCache:
             else:
                 return plan
         return None
+
+    def manifests(self) -> Iterator[Manifest]:
+        """Of the plans that are there, verified or not; what cannot be read is passed over."""
+        return manifests_in(layout.plans for layout in (self._main, *self._layers))
 
     def release(self, key: PlanKey) -> None:
         """The plan is no longer used here: once for each `get` and `put` that returned it."""

@@ -40,7 +40,7 @@ def key_of(request: PlanRequest) -> PlanKey:
             values[each.name] = _plain(getattr(request, each.name))
     values["source_format"] = request.source.suffix
     values["weights"] = {
-        location: _digest_of(request.source.parent / location)
+        location: digest_of(request.source.parent / location)
         for location in weights_beside(request.source)
     }
     # A builder is told one capability after the other, and makes the same plan in any order.
@@ -52,7 +52,7 @@ def key_of(request: PlanRequest) -> PlanKey:
 def _plain(value: Any) -> Any:
     """What JSON tells apart wherever two requests differ; mappings in one order, files as bytes."""
     if isinstance(value, Path):
-        return _digest_of(value)
+        return digest_of(value)
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
     if isinstance(value, Mapping):
@@ -69,7 +69,8 @@ def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def _digest_of(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """Of a file's content, as the parts of a key have it. Raises ModelFileError."""
     piece = memoryview(bytearray(PIECE_BYTES))
     digest = hashlib.sha256()
     try:

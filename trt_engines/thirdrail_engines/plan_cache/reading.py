@@ -14,11 +14,14 @@ import contextlib
 import hashlib
 import mmap
 import os
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from thirdrail_engines.plan_cache.key import PlanKey
 from thirdrail_engines.plan_cache.layout import MANIFEST, PLAN
+from thirdrail_engines.plan_cache.locks import open_folder
 from thirdrail_engines.plan_cache.manifest import (
     MANIFEST_BYTES_MAX,
     Manifest,
@@ -78,6 +81,23 @@ def read_manifest(digest: str, folder: int) -> Manifest:
     if manifest.key != digest:
         raise Damaged(f"the manifest is of another plan, {manifest.key!r}")
     return manifest
+
+
+def manifests_in(folders: Iterable[Path]) -> Iterator[Manifest]:
+    """Of the entries that lie in these; what cannot be read is passed over."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            for digest in os.listdir(folder):
+                with contextlib.suppress(Damaged, OSError):
+                    yield _manifest_in(folder / digest)
+
+
+def _manifest_in(entry: Path) -> Manifest:
+    fd = open_folder(entry)
+    try:
+        return read_manifest(entry.name, fd)
+    finally:
+        os.close(fd)
 
 
 def read_and_hash(fd: int, size: int) -> tuple[memoryview, str]:
