@@ -13,6 +13,7 @@ from thirdrail_engines.compile_options import CompileOptions, EngineChoice, OnFa
 from thirdrail_engines.plans import Precision
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.repository.compilation import compile_options
+from thirdrail_server.repository.device_choice import CPU, Device, devices_of
 from thirdrail_server.repository.errors import RepositoryError
 from thirdrail_server.repository.fields import FIELDS, Fate, check_fields
 from thirdrail_server.repository.layout import model_file, scan
@@ -40,6 +41,9 @@ def honours(path: str) -> Callable[[Check], Check]:
         return check
 
     return register
+
+
+GPUS = (Device("GPU-one"), Device("GPU-other"))
 
 
 def parse(text: str) -> ModelConfig:
@@ -251,9 +255,13 @@ def priority_queue_policy(_: Path) -> None:
 
 @honours("instance_group.kind")
 def kind(_: Path) -> None:
-    assert check_fields(parse("instance_group { kind: KIND_CPU }")) == ()
-    with pytest.raises(RepositoryError, match="KIND_GPU asks for a GPU"):
-        check_fields(parse("instance_group { kind: KIND_GPU }"))
+    assert devices_of(parse("instance_group { kind: KIND_CPU }"), GPUS) == {CPU: 1}
+    assert devices_of(parse("instance_group { kind: KIND_GPU }"), GPUS) == dict.fromkeys(GPUS, 1)
+
+
+@honours("instance_group.gpus")
+def gpus(_: Path) -> None:
+    assert devices_of(parse("instance_group { gpus: [1] }"), GPUS) == {GPUS[1]: 1}
 
 
 @honours("instance_group.count")

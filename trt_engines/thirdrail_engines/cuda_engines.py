@@ -60,11 +60,11 @@ def open_plan(
 
 def _device(engine: str, services: CompileServices) -> "Device":
     facts = facts_for(engine, services)
-    return services.device if services.device is not None else _own_device(facts.uuid)
+    return services.device if services.device is not None else own_device(facts.uuid)
 
 
 @functools.cache
-def _own_device(uuid: str) -> "Device":
+def own_device(uuid: str) -> "Device":
     """For the length of the process: where nobody gives one, nobody closes it either."""
     from thirdrail_engines.cuda.driver import open_device
 

@@ -23,6 +23,8 @@ from thirdrail_server.repository.specs import (
     dtype_of_config,
 )
 
+ON_CPU, ON_GPU = ModelInstanceGroup.KIND_CPU, ModelInstanceGroup.KIND_GPU
+
 
 def complete(
     name: str,
@@ -31,12 +33,14 @@ def complete(
     *,
     proven_rows: int = 0,
     filename: str = MODEL_FILENAME,
+    is_on_gpu: bool = False,
 ) -> ModelConfig:
     """The configuration with everything filled in that the engine knows; `config` stays as it is.
 
     proven_rows: above 0, the batch size for which a proof succeeded; used where
         `may_derive_batching` allows it.
     filename: the model file's.
+    is_on_gpu: what KIND_AUTO has come to.
     Raises RepositoryError for fields that are not served, and when the configuration and the model
     file contradict each other.
     """
@@ -52,7 +56,7 @@ def complete(
         _complete_inputs(whole, spec.inputs)
         _complete_outputs(whole, spec.outputs)
     keep_engine(whole)  # before its platform becomes that of the engine at hand
-    _complete_rest(whole, spec, filename)
+    _complete_rest(whole, spec, filename, ON_GPU if is_on_gpu else ON_CPU)
     return whole
 
 
@@ -144,7 +148,9 @@ def _is_within(dims: Sequence[int], shape: Sequence[int]) -> bool:
     return len(dims) == len(shape) and all(s in (-1, d) for d, s in zip(dims, shape, strict=True))
 
 
-def _complete_rest(whole: ModelConfig, spec: EngineSpec, filename: str) -> None:
+def _complete_rest(
+    whole: ModelConfig, spec: EngineSpec, filename: str, kind: ModelInstanceGroup.Kind.ValueType
+) -> None:
     whole.platform = spec.platform
     whole.backend = spec.platform.partition("_")[0]
     whole.default_model_filename = whole.default_model_filename or filename
@@ -155,4 +161,4 @@ def _complete_rest(whole: ModelConfig, spec: EngineSpec, filename: str) -> None:
     for group in whole.instance_group:
         group.count = group.count or 1
         if group.kind == ModelInstanceGroup.KIND_AUTO:
-            group.kind = ModelInstanceGroup.KIND_CPU
+            group.kind = kind

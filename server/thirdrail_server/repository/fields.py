@@ -19,7 +19,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from thirdrail_engines.compile_options import is_compile_key
-from thirdrail_server.inference.grpc_service_pb2 import ModelConfig, ModelInstanceGroup
+from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.repository.compilation import (
     ENGINES_BY_PLATFORM,
     accelerator_refusal,
@@ -89,13 +89,6 @@ def _platform(value: str, holder: Message) -> Finding | None:
     text = (
         known or f"'{value[:80]}' is {NOT_SERVED}, expected one of {', '.join(ENGINES_BY_PLATFORM)}"
     )
-    return Finding(Fate.REFUSED, text)
-
-
-def _instance_kind(value: int, holder: Message) -> Finding | None:
-    if value != ModelInstanceGroup.KIND_GPU:
-        return None
-    text = "KIND_GPU asks for a GPU, but this server runs models on the CPU; use KIND_AUTO"
     return Finding(Fate.REFUSED, text)
 
 
@@ -187,11 +180,11 @@ FIELDS: dict[str, Rule] = {
     "sequence_batching": refused(f"models with sequences are {NOT_SERVED}"),
     "ensemble_scheduling": refused(f"ensembles are {NOT_SERVED}"),
     "instance_group.name": harmless("instances have no names"),
-    "instance_group.kind": honoured(_instance_kind),
+    "instance_group.kind": honoured(),
     "instance_group.count": honoured(),
     "instance_group.rate_limiter": harmless("an instance runs whenever it has work"),
-    "instance_group.gpus": harmless(_NO_GPU),
-    "instance_group.secondary_devices": harmless(_NO_GPU),
+    "instance_group.gpus": honoured(),
+    "instance_group.secondary_devices": harmless("there are no other devices than GPUs"),
     "instance_group.profile": harmless("the profile is chosen by the shapes of each run"),
     "instance_group.passive": refused(f"passive instances are {NOT_SERVED}"),
     "instance_group.host_policy": harmless("instances are not bound to CPUs or memory nodes"),

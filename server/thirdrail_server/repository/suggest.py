@@ -18,7 +18,7 @@ _NOTES = {
     ),
     "dynamic_batching": "# Derived: requests that wait at the same time share a batch.",
     "version_policy": "# Default: the highest version.",
-    "instance_group": "# Default: one instance, on the CPU.",
+    "instance_group": "# Default: one instance on each GPU, or on the CPU where there is none.",
     "default_model_filename": "# Default.",
 }
 _NO_BATCHING = (

@@ -26,6 +26,7 @@ from thirdrail_server.repository.errors import blaming
 from thirdrail_server.worker.loading import EngineWish, PreparedVersion, prepare_version
 from thirdrail_server.worker.memory import Scale, Weighing
 from thirdrail_server.worker.plans import Plans, may_build
+from thirdrail_server.worker.worker_device import WorkerDevice
 
 WAITING = "waiting to build"  # the phase that is told
 
@@ -43,8 +44,9 @@ class Loaders:
         self._config = config
         self._cores = config.threads_max or len(os.sched_getaffinity(0))
         self._inspector = Inspector()
-        self._scale = Scale()
-        self._plans = Plans(config.compiling)
+        device = WorkerDevice(config.device)
+        self._scale = Scale(device.taken_bytes) if config.device else Scale()
+        self._plans = Plans(config.compiling, device.opened)
         self._threads = ThreadPoolExecutor(config.loads_at_once_max, thread_name_prefix="loader")
         waiting_max = config.compiling.loads_at_once_max
         self._builders = ThreadPoolExecutor(waiting_max, thread_name_prefix="builder")
@@ -82,7 +84,7 @@ class Loaders:
                     self._cores,
                     self._inspector,
                     tell,
-                    EngineWish(options, services, command.takes_stopgap),
+                    EngineWish(options, services, command.takes_stopgap, command.instances),
                 )
                 return replace(prepared, weight=weighing.end(path.parent))
 

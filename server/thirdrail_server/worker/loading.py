@@ -6,7 +6,7 @@ Runs on a loader thread; nothing of it is visible to callers until the model tab
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,11 +47,13 @@ class EngineWish:
     """Which engine a version shall have. Without services none that has to be built.
 
     takes_stopgap: another one will do for now, if this one has to be built first.
+    instances: on this worker's device; 0: as the configuration says.
     """
 
     compile: CompileOptions = field(default_factory=CompileOptions)
     services: "CompileServices | None" = None
     takes_stopgap: bool = False
+    instances: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +87,26 @@ def prepare_version(
     Raises ModelFileError or RepositoryError; then nothing is left loaded.
     """
     tell("building", 0, 0)
-    asked = given or ModelConfig()
-    threads = engine_threads(asked) or threads_per_run(cores, instance_count(asked))
-    options_of_engine = EngineOptions(threads_max=threads, instances=instance_count(asked))
-    loaded, is_stopgap = _load(path, options_of_engine, inspector, wish or EngineWish())
+    asked, wish = given or ModelConfig(), wish or EngineWish()
+    instances = wish.instances or instance_count(asked)
+    threads = engine_threads(asked) or threads_per_run(cores, instances)
+    options_of_engine = EngineOptions(threads_max=threads, instances=instances)
+    loaded, is_stopgap = _load(path, options_of_engine, inspector, wish)
     engine = loaded.engine
     try:
         proven_rows, notes = _proven_rows(engine, given, config.derive_batch_rows, tell)
-        whole = complete(name, given, engine.spec, proven_rows=proven_rows, filename=path.name)
+        whole = complete(
+            name,
+            given,
+            engine.spec,
+            proven_rows=proven_rows,
+            filename=path.name,
+            is_on_gpu=bool(config.device),
+        )
         options = model_options(
             whole, path.parent.parent, queue_requests_max=config.queue_requests_max
         )
+        options = replace(options, instances=instances)
         spec = _version_spec(name, version, options, engine.spec)
         tell("warming up", 0, 0)
         _warm_up(engine, options, spec)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a model version takes: the growth of the process's heap while it was loaded.
+"""How much memory a model version takes: the growth of the process's heap while it was loaded, or
+for a worker with a device of its own, of what that has in use.
 
 From before the load to after its warm-up, but never less than its files: weights that the engine
 maps from there are not on the heap. Seen for models of 1 to 128 MiB: within 0.2 MiB of their
@@ -12,7 +13,7 @@ moment is counted in, and what a version holds only while it runs (activations, 
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -49,26 +50,27 @@ class Weighing:
 
     def __init__(self, scale: "Scale") -> None:
         self._scale = scale
-        self._heap_before = heap_bytes()
+        self._before = scale.taken_bytes()
         self.is_alone = True
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         """Off the scale for a while: what others take meanwhile is not counted in."""
-        grown = heap_bytes() - self._heap_before
+        grown = self._scale.taken_bytes() - self._before
         self._scale.over(self)
         try:
             yield
         finally:
             self._scale.put_on(self)
-            self._heap_before = heap_bytes() - grown
+            self._before = self._scale.taken_bytes() - grown
 
     def end(self, folder: Path) -> Weight:
         """What the version took whose files lie in `folder`."""
         size, now_ms = files_bytes(folder), time.time_ns() // MS
         if not self.is_alone:
             return Weight(size, now_ms)
-        return Weight(max(size, heap_bytes() - self._heap_before), now_ms, is_measured=True)
+        grown = self._scale.taken_bytes() - self._before
+        return Weight(max(size, grown), now_ms, is_measured=True)
 
     def __enter__(self) -> Self:
         return self
@@ -78,9 +80,13 @@ class Weighing:
 
 
 class Scale:
-    """Of one process. Any thread may weigh."""
+    """Of one process. Any thread may weigh.
 
-    def __init__(self) -> None:
+    taken_bytes: what is in use now, of the memory that models are weighed in.
+    """
+
+    def __init__(self, taken_bytes: Callable[[], int] = heap_bytes) -> None:
+        self.taken_bytes = taken_bytes
         self._lock = threading.Lock()
         self._weighings: set[Weighing] = set()
         self._is_primed = False

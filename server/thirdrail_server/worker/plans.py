@@ -21,6 +21,7 @@ from thirdrail_server.config import CompileConfig, ConfigError
 
 if TYPE_CHECKING:
     from thirdrail_engines.compiling import CompileServices
+    from thirdrail_engines.cuda.device import Device
     from thirdrail_engines.plan_cache import PlanCache
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,12 @@ log = logging.getLogger(__name__)
 class Plans:
     """Safe to use from several threads."""
 
-    def __init__(self, config: CompileConfig) -> None:
+    def __init__(
+        self, config: CompileConfig, device: "Callable[[], Device | None]" = lambda: None
+    ) -> None:
+        """device: where engines for a GPU go; asked for when the first of them comes."""
         self._config = config
+        self._device = device
         self._opening = threading.Lock()
         self._cache: PlanCache | None = None
 
@@ -49,7 +54,8 @@ class Plans:
             memory_bytes_max=self._config.build_memory_bytes_max,
             builds_at_once_max=self._config.builds_at_once_max,
         )
-        return CompileServices(self._open_cache(), limits, tell, cancelled, building)
+        cache, device = self._open_cache(), self._device()
+        return CompileServices(cache, limits, tell, cancelled, building, device)
 
     def close(self) -> None:
         with self._opening:
