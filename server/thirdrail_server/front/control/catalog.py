@@ -147,9 +147,8 @@ class Catalog:
         """Whether every worker is up, and no load is under way or waits for its turn."""
         if self._startup is None or not all(self._workers.values()):
             return False
-        return not any(
-            each.state == LOADING for model in self._models.values() for each in model.versions
-        )
+        parts = (part for parts in self._parts.values() for part in parts.values())
+        return not any(each.state == LOADING for part in parts for each in part.versions)
 
     def subscribe(self) -> Subscription:
         """Raises ResourceExhausted when too many are watching already."""
@@ -332,7 +331,9 @@ class Catalog:
         self._join(part.name)
 
     def _join(self, name: str) -> None:
-        self._models[name] = joined(list(self._parts[name].values()))
+        order, parts = list(self._workers), self._parts[name]
+        names = sorted(parts, key=lambda each: order.index(each) if each in order else -1)
+        self._models[name] = joined([parts[each] for each in names])
         self._tell(name)
 
     def _tell(self, name: str) -> None:
