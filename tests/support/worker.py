@@ -107,11 +107,13 @@ def running_worker(
     lanes: int = 1,
     log: Path | None = None,
     listen: Path | None = None,
+    module: str = "thirdrail_server.worker",
 ) -> Iterator[RunningWorker]:
     """A worker with so many lanes, without models.
 
     log: where it logs to; None: standard error.
     listen: where it takes clients with tokens.
+    module: what runs as the worker.
     """
     config = config or WorkerConfig()
     loop = asyncio.new_event_loop()
@@ -120,7 +122,7 @@ def running_worker(
     control, worker_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(lanes)]
     fds = [worker_control.fileno(), *(theirs.fileno() for _, theirs in pairs)]
-    command = [sys.executable, "-m", "thirdrail_server.worker", "--front-pid", str(os.getpid())]
+    command = [sys.executable, "-m", module, "--front-pid", str(os.getpid())]
     command += ["--config", config.to_json(), "--control-fd", str(fds[0])]
     for fd in fds[1:]:
         command += ["--lane-fd", str(fd)]

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from thirdrail.v1 import tensor_pb2 as thirdrail_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cthirdrail/v1/inference.proto\x12\x0cthirdrail.v1\x1a\x19thirdrail/v1/tensor.proto\"t\n\x12InferStreamRequest\x12+\n\x05infer\x18\x01 \x01(\x0b\x32\x1a.thirdrail.v1.InferRequestH\x00\x12&\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x14.thirdrail.v1.CancelH\x00\x42\t\n\x07message\"N\n\x13InferStreamResponse\x12,\n\x05infer\x18\x01 \x01(\x0b\x32\x1b.thirdrail.v1.InferResponseH\x00\x42\t\n\x07message\"\x8a\x03\n\x0cInferRequest\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\r\x12\x15\n\rmodel_version\x18\x04 \x01(\x03\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12$\n\x06inputs\x18\x06 \x03(\x0b\x32\x14.thirdrail.v1.Tensor\x12.\n\x07outputs\x18\x07 \x03(\x0b\x32\x1d.thirdrail.v1.RequestedOutput\x12>\n\nparameters\x18\x08 \x03(\x0b\x32*.thirdrail.v1.InferRequest.ParametersEntry\x12\x10\n\x08priority\x18\t \x01(\r\x12\x12\n\ntimeout_us\x18\n \x01(\x04\x12\x13\n\x0btraceparent\x18\x0b \x01(\t\x1aJ\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.thirdrail.v1.Parameter:\x02\x38\x01\"\\\n\x0fRequestedOutput\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x04\x66orm\x18\x02 \x01(\x0e\x32\x18.thirdrail.v1.OutputForm\x12\x13\n\x0b\x63lass_count\x18\x03 \x01(\r\"\x85\x01\n\tParameter\x12\x14\n\nbool_value\x18\x01 \x01(\x08H\x00\x12\x13\n\tint_value\x18\x02 \x01(\x03H\x00\x12\x16\n\x0cstring_value\x18\x03 \x01(\tH\x00\x12\x16\n\x0c\x64ouble_value\x18\x04 \x01(\x01H\x00\x12\x14\n\nuint_value\x18\x05 \x01(\x04H\x00\x42\x07\n\x05value\"\x16\n\x06\x43\x61ncel\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\"\xfa\x02\n\rInferResponse\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\r\x12\r\n\x05\x66inal\x18\x04 \x01(\x08\x12$\n\x06status\x18\x05 \x01(\x0b\x32\x14.thirdrail.v1.Status\x12\x12\n\nmodel_name\x18\x06 \x01(\t\x12\x15\n\rmodel_version\x18\x07 \x01(\x03\x12%\n\x07outputs\x18\x08 \x03(\x0b\x32\x14.thirdrail.v1.Tensor\x12$\n\x06timing\x18\t \x01(\x0b\x32\x14.thirdrail.v1.Timing\x12?\n\nparameters\x18\n \x03(\x0b\x32+.thirdrail.v1.InferResponse.ParametersEntry\x1aJ\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.thirdrail.v1.Parameter:\x02\x38\x01\"?\n\x06Status\x12$\n\x06reason\x18\x01 \x01(\x0e\x32\x14.thirdrail.v1.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x94\x01\n\x06Timing\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x15\n\rinput_copy_ns\x18\x02 \x01(\x04\x12\x12\n\ncompute_ns\x18\x03 \x01(\x04\x12\x16\n\x0eoutput_copy_ns\x18\x04 \x01(\x04\x12\x12\n\nbatch_rows\x18\x05 \x01(\r\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x0e\n\x06\x63opies\x18\x07 \x01(\r*V\n\nOutputForm\x12\x1b\n\x17OUTPUT_FORM_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTPUT_FORM_RAW\x10\x01\x12\x16\n\x12OUTPUT_FORM_VALUES\x10\x02*\xd5\x02\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17REASON_INVALID_ARGUMENT\x10\x01\x12\x14\n\x10REASON_NOT_FOUND\x10\x02\x12\x19\n\x15REASON_ALREADY_EXISTS\x10\x03\x12\x1e\n\x1aREASON_FAILED_PRECONDITION\x10\x04\x12\x1c\n\x18REASON_PERMISSION_DENIED\x10\x05\x12\x18\n\x14REASON_UNIMPLEMENTED\x10\x06\x12\x15\n\x11REASON_QUEUE_FULL\x10\x07\x12\x1d\n\x19REASON_RESOURCE_EXHAUSTED\x10\x08\x12\x16\n\x12REASON_UNAVAILABLE\x10\t\x12\x14\n\x10REASON_TIMED_OUT\x10\n\x12\x14\n\x10REASON_CANCELLED\x10\x0b\x12\x13\n\x0fREASON_INTERNAL\x10\x0c\x32\xa5\x01\n\tInference\x12@\n\x05Infer\x12\x1a.thirdrail.v1.InferRequest\x1a\x1b.thirdrail.v1.InferResponse\x12V\n\x0bInferStream\x12 .thirdrail.v1.InferStreamRequest\x1a!.thirdrail.v1.InferStreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cthirdrail/v1/inference.proto\x12\x0cthirdrail.v1\x1a\x19thirdrail/v1/tensor.proto\"t\n\x12InferStreamRequest\x12+\n\x05infer\x18\x01 \x01(\x0b\x32\x1a.thirdrail.v1.InferRequestH\x00\x12&\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x14.thirdrail.v1.CancelH\x00\x42\t\n\x07message\"N\n\x13InferStreamResponse\x12,\n\x05infer\x18\x01 \x01(\x0b\x32\x1b.thirdrail.v1.InferResponseH\x00\x42\t\n\x07message\"\x9f\x03\n\x0cInferRequest\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\r\x12\x15\n\rmodel_version\x18\x04 \x01(\x03\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12$\n\x06inputs\x18\x06 \x03(\x0b\x32\x14.thirdrail.v1.Tensor\x12.\n\x07outputs\x18\x07 \x03(\x0b\x32\x1d.thirdrail.v1.RequestedOutput\x12>\n\nparameters\x18\x08 \x03(\x0b\x32*.thirdrail.v1.InferRequest.ParametersEntry\x12\x10\n\x08priority\x18\t \x01(\r\x12\x12\n\ntimeout_us\x18\n \x01(\x04\x12\x13\n\x0btraceparent\x18\x0b \x01(\t\x12\x13\n\x0b\x65vent_place\x18\x0c \x01(\r\x1aJ\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.thirdrail.v1.Parameter:\x02\x38\x01\"\x98\x01\n\x0fRequestedOutput\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x04\x66orm\x18\x02 \x01(\x0e\x32\x18.thirdrail.v1.OutputForm\x12\x13\n\x0b\x63lass_count\x18\x03 \x01(\r\x12\x11\n\ton_device\x18\x04 \x01(\x08\x12\'\n\x06region\x18\x05 \x01(\x0b\x32\x17.thirdrail.v1.RegionRef\"\x85\x01\n\tParameter\x12\x14\n\nbool_value\x18\x01 \x01(\x08H\x00\x12\x13\n\tint_value\x18\x02 \x01(\x03H\x00\x12\x16\n\x0cstring_value\x18\x03 \x01(\tH\x00\x12\x16\n\x0c\x64ouble_value\x18\x04 \x01(\x01H\x00\x12\x14\n\nuint_value\x18\x05 \x01(\x04H\x00\x42\x07\n\x05value\"\x16\n\x06\x43\x61ncel\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\"\xfa\x02\n\rInferResponse\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\r\x12\r\n\x05\x66inal\x18\x04 \x01(\x08\x12$\n\x06status\x18\x05 \x01(\x0b\x32\x14.thirdrail.v1.Status\x12\x12\n\nmodel_name\x18\x06 \x01(\t\x12\x15\n\rmodel_version\x18\x07 \x01(\x03\x12%\n\x07outputs\x18\x08 \x03(\x0b\x32\x14.thirdrail.v1.Tensor\x12$\n\x06timing\x18\t \x01(\x0b\x32\x14.thirdrail.v1.Timing\x12?\n\nparameters\x18\n \x03(\x0b\x32+.thirdrail.v1.InferResponse.ParametersEntry\x1aJ\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.thirdrail.v1.Parameter:\x02\x38\x01\"?\n\x06Status\x12$\n\x06reason\x18\x01 \x01(\x0e\x32\x14.thirdrail.v1.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x94\x01\n\x06Timing\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x15\n\rinput_copy_ns\x18\x02 \x01(\x04\x12\x12\n\ncompute_ns\x18\x03 \x01(\x04\x12\x16\n\x0eoutput_copy_ns\x18\x04 \x01(\x04\x12\x12\n\nbatch_rows\x18\x05 \x01(\r\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x0e\n\x06\x63opies\x18\x07 \x01(\r*V\n\nOutputForm\x12\x1b\n\x17OUTPUT_FORM_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTPUT_FORM_RAW\x10\x01\x12\x16\n\x12OUTPUT_FORM_VALUES\x10\x02*\xd5\x02\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17REASON_INVALID_ARGUMENT\x10\x01\x12\x14\n\x10REASON_NOT_FOUND\x10\x02\x12\x19\n\x15REASON_ALREADY_EXISTS\x10\x03\x12\x1e\n\x1aREASON_FAILED_PRECONDITION\x10\x04\x12\x1c\n\x18REASON_PERMISSION_DENIED\x10\x05\x12\x18\n\x14REASON_UNIMPLEMENTED\x10\x06\x12\x15\n\x11REASON_QUEUE_FULL\x10\x07\x12\x1d\n\x19REASON_RESOURCE_EXHAUSTED\x10\x08\x12\x16\n\x12REASON_UNAVAILABLE\x10\t\x12\x14\n\x10REASON_TIMED_OUT\x10\n\x12\x14\n\x10REASON_CANCELLED\x10\x0b\x12\x13\n\x0fREASON_INTERNAL\x10\x0c\x32\xa5\x01\n\tInference\x12@\n\x05Infer\x12\x1a.thirdrail.v1.InferRequest\x1a\x1b.thirdrail.v1.InferResponse\x12V\n\x0bInferStream\x12 .thirdrail.v1.InferStreamRequest\x1a!.thirdrail.v1.InferStreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,32 +36,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFERREQUEST_PARAMETERSENTRY']._serialized_options = b'8\001'
   _globals['_INFERRESPONSE_PARAMETERSENTRY']._loaded_options = None
   _globals['_INFERRESPONSE_PARAMETERSENTRY']._serialized_options = b'8\001'
-  _globals['_OUTPUTFORM']._serialized_start=1519
-  _globals['_OUTPUTFORM']._serialized_end=1605
-  _globals['_REASON']._serialized_start=1608
-  _globals['_REASON']._serialized_end=1949
+  _globals['_OUTPUTFORM']._serialized_start=1601
+  _globals['_OUTPUTFORM']._serialized_end=1687
+  _globals['_REASON']._serialized_start=1690
+  _globals['_REASON']._serialized_end=2031
   _globals['_INFERSTREAMREQUEST']._serialized_start=73
   _globals['_INFERSTREAMREQUEST']._serialized_end=189
   _globals['_INFERSTREAMRESPONSE']._serialized_start=191
   _globals['_INFERSTREAMRESPONSE']._serialized_end=269
   _globals['_INFERREQUEST']._serialized_start=272
-  _globals['_INFERREQUEST']._serialized_end=666
-  _globals['_INFERREQUEST_PARAMETERSENTRY']._serialized_start=592
-  _globals['_INFERREQUEST_PARAMETERSENTRY']._serialized_end=666
-  _globals['_REQUESTEDOUTPUT']._serialized_start=668
-  _globals['_REQUESTEDOUTPUT']._serialized_end=760
-  _globals['_PARAMETER']._serialized_start=763
-  _globals['_PARAMETER']._serialized_end=896
-  _globals['_CANCEL']._serialized_start=898
-  _globals['_CANCEL']._serialized_end=920
-  _globals['_INFERRESPONSE']._serialized_start=923
-  _globals['_INFERRESPONSE']._serialized_end=1301
-  _globals['_INFERRESPONSE_PARAMETERSENTRY']._serialized_start=592
-  _globals['_INFERRESPONSE_PARAMETERSENTRY']._serialized_end=666
-  _globals['_STATUS']._serialized_start=1303
-  _globals['_STATUS']._serialized_end=1366
-  _globals['_TIMING']._serialized_start=1369
-  _globals['_TIMING']._serialized_end=1517
-  _globals['_INFERENCE']._serialized_start=1952
-  _globals['_INFERENCE']._serialized_end=2117
+  _globals['_INFERREQUEST']._serialized_end=687
+  _globals['_INFERREQUEST_PARAMETERSENTRY']._serialized_start=613
+  _globals['_INFERREQUEST_PARAMETERSENTRY']._serialized_end=687
+  _globals['_REQUESTEDOUTPUT']._serialized_start=690
+  _globals['_REQUESTEDOUTPUT']._serialized_end=842
+  _globals['_PARAMETER']._serialized_start=845
+  _globals['_PARAMETER']._serialized_end=978
+  _globals['_CANCEL']._serialized_start=980
+  _globals['_CANCEL']._serialized_end=1002
+  _globals['_INFERRESPONSE']._serialized_start=1005
+  _globals['_INFERRESPONSE']._serialized_end=1383
+  _globals['_INFERRESPONSE_PARAMETERSENTRY']._serialized_start=613
+  _globals['_INFERRESPONSE_PARAMETERSENTRY']._serialized_end=687
+  _globals['_STATUS']._serialized_start=1385
+  _globals['_STATUS']._serialized_end=1448
+  _globals['_TIMING']._serialized_start=1451
+  _globals['_TIMING']._serialized_end=1599
+  _globals['_INFERENCE']._serialized_start=2034
+  _globals['_INFERENCE']._serialized_end=2199
 # @@protoc_insertion_point(module_scope)

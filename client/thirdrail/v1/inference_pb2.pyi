@@ -163,6 +163,7 @@ class InferRequest(google.protobuf.message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     TIMEOUT_US_FIELD_NUMBER: builtins.int
     TRACEPARENT_FIELD_NUMBER: builtins.int
+    EVENT_PLACE_FIELD_NUMBER: builtins.int
     call: builtins.int
     """Chosen by the sender, not in use by another request in flight on this stream or lane. Ignored by Infer."""
     model_name: builtins.str
@@ -182,6 +183,8 @@ class InferRequest(google.protobuf.message.Message):
     """from receipt; 0: none. A gRPC deadline counts as well, and the nearer one wins"""
     traceparent: builtins.str
     """W3C Trace Context"""
+    event_place: builtins.int
+    """above 0: it has inputs or results on the device; lane only, see DeviceAttached"""
     @property
     def inputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[thirdrail.v1.tensor_pb2.Tensor]: ...
     @property
@@ -204,8 +207,9 @@ class InferRequest(google.protobuf.message.Message):
         priority: builtins.int = ...,
         timeout_us: builtins.int = ...,
         traceparent: builtins.str = ...,
+        event_place: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["call", b"call", "inputs", b"inputs", "model_id", b"model_id", "model_name", b"model_name", "model_version", b"model_version", "outputs", b"outputs", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "timeout_us", b"timeout_us", "traceparent", b"traceparent"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["call", b"call", "event_place", b"event_place", "inputs", b"inputs", "model_id", b"model_id", "model_name", b"model_name", "model_version", b"model_version", "outputs", b"outputs", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "timeout_us", b"timeout_us", "traceparent", b"traceparent"]) -> None: ...
 
 global___InferRequest = InferRequest
 
@@ -216,18 +220,29 @@ class RequestedOutput(google.protobuf.message.Message):
     NAME_FIELD_NUMBER: builtins.int
     FORM_FIELD_NUMBER: builtins.int
     CLASS_COUNT_FIELD_NUMBER: builtins.int
+    ON_DEVICE_FIELD_NUMBER: builtins.int
+    REGION_FIELD_NUMBER: builtins.int
     name: builtins.str
     form: global___OutputForm.ValueType
     class_count: builtins.int
     """above 0: the best N classes as BYTES "value:index[:label]" instead of the tensor"""
+    on_device: builtins.bool
+    """a reference to memory on the device; in requests with an event_place"""
+    @property
+    def region(self) -> thirdrail.v1.tensor_pb2.RegionRef:
+        """where to put the elements, which the response then lacks; the front's lane only"""
+
     def __init__(
         self,
         *,
         name: builtins.str = ...,
         form: global___OutputForm.ValueType = ...,
         class_count: builtins.int = ...,
+        on_device: builtins.bool = ...,
+        region: thirdrail.v1.tensor_pb2.RegionRef | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["class_count", b"class_count", "form", b"form", "name", b"name"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["region", b"region"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["class_count", b"class_count", "form", b"form", "name", b"name", "on_device", b"on_device", "region", b"region"]) -> None: ...
 
 global___RequestedOutput = RequestedOutput
 

@@ -26,53 +26,59 @@ from thirdrail.v1 import inference_pb2 as thirdrail_dot_v1_dot_inference__pb2
 from thirdrail.v1 import tensor_pb2 as thirdrail_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17thirdrail/v1/lane.proto\x12\x0cthirdrail.v1\x1a\x1cthirdrail/v1/inference.proto\x1a\x19thirdrail/v1/tensor.proto\"\x83\x04\n\x0bLaneRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.thirdrail.v1.HelloH\x00\x12+\n\x05infer\x18\x02 \x01(\x0b\x32\x1a.thirdrail.v1.InferRequestH\x00\x12&\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x14.thirdrail.v1.CancelH\x00\x12)\n\x04grow\x18\x04 \x01(\x0b\x32\x19.thirdrail.v1.GrowRequestH\x00\x12\"\n\x04ping\x18\x07 \x01(\x0b\x32\x12.thirdrail.v1.PingH\x00\x12\x34\n\rexport_tensor\x18\x08 \x01(\x0b\x32\x1b.thirdrail.v1.ExportRequestH\x00\x12\x34\n\rimport_tensor\x18\t \x01(\x0b\x32\x1b.thirdrail.v1.ImportRequestH\x00\x12-\n\x06revoke\x18\n \x01(\x0b\x32\x1b.thirdrail.v1.RevokeRequestH\x00\x12)\n\x04\x64rop\x18\x0b \x01(\x0b\x32\x19.thirdrail.v1.DropRequestH\x00\x12$\n\x05\x63lose\x18\x0c \x01(\x0b\x32\x13.thirdrail.v1.CloseH\x00\x12%\n\x08releases\x18\x05 \x03(\x0b\x32\x13.thirdrail.v1.Lease\x12\x0c\n\x04\x66low\x18\x06 \x01(\x04\x42\t\n\x07message\"\x9c\x03\n\x0cLaneResponse\x12*\n\x08\x61ttached\x18\x01 \x01(\x0b\x32\x16.thirdrail.v1.AttachedH\x00\x12,\n\x05infer\x18\x02 \x01(\x0b\x32\x1b.thirdrail.v1.InferResponseH\x00\x12$\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x13.thirdrail.v1.ChunkH\x00\x12\x31\n\x0cgrow_refused\x18\x04 \x01(\x0b\x32\x19.thirdrail.v1.GrowRefusedH\x00\x12(\n\x07goodbye\x18\x05 \x01(\x0b\x32\x15.thirdrail.v1.GoodbyeH\x00\x12\"\n\x04pong\x18\x06 \x01(\x0b\x32\x12.thirdrail.v1.PongH\x00\x12*\n\x08\x65xported\x18\x07 \x01(\x0b\x32\x16.thirdrail.v1.ExportedH\x00\x12*\n\x08imported\x18\x08 \x01(\x0b\x32\x16.thirdrail.v1.ImportedH\x00\x12(\n\x07revoked\x18\t \x01(\x0b\x32\x15.thirdrail.v1.RevokedH\x00\x42\t\n\x07message\"g\n\x05Hello\x12\x13\n\x0bversion_min\x18\x01 \x01(\r\x12\x13\n\x0bversion_max\x18\x02 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x03(\t\x12\r\n\x05token\x18\x04 \x01(\x0c\x12\x13\n\x0b\x63lient_name\x18\x05 \x01(\t\"\x8f\x01\n\x08\x41ttached\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\t\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.thirdrail.v1.Limits\x12\x13\n\x0binput_epoch\x18\x04 \x01(\r\x12\x14\n\x0coutput_epoch\x18\x05 \x01(\r\x12\x0f\n\x07session\x18\x06 \x01(\x04\"\x97\x01\n\x06Limits\x12\x14\n\x0cpacket_bytes\x18\x01 \x01(\r\x12\x14\n\x0cinline_bytes\x18\x02 \x01(\r\x12\x17\n\x0f\x63\x61lls_in_flight\x18\x03 \x01(\r\x12\x19\n\x11input_arena_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12output_arena_bytes\x18\x05 \x01(\x04\x12\x11\n\tmodel_ids\x18\x06 \x01(\r\"i\n\x05\x43hunk\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.thirdrail.v1.ArenaRole\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05\x63hunk\x18\x03 \x01(\r\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\r\n\x05\x61lone\x18\x05 \x01(\x08\"*\n\x0bGrowRequest\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\r\n\x05\x61lone\x18\x02 \x01(\x08\",\n\x0bGrowRefused\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x0f\n\x07message\x18\x02 \x01(\t\"8\n\x05Lease\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\r\"/\n\x07Goodbye\x12$\n\x06status\x18\x01 \x01(\x0b\x32\x14.thirdrail.v1.Status\"\x07\n\x05\x43lose\"<\n\x04Ping\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12#\n\x03ref\x18\x02 \x01(\x0b\x32\x16.thirdrail.v1.ArenaRef\"b\n\x04Pong\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12$\n\x06status\x18\x02 \x01(\x0b\x32\x14.thirdrail.v1.Status\x12#\n\x03ref\x18\x03 \x01(\x0b\x32\x16.thirdrail.v1.ArenaRef\"+\n\x0b\x44ropRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\"\xae\x01\n\rExportRequest\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12#\n\x03ref\x18\x02 \x01(\x0b\x32\x16.thirdrail.v1.ArenaRef\x12)\n\tdata_type\x18\x03 \x01(\x0e\x32\x16.thirdrail.v1.DataType\x12\r\n\x05shape\x18\x04 \x03(\x03\x12\x10\n\x03uid\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0blifetime_ms\x18\x06 \x01(\rB\x06\n\x04_uid\"s\n\x08\x45xported\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12$\n\x06status\x18\x02 \x01(\x0b\x32\x14.thirdrail.v1.Status\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x11\n\texport_id\x18\x04 \x01(\x04\x12\x0e\n\x06\x63opies\x18\x05 \x01(\r\"/\n\rImportRequest\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12\r\n\x05token\x18\x02 \x01(\x0c\"\xac\x01\n\x08Imported\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12$\n\x06status\x18\x02 \x01(\x0b\x32\x14.thirdrail.v1.Status\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\x12\n\nchunk_size\x18\x05 \x01(\x04\x12)\n\tdata_type\x18\x06 \x01(\x0e\x32\x16.thirdrail.v1.DataType\x12\r\n\x05shape\x18\x07 \x03(\x03\"3\n\rRevokeRequest\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12\x11\n\texport_id\x18\x02 \x01(\x04\")\n\x07Revoked\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\r*T\n\tArenaRole\x12\x1a\n\x16\x41RENA_ROLE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41RENA_ROLE_INPUT\x10\x01\x12\x15\n\x11\x41RENA_ROLE_OUTPUT\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17thirdrail/v1/lane.proto\x12\x0cthirdrail.v1\x1a\x1cthirdrail/v1/inference.proto\x1a\x19thirdrail/v1/tensor.proto\"\xb2\x04\n\x0bLaneRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.thirdrail.v1.HelloH\x00\x12+\n\x05infer\x18\x02 \x01(\x0b\x32\x1a.thirdrail.v1.InferRequestH\x00\x12&\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x14.thirdrail.v1.CancelH\x00\x12)\n\x04grow\x18\x04 \x01(\x0b\x32\x19.thirdrail.v1.GrowRequestH\x00\x12\"\n\x04ping\x18\x07 \x01(\x0b\x32\x12.thirdrail.v1.PingH\x00\x12\x34\n\rexport_tensor\x18\x08 \x01(\x0b\x32\x1b.thirdrail.v1.ExportRequestH\x00\x12\x34\n\rimport_tensor\x18\t \x01(\x0b\x32\x1b.thirdrail.v1.ImportRequestH\x00\x12-\n\x06revoke\x18\n \x01(\x0b\x32\x1b.thirdrail.v1.RevokeRequestH\x00\x12)\n\x04\x64rop\x18\x0b \x01(\x0b\x32\x19.thirdrail.v1.DropRequestH\x00\x12$\n\x05\x63lose\x18\x0c \x01(\x0b\x32\x13.thirdrail.v1.CloseH\x00\x12-\n\x06\x64\x65vice\x18\r \x01(\x0b\x32\x1b.thirdrail.v1.DeviceRequestH\x00\x12%\n\x08releases\x18\x05 \x03(\x0b\x32\x13.thirdrail.v1.Lease\x12\x0c\n\x04\x66low\x18\x06 \x01(\x04\x42\t\n\x07message\"\xd5\x03\n\x0cLaneResponse\x12*\n\x08\x61ttached\x18\x01 \x01(\x0b\x32\x16.thirdrail.v1.AttachedH\x00\x12,\n\x05infer\x18\x02 \x01(\x0b\x32\x1b.thirdrail.v1.InferResponseH\x00\x12$\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x13.thirdrail.v1.ChunkH\x00\x12\x31\n\x0cgrow_refused\x18\x04 \x01(\x0b\x32\x19.thirdrail.v1.GrowRefusedH\x00\x12(\n\x07goodbye\x18\x05 \x01(\x0b\x32\x15.thirdrail.v1.GoodbyeH\x00\x12\"\n\x04pong\x18\x06 \x01(\x0b\x32\x12.thirdrail.v1.PongH\x00\x12*\n\x08\x65xported\x18\x07 \x01(\x0b\x32\x16.thirdrail.v1.ExportedH\x00\x12*\n\x08imported\x18\x08 \x01(\x0b\x32\x16.thirdrail.v1.ImportedH\x00\x12(\n\x07revoked\x18\t \x01(\x0b\x32\x15.thirdrail.v1.RevokedH\x00\x12\x37\n\x0f\x64\x65vice_attached\x18\n \x01(\x0b\x32\x1c.thirdrail.v1.DeviceAttachedH\x00\x42\t\n\x07message\"g\n\x05Hello\x12\x13\n\x0bversion_min\x18\x01 \x01(\r\x12\x13\n\x0bversion_max\x18\x02 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x03(\t\x12\r\n\x05token\x18\x04 \x01(\x0c\x12\x13\n\x0b\x63lient_name\x18\x05 \x01(\t\"\x8f\x01\n\x08\x41ttached\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\t\x12$\n\x06limits\x18\x03 \x01(\x0b\x32\x14.thirdrail.v1.Limits\x12\x13\n\x0binput_epoch\x18\x04 \x01(\r\x12\x14\n\x0coutput_epoch\x18\x05 \x01(\r\x12\x0f\n\x07session\x18\x06 \x01(\x04\"\x97\x01\n\x06Limits\x12\x14\n\x0cpacket_bytes\x18\x01 \x01(\r\x12\x14\n\x0cinline_bytes\x18\x02 \x01(\r\x12\x17\n\x0f\x63\x61lls_in_flight\x18\x03 \x01(\r\x12\x19\n\x11input_arena_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12output_arena_bytes\x18\x05 \x01(\x04\x12\x11\n\tmodel_ids\x18\x06 \x01(\r\"i\n\x05\x43hunk\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.thirdrail.v1.ArenaRole\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05\x63hunk\x18\x03 \x01(\r\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\r\n\x05\x61lone\x18\x05 \x01(\x08\"=\n\x0bGrowRequest\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\r\n\x05\x61lone\x18\x02 \x01(\x08\x12\x11\n\ton_device\x18\x03 \x01(\x08\",\n\x0bGrowRefused\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x0f\n\x07message\x18\x02 \x01(\t\"8\n\x05Lease\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\r\"/\n\x07Goodbye\x12$\n\x06status\x18\x01 \x01(\x0b\x32\x14.thirdrail.v1.Status\"\x07\n\x05\x43lose\"<\n\x04Ping\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12#\n\x03ref\x18\x02 \x01(\x0b\x32\x16.thirdrail.v1.ArenaRef\"b\n\x04Pong\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12$\n\x06status\x18\x02 \x01(\x0b\x32\x14.thirdrail.v1.Status\x12#\n\x03ref\x18\x03 \x01(\x0b\x32\x16.thirdrail.v1.ArenaRef\"+\n\x0b\x44ropRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\"\xae\x01\n\rExportRequest\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12#\n\x03ref\x18\x02 \x01(\x0b\x32\x16.thirdrail.v1.ArenaRef\x12)\n\tdata_type\x18\x03 \x01(\x0e\x32\x16.thirdrail.v1.DataType\x12\r\n\x05shape\x18\x04 \x03(\x03\x12\x10\n\x03uid\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0blifetime_ms\x18\x06 \x01(\rB\x06\n\x04_uid\"s\n\x08\x45xported\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12$\n\x06status\x18\x02 \x01(\x0b\x32\x14.thirdrail.v1.Status\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x11\n\texport_id\x18\x04 \x01(\x04\x12\x0e\n\x06\x63opies\x18\x05 \x01(\r\"/\n\rImportRequest\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12\r\n\x05token\x18\x02 \x01(\x0c\"\xac\x01\n\x08Imported\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12$\n\x06status\x18\x02 \x01(\x0b\x32\x14.thirdrail.v1.Status\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\x12\n\nchunk_size\x18\x05 \x01(\x04\x12)\n\tdata_type\x18\x06 \x01(\x0e\x32\x16.thirdrail.v1.DataType\x12\r\n\x05shape\x18\x07 \x03(\x03\"3\n\rRevokeRequest\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12\x11\n\texport_id\x18\x02 \x01(\x04\")\n\x07Revoked\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\r\".\n\rDeviceRequest\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12\x0c\n\x04uuid\x18\x02 \x01(\t\"\x86\x02\n\x0e\x44\x65viceAttached\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12$\n\x06status\x18\x02 \x01(\x0b\x32\x14.thirdrail.v1.Status\x12\x0c\n\x04uuid\x18\x03 \x01(\t\x12&\n\x04kind\x18\x04 \x01(\x0e\x32\x18.thirdrail.v1.DeviceKind\x12\x13\n\x0binput_epoch\x18\x05 \x01(\r\x12\x14\n\x0coutput_epoch\x18\x06 \x01(\r\x12\x19\n\x11input_arena_bytes\x18\x07 \x01(\x04\x12\x1a\n\x12output_arena_bytes\x18\x08 \x01(\x04\x12\x0e\n\x06places\x18\t \x01(\r\x12\x15\n\revent_handles\x18\n \x01(\x0c*T\n\tArenaRole\x12\x1a\n\x16\x41RENA_ROLE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41RENA_ROLE_INPUT\x10\x01\x12\x15\n\x11\x41RENA_ROLE_OUTPUT\x10\x02*U\n\nDeviceKind\x12\x1b\n\x17\x44\x45VICE_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x44\x45VICE_KIND_CUDA\x10\x01\x12\x14\n\x10\x44\x45VICE_KIND_TWIN\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'thirdrail.v1.lane_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ARENAROLE']._serialized_start=2570
-  _globals['_ARENAROLE']._serialized_end=2654
+  _globals['_ARENAROLE']._serialized_start=3006
+  _globals['_ARENAROLE']._serialized_end=3090
+  _globals['_DEVICEKIND']._serialized_start=3092
+  _globals['_DEVICEKIND']._serialized_end=3177
   _globals['_LANEREQUEST']._serialized_start=99
-  _globals['_LANEREQUEST']._serialized_end=614
-  _globals['_LANERESPONSE']._serialized_start=617
-  _globals['_LANERESPONSE']._serialized_end=1029
-  _globals['_HELLO']._serialized_start=1031
-  _globals['_HELLO']._serialized_end=1134
-  _globals['_ATTACHED']._serialized_start=1137
-  _globals['_ATTACHED']._serialized_end=1280
-  _globals['_LIMITS']._serialized_start=1283
-  _globals['_LIMITS']._serialized_end=1434
-  _globals['_CHUNK']._serialized_start=1436
-  _globals['_CHUNK']._serialized_end=1541
-  _globals['_GROWREQUEST']._serialized_start=1543
-  _globals['_GROWREQUEST']._serialized_end=1585
-  _globals['_GROWREFUSED']._serialized_start=1587
-  _globals['_GROWREFUSED']._serialized_end=1631
-  _globals['_LEASE']._serialized_start=1633
-  _globals['_LEASE']._serialized_end=1689
-  _globals['_GOODBYE']._serialized_start=1691
-  _globals['_GOODBYE']._serialized_end=1738
-  _globals['_CLOSE']._serialized_start=1740
-  _globals['_CLOSE']._serialized_end=1747
-  _globals['_PING']._serialized_start=1749
-  _globals['_PING']._serialized_end=1809
-  _globals['_PONG']._serialized_start=1811
-  _globals['_PONG']._serialized_end=1909
-  _globals['_DROPREQUEST']._serialized_start=1911
-  _globals['_DROPREQUEST']._serialized_end=1954
-  _globals['_EXPORTREQUEST']._serialized_start=1957
-  _globals['_EXPORTREQUEST']._serialized_end=2131
-  _globals['_EXPORTED']._serialized_start=2133
-  _globals['_EXPORTED']._serialized_end=2248
-  _globals['_IMPORTREQUEST']._serialized_start=2250
-  _globals['_IMPORTREQUEST']._serialized_end=2297
-  _globals['_IMPORTED']._serialized_start=2300
-  _globals['_IMPORTED']._serialized_end=2472
-  _globals['_REVOKEREQUEST']._serialized_start=2474
-  _globals['_REVOKEREQUEST']._serialized_end=2525
-  _globals['_REVOKED']._serialized_start=2527
-  _globals['_REVOKED']._serialized_end=2568
+  _globals['_LANEREQUEST']._serialized_end=661
+  _globals['_LANERESPONSE']._serialized_start=664
+  _globals['_LANERESPONSE']._serialized_end=1133
+  _globals['_HELLO']._serialized_start=1135
+  _globals['_HELLO']._serialized_end=1238
+  _globals['_ATTACHED']._serialized_start=1241
+  _globals['_ATTACHED']._serialized_end=1384
+  _globals['_LIMITS']._serialized_start=1387
+  _globals['_LIMITS']._serialized_end=1538
+  _globals['_CHUNK']._serialized_start=1540
+  _globals['_CHUNK']._serialized_end=1645
+  _globals['_GROWREQUEST']._serialized_start=1647
+  _globals['_GROWREQUEST']._serialized_end=1708
+  _globals['_GROWREFUSED']._serialized_start=1710
+  _globals['_GROWREFUSED']._serialized_end=1754
+  _globals['_LEASE']._serialized_start=1756
+  _globals['_LEASE']._serialized_end=1812
+  _globals['_GOODBYE']._serialized_start=1814
+  _globals['_GOODBYE']._serialized_end=1861
+  _globals['_CLOSE']._serialized_start=1863
+  _globals['_CLOSE']._serialized_end=1870
+  _globals['_PING']._serialized_start=1872
+  _globals['_PING']._serialized_end=1932
+  _globals['_PONG']._serialized_start=1934
+  _globals['_PONG']._serialized_end=2032
+  _globals['_DROPREQUEST']._serialized_start=2034
+  _globals['_DROPREQUEST']._serialized_end=2077
+  _globals['_EXPORTREQUEST']._serialized_start=2080
+  _globals['_EXPORTREQUEST']._serialized_end=2254
+  _globals['_EXPORTED']._serialized_start=2256
+  _globals['_EXPORTED']._serialized_end=2371
+  _globals['_IMPORTREQUEST']._serialized_start=2373
+  _globals['_IMPORTREQUEST']._serialized_end=2420
+  _globals['_IMPORTED']._serialized_start=2423
+  _globals['_IMPORTED']._serialized_end=2595
+  _globals['_REVOKEREQUEST']._serialized_start=2597
+  _globals['_REVOKEREQUEST']._serialized_end=2648
+  _globals['_REVOKED']._serialized_start=2650
+  _globals['_REVOKED']._serialized_end=2691
+  _globals['_DEVICEREQUEST']._serialized_start=2693
+  _globals['_DEVICEREQUEST']._serialized_end=2739
+  _globals['_DEVICEATTACHED']._serialized_start=2742
+  _globals['_DEVICEATTACHED']._serialized_end=3004
 # @@protoc_insertion_point(module_scope)

@@ -47,6 +47,33 @@ ARENA_ROLE_OUTPUT: ArenaRole.ValueType  # 2
 """the worker writes, the client can only read"""
 global___ArenaRole = ArenaRole
 
+class _DeviceKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _DeviceKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_DeviceKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    DEVICE_KIND_UNSPECIFIED: _DeviceKind.ValueType  # 0
+    DEVICE_KIND_CUDA: _DeviceKind.ValueType  # 1
+    """Chunks are descriptors of virtual memory (cuMemImportFromShareableHandle)."""
+    DEVICE_KIND_TWIN: _DeviceKind.ValueType  # 2
+    """Host memory in a device's place, for tests. Chunks are memfds. Two more come beside DeviceAttached, with
+    two little-endian uint64 for each event, how often it was recorded and which record is done: in the first
+    in_ready and consumed, which the client writes, in the second out_done.
+    """
+
+class DeviceKind(_DeviceKind, metaclass=_DeviceKindEnumTypeWrapper): ...
+
+DEVICE_KIND_UNSPECIFIED: DeviceKind.ValueType  # 0
+DEVICE_KIND_CUDA: DeviceKind.ValueType  # 1
+"""Chunks are descriptors of virtual memory (cuMemImportFromShareableHandle)."""
+DEVICE_KIND_TWIN: DeviceKind.ValueType  # 2
+"""Host memory in a device's place, for tests. Chunks are memfds. Two more come beside DeviceAttached, with
+two little-endian uint64 for each event, how often it was recorded and which record is done: in the first
+in_ready and consumed, which the client writes, in the second out_done.
+"""
+global___DeviceKind = DeviceKind
+
 @typing.final
 class LaneRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -61,6 +88,7 @@ class LaneRequest(google.protobuf.message.Message):
     REVOKE_FIELD_NUMBER: builtins.int
     DROP_FIELD_NUMBER: builtins.int
     CLOSE_FIELD_NUMBER: builtins.int
+    DEVICE_FIELD_NUMBER: builtins.int
     RELEASES_FIELD_NUMBER: builtins.int
     FLOW_FIELD_NUMBER: builtins.int
     flow: builtins.int
@@ -88,6 +116,8 @@ class LaneRequest(google.protobuf.message.Message):
     @property
     def close(self) -> global___Close: ...
     @property
+    def device(self) -> global___DeviceRequest: ...
+    @property
     def releases(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Lease]:
         """beside any message, or alone"""
 
@@ -104,12 +134,13 @@ class LaneRequest(google.protobuf.message.Message):
         revoke: global___RevokeRequest | None = ...,
         drop: global___DropRequest | None = ...,
         close: global___Close | None = ...,
+        device: global___DeviceRequest | None = ...,
         releases: collections.abc.Iterable[global___Lease] | None = ...,
         flow: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["cancel", b"cancel", "close", b"close", "drop", b"drop", "export_tensor", b"export_tensor", "grow", b"grow", "hello", b"hello", "import_tensor", b"import_tensor", "infer", b"infer", "message", b"message", "ping", b"ping", "revoke", b"revoke"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "close", b"close", "drop", b"drop", "export_tensor", b"export_tensor", "flow", b"flow", "grow", b"grow", "hello", b"hello", "import_tensor", b"import_tensor", "infer", b"infer", "message", b"message", "ping", b"ping", "releases", b"releases", "revoke", b"revoke"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["hello", "infer", "cancel", "grow", "ping", "export_tensor", "import_tensor", "revoke", "drop", "close"] | None: ...
+    def HasField(self, field_name: typing.Literal["cancel", b"cancel", "close", b"close", "device", b"device", "drop", b"drop", "export_tensor", b"export_tensor", "grow", b"grow", "hello", b"hello", "import_tensor", b"import_tensor", "infer", b"infer", "message", b"message", "ping", b"ping", "revoke", b"revoke"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "close", b"close", "device", b"device", "drop", b"drop", "export_tensor", b"export_tensor", "flow", b"flow", "grow", b"grow", "hello", b"hello", "import_tensor", b"import_tensor", "infer", b"infer", "message", b"message", "ping", b"ping", "releases", b"releases", "revoke", b"revoke"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["hello", "infer", "cancel", "grow", "ping", "export_tensor", "import_tensor", "revoke", "drop", "close", "device"] | None: ...
 
 global___LaneRequest = LaneRequest
 
@@ -126,6 +157,7 @@ class LaneResponse(google.protobuf.message.Message):
     EXPORTED_FIELD_NUMBER: builtins.int
     IMPORTED_FIELD_NUMBER: builtins.int
     REVOKED_FIELD_NUMBER: builtins.int
+    DEVICE_ATTACHED_FIELD_NUMBER: builtins.int
     @property
     def attached(self) -> global___Attached: ...
     @property
@@ -150,6 +182,10 @@ class LaneResponse(google.protobuf.message.Message):
 
     @property
     def revoked(self) -> global___Revoked: ...
+    @property
+    def device_attached(self) -> global___DeviceAttached:
+        """on success the events' memory may come beside the packet"""
+
     def __init__(
         self,
         *,
@@ -162,10 +198,11 @@ class LaneResponse(google.protobuf.message.Message):
         exported: global___Exported | None = ...,
         imported: global___Imported | None = ...,
         revoked: global___Revoked | None = ...,
+        device_attached: global___DeviceAttached | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["attached", b"attached", "chunk", b"chunk", "exported", b"exported", "goodbye", b"goodbye", "grow_refused", b"grow_refused", "imported", b"imported", "infer", b"infer", "message", b"message", "pong", b"pong", "revoked", b"revoked"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attached", b"attached", "chunk", b"chunk", "exported", b"exported", "goodbye", b"goodbye", "grow_refused", b"grow_refused", "imported", b"imported", "infer", b"infer", "message", b"message", "pong", b"pong", "revoked", b"revoked"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["attached", "infer", "chunk", "grow_refused", "goodbye", "pong", "exported", "imported", "revoked"] | None: ...
+    def HasField(self, field_name: typing.Literal["attached", b"attached", "chunk", b"chunk", "device_attached", b"device_attached", "exported", b"exported", "goodbye", b"goodbye", "grow_refused", b"grow_refused", "imported", b"imported", "infer", b"infer", "message", b"message", "pong", b"pong", "revoked", b"revoked"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attached", b"attached", "chunk", b"chunk", "device_attached", b"device_attached", "exported", b"exported", "goodbye", b"goodbye", "grow_refused", b"grow_refused", "imported", b"imported", "infer", b"infer", "message", b"message", "pong", b"pong", "revoked", b"revoked"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["attached", "infer", "chunk", "grow_refused", "goodbye", "pong", "exported", "imported", "revoked", "device_attached"] | None: ...
 
 global___LaneResponse = LaneResponse
 
@@ -313,19 +350,23 @@ class GrowRequest(google.protobuf.message.Message):
 
     SIZE_FIELD_NUMBER: builtins.int
     ALONE_FIELD_NUMBER: builtins.int
+    ON_DEVICE_FIELD_NUMBER: builtins.int
     size: builtins.int
     """bytes that one free piece must have"""
     alone: builtins.bool
     """A chunk for one tensor at its offset 0, of exactly `size` bytes rounded up to whole pages, so that it can
     be handed to another process without showing it anything else.
     """
+    on_device: builtins.bool
+    """a chunk of the device's input arena, after DeviceAttached"""
     def __init__(
         self,
         *,
         size: builtins.int = ...,
         alone: builtins.bool = ...,
+        on_device: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["alone", b"alone", "size", b"size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["alone", b"alone", "on_device", b"on_device", "size", b"size"]) -> None: ...
 
 global___GrowRequest = GrowRequest
 
@@ -350,6 +391,8 @@ global___GrowRefused = GrowRefused
 
 @typing.final
 class Lease(google.protobuf.message.Message):
+    """Of memory on a device: `consumed` of its place was recorded before, on the stream that read it last."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     EPOCH_FIELD_NUMBER: builtins.int
@@ -648,3 +691,83 @@ class Revoked(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "request", b"request"]) -> None: ...
 
 global___Revoked = Revoked
+
+@typing.final
+class DeviceRequest(google.protobuf.message.Message):
+    """Asks for memory on the worker's device beside that on the host. Once in a session."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    UUID_FIELD_NUMBER: builtins.int
+    request: builtins.int
+    """chosen by the sender, given back"""
+    uuid: builtins.str
+    """of the device, or the beginning of one; empty: the worker's"""
+    def __init__(
+        self,
+        *,
+        request: builtins.int = ...,
+        uuid: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["request", b"request", "uuid", b"uuid"]) -> None: ...
+
+global___DeviceRequest = DeviceRequest
+
+@typing.final
+class DeviceAttached(google.protobuf.message.Message):
+    """From now on a GrowRequest may ask for memory on the device, and a request may have a place.
+
+    A place is a number from 1 to `places` and stands for three events of the device, all made by the worker:
+    in_ready, which the client records when the inputs of a request are written; out_done, which the worker
+    records when the results are; consumed, which the client records when it has read them. A request that
+    refers to memory on the device, or wants results there, names a place that no other has: see
+    InferRequest.event_place. The order is always record, send, receive, wait.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    STATUS_FIELD_NUMBER: builtins.int
+    UUID_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    INPUT_EPOCH_FIELD_NUMBER: builtins.int
+    OUTPUT_EPOCH_FIELD_NUMBER: builtins.int
+    INPUT_ARENA_BYTES_FIELD_NUMBER: builtins.int
+    OUTPUT_ARENA_BYTES_FIELD_NUMBER: builtins.int
+    PLACES_FIELD_NUMBER: builtins.int
+    EVENT_HANDLES_FIELD_NUMBER: builtins.int
+    request: builtins.int
+    uuid: builtins.str
+    kind: global___DeviceKind.ValueType
+    input_epoch: builtins.int
+    """of the arena on the device that the client writes"""
+    output_epoch: builtins.int
+    """of the one that the worker writes; CUDA cannot forbid the client to"""
+    input_arena_bytes: builtins.int
+    output_arena_bytes: builtins.int
+    places: builtins.int
+    event_handles: builtins.bytes
+    """CUDA: handles of 64 bytes (cuIpcOpenEventHandle): all in_ready by place, all out_done, all consumed."""
+    @property
+    def status(self) -> thirdrail.v1.inference_pb2.Status:
+        """absent: success"""
+
+    def __init__(
+        self,
+        *,
+        request: builtins.int = ...,
+        status: thirdrail.v1.inference_pb2.Status | None = ...,
+        uuid: builtins.str = ...,
+        kind: global___DeviceKind.ValueType = ...,
+        input_epoch: builtins.int = ...,
+        output_epoch: builtins.int = ...,
+        input_arena_bytes: builtins.int = ...,
+        output_arena_bytes: builtins.int = ...,
+        places: builtins.int = ...,
+        event_handles: builtins.bytes = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["status", b"status"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["event_handles", b"event_handles", "input_arena_bytes", b"input_arena_bytes", "input_epoch", b"input_epoch", "kind", b"kind", "output_arena_bytes", b"output_arena_bytes", "output_epoch", b"output_epoch", "places", b"places", "request", b"request", "status", b"status", "uuid", b"uuid"]) -> None: ...
+
+global___DeviceAttached = DeviceAttached

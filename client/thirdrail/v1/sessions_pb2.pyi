@@ -161,6 +161,7 @@ class SessionInfo(google.protobuf.message.Message):
     SHARED_BYTES_FIELD_NUMBER: builtins.int
     AGE_S_FIELD_NUMBER: builtins.int
     IS_FRONT_FIELD_NUMBER: builtins.int
+    DEVICE_BYTES_FIELD_NUMBER: builtins.int
     session: builtins.int
     worker: builtins.str
     state: global___SessionState.ValueType
@@ -187,6 +188,8 @@ class SessionInfo(google.protobuf.message.Message):
     """of exports and imports that are charged to it"""
     age_s: builtins.float
     is_front: builtins.bool
+    device_bytes: builtins.int
+    """memory on the worker's device"""
     def __init__(
         self,
         *,
@@ -207,8 +210,9 @@ class SessionInfo(google.protobuf.message.Message):
         shared_bytes: builtins.int = ...,
         age_s: builtins.float = ...,
         is_front: builtins.bool = ...,
+        device_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["age_s", b"age_s", "calls", b"calls", "calls_in_flight", b"calls_in_flight", "client_name", b"client_name", "exports", b"exports", "imports", b"imports", "input_bytes", b"input_bytes", "is_front", b"is_front", "leased_bytes", b"leased_bytes", "leases", b"leases", "output_bytes", b"output_bytes", "pid", b"pid", "session", b"session", "shared_bytes", b"shared_bytes", "state", b"state", "uid", b"uid", "worker", b"worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["age_s", b"age_s", "calls", b"calls", "calls_in_flight", b"calls_in_flight", "client_name", b"client_name", "device_bytes", b"device_bytes", "exports", b"exports", "imports", b"imports", "input_bytes", b"input_bytes", "is_front", b"is_front", "leased_bytes", b"leased_bytes", "leases", b"leases", "output_bytes", b"output_bytes", "pid", b"pid", "session", b"session", "shared_bytes", b"shared_bytes", "state", b"state", "uid", b"uid", "worker", b"worker"]) -> None: ...
 
 global___SessionInfo = SessionInfo
 

@@ -80,6 +80,7 @@ class Tensor(google.protobuf.message.Message):
     RAW_FIELD_NUMBER: builtins.int
     VALUES_FIELD_NUMBER: builtins.int
     REF_FIELD_NUMBER: builtins.int
+    REGION_FIELD_NUMBER: builtins.int
     name: builtins.str
     data_type: global___DataType.ValueType
     raw: builtins.bytes
@@ -94,6 +95,10 @@ class Tensor(google.protobuf.message.Message):
     def ref(self) -> global___ArenaRef:
         """already in memory that both sides map; lane only"""
 
+    @property
+    def region(self) -> global___RegionRef:
+        """in memory of somebody else's on the worker's device; the front's lane only"""
+
     def __init__(
         self,
         *,
@@ -103,10 +108,11 @@ class Tensor(google.protobuf.message.Message):
         raw: builtins.bytes = ...,
         values: global___Values | None = ...,
         ref: global___ArenaRef | None = ...,
+        region: global___RegionRef | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["data", b"data", "raw", b"raw", "ref", b"ref", "values", b"values"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data", "data_type", b"data_type", "name", b"name", "raw", b"raw", "ref", b"ref", "shape", b"shape", "values", b"values"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["data", b"data"]) -> typing.Literal["raw", "values", "ref"] | None: ...
+    def HasField(self, field_name: typing.Literal["data", b"data", "raw", b"raw", "ref", b"ref", "region", b"region", "values", b"values"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "data_type", b"data_type", "name", b"name", "raw", b"raw", "ref", b"ref", "region", b"region", "shape", b"shape", "values", b"values"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["data", b"data"]) -> typing.Literal["raw", "values", "ref", "region"] | None: ...
 
 global___Tensor = Tensor
 
@@ -167,7 +173,7 @@ class ArenaRef(google.protobuf.message.Message):
     chunk: builtins.int
     """which of the arena's memory objects"""
     offset: builtins.int
-    """bytes from the start of the chunk, a multiple of 64"""
+    """bytes from the start of the chunk, a multiple of 64; on a device of 256"""
     size: builtins.int
     """bytes"""
     slot: builtins.int
@@ -187,6 +193,32 @@ class ArenaRef(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "epoch", b"epoch", "generation", b"generation", "offset", b"offset", "size", b"size", "slot", b"slot"]) -> None: ...
 
 global___ArenaRef = ArenaRef
+
+@typing.final
+class RegionRef(google.protobuf.message.Message):
+    """A place in a region that the front had the worker open: KServe's CUDA shared memory."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REGION_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    SIZE_FIELD_NUMBER: builtins.int
+    region: builtins.int
+    """the front's number for it, never used again"""
+    offset: builtins.int
+    """bytes, any number"""
+    size: builtins.int
+    """bytes"""
+    def __init__(
+        self,
+        *,
+        region: builtins.int = ...,
+        offset: builtins.int = ...,
+        size: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["offset", b"offset", "region", b"region", "size", b"size"]) -> None: ...
+
+global___RegionRef = RegionRef
 
 @typing.final
 class TensorSpec(google.protobuf.message.Message):

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from thirdrail.errors import ResourceExhausted
-from thirdrail.lane.memory import whole_pages
 from thirdrail.v1 import lane_pb2
 
 Bytes = npt.NDArray[np.uint8]
@@ -52,17 +51,24 @@ class NewChunk:
         os.close(self.fd)
 
 
-def charged_chunk_bytes(size: int, total: int, total_max: int, charge: Charge) -> int | None:
+def charged_chunk_bytes(
+    size: int,
+    total: int,
+    total_max: int,
+    charge: Charge,
+    granularity_bytes: int = mmap.PAGESIZE,
+) -> int | None:
     """How large a chunk to make for a piece of `size` bytes, and that much charged: doubling the
     arena, or, where that is too much, only what is needed. None: it does not fit the arena.
 
+    granularity_bytes: chunks have a multiple of it, which is a power of two.
     Raises ResourceExhausted where not even that can be charged.
     """
-    needed = whole_pages(size)
+    needed = -(-max(size, 1) // granularity_bytes) * granularity_bytes
     left = total_max - total
     if needed > left:
         return None
-    generous = max(CHUNK_BYTES_MIN, total, 1 << (needed - 1).bit_length())
+    generous = max(CHUNK_BYTES_MIN, granularity_bytes, total, 1 << (needed - 1).bit_length())
     if needed < generous <= left:
         try:
             charge(generous)

@@ -54,6 +54,10 @@ class Sessions(Protocol):
 
     async def stop(self, drain_s_max: float) -> None: ...
 
+    async def open_region(self, number: int, handle: bytes, size: int) -> None: ...
+
+    async def close_region(self, number: int) -> None: ...
+
     def infos(self) -> list[sessions_pb2.SessionInfo]: ...
 
 
@@ -94,6 +98,13 @@ class _Desk:
                 return {"sessions": [message_to_text(each) for each in self.sessions.infos()]}
             case "stop sessions" if self.sessions is not None:
                 await self.sessions.stop(float(fields["drain_s_max"]))
+                return {}
+            case "open region" if self.sessions is not None:
+                number, size = int(fields["number"]), int(fields["size"])
+                await self.sessions.open_region(number, bytes.fromhex(fields["handle"]), size)
+                return {}
+            case "close region" if self.sessions is not None:
+                await self.sessions.close_region(int(fields["number"]))
                 return {}
         raise Internal(f"the worker does not do '{do}'")
 

@@ -8,7 +8,6 @@ or, where the process cannot be watched, a grace time passes after the socket wa
 
 import asyncio
 import contextlib
-import mmap
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from thirdrail.lane import packets
 from thirdrail.v1 import lane_pb2
-from thirdrail_server.worker.janitor import Janitor
+from thirdrail_server.worker.janitor import Janitor, Mapping
 from thirdrail_server.worker.session_states import Event, Life, State
 
 # After a goodbye the client may have been sending for a while; what it sends is not looked at.
@@ -51,7 +50,7 @@ class Departure:
         self._grace: asyncio.TimerHandle | None = None
 
     def begin(
-        self, mappings: Sequence[mmap.mmap], janitor: Janitor, sock: socket.socket | None
+        self, mappings: Sequence[Mapping], janitor: Janitor, sock: socket.socket | None
     ) -> None:
         """sock: where a `Close` may still come from; it is not read for anything else."""
         self._sock = sock

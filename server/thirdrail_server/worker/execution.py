@@ -21,6 +21,7 @@ import numpy as np
 from thirdrail.errors import ThirdrailError
 from thirdrail.tensors import Array
 from thirdrail_engines.engine import DeviceLost, Engine, EngineError
+from thirdrail_server.worker.device_execution import run_with_device
 from thirdrail_server.worker.members import Member, Outcome
 from thirdrail_server.worker.requests import VersionSpec
 from thirdrail_server.worker.results import Slot, error_for_caller, scatter, slots_in_place
@@ -63,20 +64,27 @@ def execute(engine: Engine, spec: VersionSpec, members: Sequence[Member]) -> Exe
 def _execute_together(engine: Engine, spec: VersionSpec, members: Sequence[Member]) -> Execution:
     outcomes = [Outcome(member.arena) for member in members]
     started = gathered = computed = time.monotonic_ns()
-    has_failed = False
+    has_failed = is_fetched = False
     device_lost = None
     try:
+        _fetch(members, outcomes)
+        is_fetched = True
         inputs = _gather(members, outcomes)
-        slots = slots_in_place(members[0], spec, outcomes[0]) if len(members) == 1 else {}
+        device = members[0].device  # whose requests share a batch with nobody
+        slots = {}
+        if len(members) == 1 and device is None:
+            slots = slots_in_place(members[0], spec, outcomes[0])
         gathered = computed = time.monotonic_ns()
-        if len(members) == 1:
+        if device is not None:
+            results = run_with_device(engine, members[0], device, inputs, slots, outcomes[0])
+        elif len(members) == 1:
             results = _run_alone(engine, spec, members[0], inputs, slots, outcomes[0])
         else:
             results = engine.run(inputs, _wanted_names(members, spec), {})
         computed = time.monotonic_ns()
         scatter(members, spec, results, slots, outcomes)
     except Exception as error:
-        has_failed = not isinstance(error, ThirdrailError)
+        has_failed = not isinstance(error, ThirdrailError) or not is_fetched
         device_lost = error if isinstance(error, DeviceLost) else None
         answer = error_for_caller(error, spec)
         for outcome in outcomes:
@@ -123,6 +131,14 @@ def _run_alone(
 
 
 # Gathering
+
+
+def _fetch(members: Sequence[Member], outcomes: Sequence[Outcome]) -> None:
+    """From memory of others on the device. It may be gone, which its owner alone answers for."""
+    for member, outcome in zip(members, outcomes, strict=True):
+        for part, array in member.request.fetches:
+            part.read_into(array)
+        outcome.copies += bool(member.request.fetches)
 
 
 def _gather(members: Sequence[Member], outcomes: Sequence[Outcome]) -> Mapping[str, Array]:

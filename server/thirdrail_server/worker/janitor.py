@@ -2,25 +2,34 @@
 """Unmaps what sessions leave behind, on a thread of its own: 256 MiB take 12 to 40 ms.
 
 A mapping that a run still reads or writes cannot be closed: Python refuses while an array lies on
-it. So that is also how we know that nothing of ours uses a session's memory any more, whoever held
-it: a cancelled request ends for its caller before its run does.
+it, and memory on a device refuses in the same way while the device uses it. So that is also how we
+know that nothing of ours uses a session's memory any more, whoever held it: a cancelled request
+ends for its caller before its run does.
 """
 
 import asyncio
-import mmap
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 RETRY_S_MIN = 0.01
 RETRY_S_MAX = 0.5
 
 
+class Mapping(Protocol):
+    """Memory of a session."""
+
+    def close(self) -> None:
+        """Raises BufferError while something of ours uses it."""
+        ...
+
+
 @dataclass(slots=True)
 class _Pile:
-    mappings: list[mmap.mmap]
+    mappings: list[Mapping]
     done: Callable[[], None]
     retry_s: float = RETRY_S_MIN
     due_s: float = 0.0
@@ -39,7 +48,7 @@ class Janitor:
         self._piles: queue.SimpleQueue[_Pile] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def unmap(self, mappings: Iterable[mmap.mmap], done: Callable[[], None]) -> None:
+    def unmap(self, mappings: Iterable[Mapping], done: Callable[[], None]) -> None:
         """Unmap all, which nobody else may refer to any more; then `done` is called on the loop."""
         pile = _Pile(list(mappings), done)
         if not pile.mappings:
@@ -72,7 +81,7 @@ class Janitor:
             self._loop.call_soon_threadsafe(done)
 
 
-def _is_closed(mapping: mmap.mmap) -> bool:
+def _is_closed(mapping: Mapping) -> bool:
     try:
         mapping.close()
     except BufferError:

@@ -9,7 +9,6 @@ answered. Every call ends exactly once: with a response, or with the session.
 import asyncio
 import contextlib
 import logging
-import mmap
 import socket
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from google.protobuf.message import DecodeError
 
 from thirdrail.errors import (
+    Internal,
     InvalidArgument,
     ThirdrailError,
     Unimplemented,
@@ -25,8 +25,11 @@ from thirdrail.lane import packets
 from thirdrail.lane.outbox import Outbox
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2, sessions_pb2
+from thirdrail_engines.engine import DeviceLost, EngineError
 from thirdrail_server.logs import printable
 from thirdrail_server.worker.departure import Departure
+from thirdrail_server.worker.device_messages import attached_message, refused_message
+from thirdrail_server.worker.janitor import Mapping
 from thirdrail_server.worker.negotiation import (
     DEBUG,
     agreed_features,
@@ -88,10 +91,18 @@ class LaneSession:
             self._outbox, self._limits, host.ledger, host.make_chunk, host.exports
         )
         self._calls = SessionCalls(
-            host.models, self._limits, self._outbox, self.memory, is_front=is_front
+            host.models,
+            self._limits,
+            self._outbox,
+            self.memory,
+            is_front=is_front,
+            regions=host.regions,
+            give_up=self.goodbye,
+            on_device_lost=host.on_device_lost,
         )
         self._pings = Pings(self.memory, self._send)
         self._is_attached = False
+        self._tasks: set[asyncio.Task[None]] = set()
         self.is_closed = False
         self._loop.add_reader(sock, self._on_readable)
         if peer.pidfd is not None:
@@ -122,6 +133,7 @@ class LaneSession:
             exports=self.memory.exports.export_count,
             imports=self.memory.exports.import_count,
             shared_bytes=self.memory.exports.charged_bytes,
+            device_bytes=self.memory.device_bytes,
             age_s=max(0, now_ns - self.began_ns) / S,
             is_front=self.is_front,
         )
@@ -162,7 +174,7 @@ class LaneSession:
         has_let_go |= not has_memory or (self.is_inherited and not may_answer)
         self._depart(mappings, has_let_go, may_answer)
 
-    def _depart(self, mappings: list[mmap.mmap], has_let_go: bool, may_answer: bool) -> None:
+    def _depart(self, mappings: Sequence[Mapping], has_let_go: bool, may_answer: bool) -> None:
         pidfd = self.peer.pidfd
         if pidfd is not None:
             self._loop.remove_reader(pidfd)
@@ -225,7 +237,8 @@ class LaneSession:
 
     def _on_message(self, message: lane_pb2.LaneRequest, packet: bytes) -> None:
         for lease in message.releases:
-            self.memory.release(lease)
+            if self.memory.release(lease):
+                self._calls.on_device.released()
         kind = message.WhichOneof("message")
         if kind == "infer" and self._is_attached:
             if not self._calls.total:
@@ -246,6 +259,8 @@ class LaneSession:
             self._calls.cancel(message.cancel.call)
         elif kind == "grow":
             self._on_grow(message.grow)
+        elif kind == "device":
+            self._on_device(message.device)
         elif kind == "ping":
             self._pings.answer(message.ping)
         elif kind == "close":
@@ -291,8 +306,29 @@ class LaneSession:
         except ThirdrailError as error:
             self.goodbye(error)
 
-    def _unmap(self, mappings: Sequence[mmap.mmap]) -> None:
+    def _unmap(self, mappings: Sequence[Mapping]) -> None:
         self._host.janitor.unmap(mappings, lambda: None)
+
+    def _on_device(self, request: lane_pb2.DeviceRequest) -> None:
+        self.life.on(Event.USE)
+        task = self._loop.create_task(self._attach_device(request), name="attach a device")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _attach_device(self, request: lane_pb2.DeviceRequest) -> None:
+        try:
+            device = await self.memory.attach_device(
+                self._host.lane_device, request.uuid, self.peer.uid
+            )
+        except DeviceLost as error:
+            return self._host.on_device_lost(error)
+        except EngineError as error:
+            return self.tell(refused_message(request, Internal(str(error))))
+        except ThirdrailError as error:
+            return self.tell(refused_message(request, error))
+        if device is not None:
+            message, fds = attached_message(request, device)
+            self._outbox.send(message.SerializeToString(), fds)
 
     def tell(self, message: lane_pb2.LaneResponse) -> None:
         """News that it did not ask for."""

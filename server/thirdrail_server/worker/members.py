@@ -9,6 +9,7 @@ from thirdrail.v1 import inference_pb2, tensor_pb2
 from thirdrail_server.worker.chunks import Bytes
 from thirdrail_server.worker.output_arena import OutputArena
 from thirdrail_server.worker.requests import Request
+from thirdrail_server.worker.session_device import DeviceCall
 
 
 @dataclass(slots=True)
@@ -18,6 +19,7 @@ class Member:
     request: Request
     arena: OutputArena
     inline_bytes_max: int
+    device: DeviceCall | None = None  # for a request with tensors there
 
 
 @dataclass(slots=True)

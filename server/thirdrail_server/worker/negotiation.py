@@ -9,7 +9,8 @@ VERSION_MIN = 1
 VERSION_MAX = 1
 
 DEBUG = "debug"  # released output slots are overwritten, so that late readers see it
-FEATURES = frozenset({DEBUG})
+DEVICE = "device"  # the client may ask for memory on the worker's device
+FEATURES = frozenset({DEBUG, DEVICE})
 
 
 def agreed_version(hello: lane_pb2.Hello) -> int:

@@ -124,7 +124,7 @@ async def _serve(config: WorkerConfig, inherited: InheritedSockets) -> None:
 
     lost: list[DeviceLost] = []
     models = ModelTable(config, on_device_lost)
-    sessions = SessionTable(config, models)
+    sessions = SessionTable(config, models, on_device_lost)
     for number, fd in enumerate(inherited.lane_fds):
         sessions.inherit(socket.socket(fileno=fd), is_front=number == 0)
     if inherited.lane_listen_fd is not None:

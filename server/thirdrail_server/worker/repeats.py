@@ -144,6 +144,8 @@ def _look_at(
 ) -> Repeat:
     """Raises NotUnderstood for packets that are not worth remembering, or not safe to."""
     infer = message.infer
+    if request.fetches or any(output.region is not None for output in request.outputs):
+        raise NotUnderstood  # regions come and go
     if message.releases or infer.model_id or list(request.inputs) != [t.name for t in infer.inputs]:
         raise NotUnderstood
     call_at, raws = _places(packet)

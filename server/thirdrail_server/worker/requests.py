@@ -9,6 +9,7 @@ they are used, because the model reads them as indices or sizes.
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,11 +18,14 @@ from thirdrail.dtypes import BYTES
 from thirdrail.errors import InvalidArgument
 from thirdrail.tensors import Array, TensorSpec
 from thirdrail.v1 import inference_pb2, tensor_pb2
+from thirdrail_server.worker.device_regions import RegionPart
+from thirdrail_server.worker.device_tensors import DeviceBytes, DeviceTensor
 from thirdrail_server.worker.output_shapes import OutputShapes
 
 INPUTS_MAX = 64
 
-ViewOf = Callable[[str, tensor_pb2.ArenaRef], "np.typing.NDArray[np.uint8]"]
+ViewOf = Callable[[str, tensor_pb2.ArenaRef], "np.typing.NDArray[np.uint8] | DeviceBytes"]
+PartOf = Callable[[tensor_pb2.RegionRef], RegionPart]
 
 
 SHAPES_REMEMBERED_MAX = 256  # per model version
@@ -57,6 +61,8 @@ class WantedOutput:
     name: str
     as_values: bool
     class_count: int  # 0: the tensor itself
+    region: RegionPart | None = None  # where its elements go, instead of into the response
+    on_device: bool = False  # in a piece of the session's memory there
 
 
 @dataclass(slots=True, eq=False)  # not frozen: that makes it three times as long in the making
@@ -71,20 +77,30 @@ class Request:
     rows: int  # 1 where the model does not batch
     signature: tuple[object, ...]  # requests with different ones never share a batch
     input_bytes: int
+    # Inputs whose elements are still in a region, and the arrays of `inputs` that wait for them.
+    fetches: tuple[tuple[RegionPart, Array], ...] = ()
+
+
+def no_part(ref: tensor_pb2.RegionRef) -> RegionPart:
+    raise InvalidArgument("only the front's requests refer to shared memory regions")
 
 
 def read_request(
-    message: inference_pb2.InferRequest, spec: VersionSpec, view_of: ViewOf
+    message: inference_pb2.InferRequest,
+    spec: VersionSpec,
+    view_of: ViewOf,
+    part_of: PartOf = no_part,
 ) -> Request:
     """Check a message against the model.
 
-    Raises InvalidArgument or FailedPrecondition with the text for the caller.
+    Raises NotFound, InvalidArgument or FailedPrecondition with the text for the caller.
     """
     tensors_in = message.inputs
     if [tensor.name for tensor in tensors_in] != spec.input_names:
         _check_names(message, spec)
     inputs: dict[str, Array] = {}
     copy_first: list[str] = []
+    fetches: list[tuple[RegionPart, Array]] = []
     rows = input_bytes = 0
     all_values = True
     for tensor in tensors_in:
@@ -95,7 +111,12 @@ def read_request(
             count = _count_of_new_shape(tensor, shape, expected, spec)
         if spec.batch_rows_max:
             rows = _check_rows(name, shape[0], rows, spec)
-        inputs[name] = array = _read_data(tensor, form, shape, count, expected, spec, view_of)
+        if form == "region":
+            array = _room_for(tensor, shape, count, expected, spec)
+            fetches.append((part_of(tensor.region), array))
+        else:
+            array = _read_data(tensor, form, shape, count, expected, spec, view_of)
+        inputs[name] = array
         input_bytes += array.nbytes
         if form != "values":
             all_values = False
@@ -108,10 +129,11 @@ def read_request(
         message.request_id,
         inputs,
         tuple(copy_first),
-        _wanted_outputs(message, spec, as_values=all_values),
+        _wanted_outputs(message, spec, part_of, as_values=all_values),
         rows or 1,
         _signature(inputs, spec) if spec.batch_rows_max else (),
         input_bytes,
+        tuple(fetches),
     )
 
 
@@ -218,23 +240,68 @@ def _read_data(
             f"unable to find data for input tensor '{tensor.name}' for model '{spec.model}' in "
             "request."
         )
-    data = view_of(tensor.name, tensor.ref) if form == "ref" else tensor.raw
+    data: Any = tensor.raw
+    if form == "ref":
+        data = view_of(tensor.name, tensor.ref)
+        if isinstance(data, DeviceBytes):
+            return _on_device(tensor, data, shape, count, expected, spec)
     if expected.dtype is BYTES:
         # Copied before it is looked at: its lengths are read more than once.
         whose = f" for inference input '{tensor.name}' for model '{spec.model}'"
         return dtypes.object_array(dtypes.decode_bytes(bytes(data), count, whose), shape)
-    needed = count * expected.dtype.itemsize
-    if len(data) != needed:
-        raise InvalidArgument(
-            f"input byte size mismatch for input '{tensor.name}' for model '{spec.model}'. "
-            f"Expected {needed}, got {len(data)}"
-        )
+    _check_size(tensor, len(data), count, expected, spec)
     array = np.frombuffer(data, expected.dtype.numpy)
     return array if len(shape) == 1 else array.reshape(shape)
 
 
+def _room_for(
+    tensor: tensor_pb2.Tensor,
+    shape: tuple[int, ...],
+    count: int,
+    expected: TensorSpec,
+    spec: VersionSpec,
+) -> Array:
+    """Memory of ours for an input that is in a region, to be filled when its turn comes."""
+    if expected.dtype is BYTES:
+        raise InvalidArgument(
+            f"input '{tensor.name}' for model '{spec.model}' is BYTES, which are read on the host: "
+            "send them in the request or in system shared memory"
+        )
+    _check_size(tensor, tensor.region.size, count, expected, spec)
+    return np.empty(shape, expected.dtype.numpy)
+
+
+def _check_size(
+    tensor: tensor_pb2.Tensor, size: int, count: int, expected: TensorSpec, spec: VersionSpec
+) -> None:
+    needed = count * expected.dtype.itemsize
+    if size != needed:
+        raise InvalidArgument(
+            f"input byte size mismatch for input '{tensor.name}' for model '{spec.model}'. "
+            f"Expected {needed}, got {size}"
+        )
+
+
+def _on_device(
+    tensor: tensor_pb2.Tensor,
+    data: DeviceBytes,
+    shape: tuple[int, ...],
+    count: int,
+    expected: TensorSpec,
+    spec: VersionSpec,
+) -> Array:
+    """A tensor which this module treats as an array."""
+    if expected.dtype is BYTES or expected.dtype.numpy is None:
+        raise InvalidArgument(
+            f"input '{tensor.name}' for model '{spec.model}' is {expected.dtype.name}, which "
+            "cannot lie on a device"
+        )
+    _check_size(tensor, len(data), count, expected, spec)
+    return cast("Array", DeviceTensor(data.address, expected.dtype.numpy, shape))
+
+
 def _wanted_outputs(
-    message: inference_pb2.InferRequest, spec: VersionSpec, *, as_values: bool
+    message: inference_pb2.InferRequest, spec: VersionSpec, part_of: PartOf, *, as_values: bool
 ) -> tuple[WantedOutput, ...]:
     """In the model's order, whatever the order of asking."""
     if not message.outputs:
@@ -251,6 +318,8 @@ def _wanted_outputs(
             raise InvalidArgument(
                 "class result not available for output due to unsupported type 'BYTES'"
             )
+        if output.on_device:
+            _check_on_device(output, message, spec)
         asked[output.name] = output
     forms = {
         inference_pb2.OUTPUT_FORM_UNSPECIFIED: as_values,
@@ -258,10 +327,30 @@ def _wanted_outputs(
         inference_pb2.OUTPUT_FORM_VALUES: True,
     }
     return tuple(
-        WantedOutput(name, forms.get(asked[name].form, as_values), asked[name].class_count)
+        WantedOutput(
+            name,
+            forms.get(asked[name].form, as_values),
+            asked[name].class_count,
+            part_of(asked[name].region) if asked[name].HasField("region") else None,
+            asked[name].on_device,
+        )
         for name in spec.outputs
         if name in asked
     )
+
+
+def _check_on_device(
+    output: inference_pb2.RequestedOutput, message: inference_pb2.InferRequest, spec: VersionSpec
+) -> None:
+    if not message.event_place:
+        raise InvalidArgument(
+            f"output '{output.name}' is wanted on the device, which needs an event_place, and that "
+            "a session on the lane"
+        )
+    dtype = spec.outputs[output.name].dtype
+    if output.class_count or dtype is BYTES or dtype.numpy is None:
+        what = "a class result" if output.class_count else dtype.name
+        raise InvalidArgument(f"output '{output.name}' is {what}, which cannot lie on a device")
 
 
 @functools.lru_cache(maxsize=1024)

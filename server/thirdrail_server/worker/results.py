@@ -57,7 +57,7 @@ def slots_in_place(member: Member, spec: VersionSpec, outcome: Outcome) -> dict[
         expected = spec.outputs[output.name]
         declared = _known_shape(expected, spec, member.request.rows)
         shape = foretold.get(output.name) if declared is None else declared
-        if shape is None or output.class_count:
+        if shape is None or output.class_count or output.region is not None:
             continue
         size = tensors.element_count(output.name, shape) * expected.dtype.itemsize
         if size > member.inline_bytes_max:
@@ -142,6 +142,10 @@ def _collect(
         is_copied = True
         if spec.batch_rows_max:
             array = array[rows]
+        if output.region is not None:
+            output.region.write(output.name, array)
+            _add_tensor(outcome, output, array)
+            continue
         if output.class_count:
             labels = spec.labels.get(output.name, ())
             array = classify(array, output.class_count, labels, spec.batch_rows_max)

@@ -291,7 +291,8 @@ class ServedVersion:
             call.started_ns = started_ns
             members.append(call.member)
         self._watch(batch)
-        if self._place.on_loop and self._is_short(members[0].request.input_bytes):
+        waits = members[0].device is not None  # for the device, whatever the model takes
+        if self._place.on_loop and not waits and self._is_short(members[0].request.input_bytes):
             if not self._is_suspect:
                 return self._run_on_loop(batch, members)
             self._is_suspect = False

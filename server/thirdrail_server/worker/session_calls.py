@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from thirdrail.errors import (
@@ -22,11 +23,14 @@ from thirdrail.lane.outbox import Outbox
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2
 from thirdrail_server.config import LaneLimits
+from thirdrail_server.worker.device_calls import DeviceCalls, Waiting
+from thirdrail_server.worker.device_regions import DeviceRegions
 from thirdrail_server.worker.members import Member
 from thirdrail_server.worker.models import ModelTable
 from thirdrail_server.worker.repeats import Repeat, Repeats
-from thirdrail_server.worker.requests import Request, VersionSpec, read_request
-from thirdrail_server.worker.served_version import Call, Ending, ServedVersion
+from thirdrail_server.worker.requests import Request, VersionSpec, no_part, read_request
+from thirdrail_server.worker.served_version import Call, Ending, OnDeviceLost, ServedVersion
+from thirdrail_server.worker.session_device import DeviceCall
 from thirdrail_server.worker.session_memory import SessionMemory
 
 log = logging.getLogger(__name__)
@@ -47,7 +51,8 @@ class _BoundModel:
 class SessionCalls:
     """From the hello to `close`.
 
-    is_front: the peer says whose each request is, for fair turns among its own callers.
+    is_front: the peer says whose each request is, for fair turns among its own callers, and may
+        refer to regions.
     """
 
     def __init__(
@@ -58,20 +63,27 @@ class SessionCalls:
         memory: SessionMemory,
         *,
         is_front: bool,
+        regions: DeviceRegions,
+        give_up: Callable[[ThirdrailError], None],
+        on_device_lost: OnDeviceLost,
     ) -> None:
+        """give_up: ends the session."""
         self.total = 0  # since the hello
         self._models = models
         self._limits = limits
         self._outbox = outbox
         self._memory = memory
         self._is_front = is_front
+        self._part_of = regions.part if is_front else no_part
         self._loop = asyncio.get_running_loop()
         self._repeats = Repeats()
-        self._in_flight: dict[int, Call] = {}
+        self._in_flight: dict[int, Call | Waiting] = {}
         self._model_ids: dict[int, _BoundModel] = {}
         self._in_flight_max = limits.calls_in_flight_max
         self._is_stopping = False
         self._is_closed = False
+        self.give_up = give_up
+        self.on_device = DeviceCalls(memory, self, on_device_lost)
 
     def __len__(self) -> int:
         """How many are in flight."""
@@ -90,6 +102,7 @@ class SessionCalls:
     def close(self) -> None:
         """Cancel what is in flight; nobody will be answered."""
         self._is_closed = True
+        self.on_device.close()
         calls, self._in_flight = self._in_flight, {}
         for call in calls.values():
             call.cancel()
@@ -125,7 +138,9 @@ class SessionCalls:
                 )
             model = self._model_of(infer)
             served = self._models.find(model.name, model.version)
-            request = read_request(infer, served.spec, self._memory.view)
+            if infer.event_place:
+                return self.on_device.take(infer, served, message.flow, now_ns)
+            request = read_request(infer, served.spec, self._memory.view, self._part_of)
         except ThirdrailError as error:
             return self._respond_failure(infer.call, infer.request_id, infer.model_name, error)
         self._repeats.remember(packet, message, request, served.spec)
@@ -205,6 +220,43 @@ class SessionCalls:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the session
                 self._loop.call_soon_threadsafe(self._send, packet)
 
+    # With tensors on the device: see DeviceCalls
+
+    def wait_on_device(self, waiting: Waiting) -> None:
+        self._in_flight[waiting.request.call] = waiting
+
+    def run_on_device(self, waiting: Waiting, device_call: DeviceCall) -> None:
+        request, served = waiting.request, waiting.served
+        member = Member(request, self._memory.output, self._limits.inline_bytes_max, device_call)
+        call = Call(member, served, self._on_ended_on_device, waiting.arrived_ns)
+        self._in_flight[request.call] = call
+        served.submit(
+            call,
+            flow=(id(self), waiting.flow if self._is_front else 0),
+            priority=waiting.infer.priority,
+            timeout_us=waiting.infer.timeout_us,
+            now_ns=waiting.arrived_ns,
+        )
+
+    def fail_on_device(self, waiting: Waiting, error: ThirdrailError) -> None:
+        self._in_flight.pop(waiting.request.call, None)
+        if not self._is_closed:
+            request, model = waiting.request, waiting.served.spec.model
+            self._respond_failure(request.call, request.request_id, model, error)
+
+    def _on_ended_on_device(self, call: Call, ending: Ending) -> None:
+        if self._is_closed:
+            return ending.outcome.discard()
+        request, device_call = call.member.request, call.member.device
+        assert device_call is not None
+        self._in_flight.pop(request.call, None)
+        packet = self._packet_of(request, call.served.spec, ending)
+        has_results = ending.outcome.error is None and any(
+            output.on_device for output in request.outputs
+        )
+        self.on_device.answered(device_call.place, has_results=has_results)
+        self._send(packet)
+
     def _respond(self, request: Request, spec: VersionSpec, ending: Ending) -> None:
         self._send(self._packet_of(request, spec, ending))
 
@@ -237,11 +289,11 @@ class SessionCalls:
         packet = _INFER_KEY + packets.varint(len(body)) + body
         if len(packet) <= self._limits.packet_bytes_max:
             return packet
-        outcome.discard()
         error = ResourceExhausted(
             f"the response without its tensors has {len(packet)} bytes, a packet of the lane "
             f"takes {self._limits.packet_bytes_max}; ask for fewer outputs, or for raw ones"
         )
+        outcome.fail(error)
         return self._failure_of(request.call, request.request_id, spec.model, error)
 
     def _respond_failure(

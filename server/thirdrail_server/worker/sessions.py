@@ -14,18 +14,22 @@ from thirdrail.errors import ResourceExhausted, ThirdrailError, TimedOut, Unavai
 from thirdrail.lane.memory import create_chunk
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2, metrics_pb2, sessions_pb2
+from thirdrail_engines import cuda_engines
 from thirdrail_server.config import WorkerConfig
 from thirdrail_server.control_messages import OpenedSession
 from thirdrail_server.worker.arena_ledger import ArenaLedger
 from thirdrail_server.worker.chunks import MakeChunk
+from thirdrail_server.worker.device_regions import DeviceRegions
 from thirdrail_server.worker.export_desk import ExportDesk
 from thirdrail_server.worker.farewells import Farewells
 from thirdrail_server.worker.huge_pages import HugePages
 from thirdrail_server.worker.janitor import Janitor
+from thirdrail_server.worker.lane_device import LaneDevice
 from thirdrail_server.worker.lane_session import LaneSession
 from thirdrail_server.worker.listener import Listener
 from thirdrail_server.worker.models import ModelTable
 from thirdrail_server.worker.peers import Peer, credentials_of
+from thirdrail_server.worker.served_version import OnDeviceLost
 from thirdrail_server.worker.session_calls import STOPPING
 from thirdrail_server.worker.tokens import TokenTable
 
@@ -36,17 +40,26 @@ DRAIN_LOOK_S = 0.01
 class SessionTable:
     """Lives on the worker's loop, from its start to its end."""
 
-    def __init__(self, config: WorkerConfig, models: ModelTable) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        models: ModelTable,
+        on_device_lost: OnDeviceLost = lambda error: None,
+    ) -> None:
+        """on_device_lost: called on the loop, maybe more than once."""
         self.models = models
+        self.on_device_lost = on_device_lost
         self.limits = config.lane
         self.quarantine_s = config.sessions.quarantine_ms / 1000
         self.janitor = Janitor()
         self.farewells = Farewells()
         self.ledger = ArenaLedger(config.sessions)
+        self.lane_device = LaneDevice(config)
         self.exports = ExportDesk(config.exports, self.janitor, self._tell, self._charge_shared)
         self.make_chunk: MakeChunk = create_chunk
         if config.sessions.huge_pages:
             self.make_chunk = HugePages().create_chunk
+        self.regions = DeviceRegions(lambda: cuda_engines.own_device(config.device))
         self._config = config.sessions
         self._numbers = itertools.count(1)
         self._tokens = TokenTable(
@@ -149,6 +162,17 @@ class SessionTable:
     def _counted(self) -> Iterator[LaneSession]:
         """Those that the limits are about, also in quarantine: their clients still have memory."""
         return (each for each in self._sessions.values() if not each.is_inherited)
+
+    # What the front asks for: see control.Sessions
+
+    async def open_region(self, number: int, handle: bytes, size: int) -> None:
+        """See DeviceRegions.open."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, self.regions.open, number, handle, size)
+
+    async def close_region(self, number: int) -> None:
+        """See DeviceRegions.close. The driver may wait for the device."""
+        await asyncio.get_running_loop().run_in_executor(None, self.regions.close, number)
 
     # Figures
 

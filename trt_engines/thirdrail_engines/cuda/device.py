@@ -164,6 +164,22 @@ class SharedEvents(Protocol):
     def close(self) -> None: ...
 
 
+class PeerMemory(Protocol):
+    """Device memory that another process allocated, mapped here."""
+
+    @property
+    def address(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int:
+        """To the end of what was allocated."""
+        ...
+
+    def close(self) -> None:
+        """No work of this process may use it any more."""
+        ...
+
+
 class Device(Protocol):
     @property
     def facts(self) -> DeviceFacts: ...
@@ -199,6 +215,11 @@ class Device(Protocol):
 
     def share_events(self, places: int) -> SharedEvents:
         """Raises CudaError, DeviceLost."""
+        ...
+
+    def open_peer(self, handle: bytes) -> PeerMemory:
+        """What a handle of 64 bytes names. Raises CudaError for one that names nothing here,
+        DeviceLost."""
         ...
 
     def check(self) -> None:

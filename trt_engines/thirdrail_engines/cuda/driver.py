@@ -21,6 +21,7 @@ from thirdrail_engines.cuda.device import (
     Event,
     Graph,
     MemoryFigures,
+    PeerMemory,
     PinnedMemory,
     SharedEvents,
     SharedMemory,
@@ -218,6 +219,11 @@ class DriverDevice:
         from thirdrail_engines.cuda.driver_events import DriverEvents
 
         return DriverEvents(self, places)
+
+    def open_peer(self, handle: bytes) -> PeerMemory:
+        from thirdrail_engines.cuda.peer_memory import DriverPeerMemory
+
+        return DriverPeerMemory(self, handle)
 
     def check(self) -> None:
         self.call("cuMemGetInfo")  # answers at once, and with the sticky error if there is one

@@ -13,6 +13,9 @@ trusts its server.
 
     FREE -> PENDING -> RUNNING -> LEASED -> RELEASED -> FREE
             in_ready is asked                consumed and out_done are asked
+
+A client cannot see when a place that it released is free, so the place's next call may come before:
+it waits there, and is pending from then on.
 """
 
 from collections.abc import Callable, Hashable
@@ -65,9 +68,12 @@ IsDone = Callable[[int, Kind], bool]
 
 @dataclass(slots=True)
 class _Place:
+    """call: the one that runs here, or is to; of a RELEASED place, the next one."""
+
     state: State = State.FREE
     call: Hashable = None
     deadline_ns: int | None = None
+    is_read: bool = False  # RELEASED: by the client, so that `consumed` counts
 
 
 class EventRing:
@@ -83,26 +89,38 @@ class EventRing:
 
     def arrive(self, index: int, call: Hashable, deadline_ns: int | None) -> None:
         """A call came, with its place in the ring. The next `tick` may act on it."""
-        place = self._place(index, State.FREE, "a call")
-        place.state, place.call, place.deadline_ns = State.PENDING, call, deadline_ns
+        place = self._place(index, "a call", State.FREE, State.RELEASED)
+        if place.call is not None:
+            raise InvalidArgument(f"a call names place {index}, where another one waits already")
+        place.call, place.deadline_ns = call, deadline_ns
+        if place.state is State.FREE:
+            place.state = State.PENDING
 
     def ran(self, index: int) -> None:
         """The answer was sent: the results are the client's until it releases them."""
         place = self._places[index]
         assert place.state is State.RUNNING
         if not self._is_over:
-            place.state = State.LEASED
+            place.state, place.call = State.LEASED, None
+
+    def dropped(self, index: int) -> None:
+        """The call ended without results that the client could release."""
+        place = self._places[index]
+        assert place.state is State.RUNNING
+        if not self._is_over:
+            place.state, place.call, place.is_read = State.RELEASED, None, False
 
     def release(self, index: int) -> None:
         """The client recorded `consumed` and said so."""
-        self._place(index, State.LEASED, "a release").state = State.RELEASED
+        place = self._place(index, "a release", State.LEASED)
+        place.state, place.is_read = State.RELEASED, True
 
     def cancel(self, index: int) -> Hashable | None:
         """End a call that is still pending. None: it is not, and ends by itself."""
         place = self._places[index]
-        if place.state is not State.PENDING:
+        if place.state not in (State.PENDING, State.RELEASED):
             return None
-        return _free(place)
+        return _take_call(place)
 
     def end(self) -> list[Hashable]:
         """The session is over: returns the calls that were pending, which end now. What the device
@@ -110,9 +128,9 @@ class EventRing:
         self._is_over = True
         dropped = []
         for place in self._places:
-            if place.state is State.PENDING:
-                dropped.append(_free(place))
-            elif place.state in (State.LEASED, State.RELEASED):
+            if place.state in (State.PENDING, State.RELEASED) and place.call is not None:
+                dropped.append(_take_call(place))
+            if place.state in (State.LEASED, State.RELEASED):
                 # Nobody reads any more. The answer went out before the work was done, though.
                 place.state = State.RUNNING
         return dropped
@@ -121,18 +139,28 @@ class EventRing:
         """What can be done now. is_done: asks an event; not called for what nobody waits for."""
         actions: list[Action] = []
         for index, place in enumerate(self._places):
-            if place.state is State.PENDING:
-                actions += self._tick_pending(index, place, now_ns, is_done)
-            elif self._is_unused(index, place, is_done):
-                _free(place)
+            if place.state is State.FREE or place.state is State.LEASED:
+                continue
+            if self._is_unused(index, place, is_done):
+                place.state = State.FREE if place.call is None or self._is_over else State.PENDING
                 actions.append(Reuse(index))
+            if place.state is State.PENDING or place.state is State.RELEASED:
+                actions += self._tick_pending(index, place, now_ns, is_done)
         return actions
 
     def _is_unused(self, index: int, place: _Place, is_done: IsDone) -> bool:
         """Never while the device writes, whatever the client says or records."""
         if place.state is State.RELEASED:
-            return is_done(index, Kind.CONSUMED) and is_done(index, Kind.OUT_DONE)
+            is_read = not place.is_read or is_done(index, Kind.CONSUMED)
+            return is_read and is_done(index, Kind.OUT_DONE)
         return self._is_over and place.state is State.RUNNING and is_done(index, Kind.OUT_DONE)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is to be asked: only what a client or the end of a run says can change it."""
+        return all(
+            place.state in (State.FREE, State.RUNNING, State.LEASED) for place in self._places
+        )
 
     @property
     def is_quiet(self) -> bool:
@@ -141,39 +169,44 @@ class EventRing:
 
     @property
     def wake_at_ns(self) -> int | None:
-        """When the next pending call expires. While any place is asked about, tick more often."""
+        """When the next call that waits expires. Tick more often, unless `is_idle`."""
         deadlines = [
             place.deadline_ns
             for place in self._places
-            if place.state is State.PENDING and place.deadline_ns is not None
+            if place.state is not State.RUNNING and place.deadline_ns is not None
         ]
         return min(deadlines, default=None)
 
     def _tick_pending(
         self, index: int, place: _Place, now_ns: int, is_done: IsDone
     ) -> list[Action]:
-        if place.deadline_ns is not None and now_ns >= place.deadline_ns:
-            return [Expire(index, _free(place))]
-        if not is_done(index, Kind.IN_READY):
+        if place.call is None:
             return []
-        place.state = State.RUNNING
+        if place.deadline_ns is not None and now_ns >= place.deadline_ns:
+            return [Expire(index, _take_call(place))]
+        if place.state is State.RELEASED or not is_done(index, Kind.IN_READY):
+            return []
+        place.state, place.deadline_ns = State.RUNNING, None
         return [Enqueue(index, place.call)]
 
-    def _place(self, index: int, expected: State, what: str) -> _Place:
+    def _place(self, index: int, what: str, *expected: State) -> _Place:
         if not 0 <= index < len(self._places):
             raise InvalidArgument(
                 f"{what} names place {index} of a ring of {len(self._places)} places"
             )
         place = self._places[index]
-        if self._is_over or place.state is not expected:
+        if self._is_over or place.state not in expected:
             is_now = "the session is over" if self._is_over else place.state.value
+            wanted = " or ".join(state.value for state in expected)
             raise InvalidArgument(
-                f"{what} names place {index}, expected one that is {expected.value}: {is_now}"
+                f"{what} names place {index}, expected one that is {wanted}: {is_now}"
             )
         return place
 
 
-def _free(place: _Place) -> Hashable:
-    call, place.call = place.call, None
-    place.state, place.deadline_ns = State.FREE, None
+def _take_call(place: _Place) -> Hashable:
+    """The call does not wait here any more."""
+    call, place.call, place.deadline_ns = place.call, None, None
+    if place.state is State.PENDING:
+        place.state = State.FREE
     return call

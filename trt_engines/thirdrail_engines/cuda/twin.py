@@ -16,6 +16,7 @@ from thirdrail_engines.cuda.identity import DeviceFacts
 from thirdrail_engines.cuda.sharing import chunk_bytes
 from thirdrail_engines.cuda.twin_events import TwinEvents
 from thirdrail_engines.cuda.twin_memory import Room
+from thirdrail_engines.cuda.twin_peer_memory import TwinPeerMemory
 from thirdrail_engines.cuda.twin_stream import TwinEvent, TwinStream
 
 __all__ = ["TWIN_FACTS", "TwinDevice", "TwinEvent", "TwinStream"]
@@ -117,6 +118,10 @@ class TwinDevice:
     def share_events(self, places: int) -> TwinEvents:
         self.enter("cuIpcGetEventHandle")
         return TwinEvents(self, places, self._handles)
+
+    def open_peer(self, handle: bytes) -> TwinPeerMemory:
+        self.enter("cuIpcOpenMemHandle")
+        return TwinPeerMemory(self._room, handle)
 
     def check(self) -> None:
         self.enter("cuMemGetInfo")

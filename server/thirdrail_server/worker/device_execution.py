@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of an engine with tensors on the device.
+
+An engine that computes on this device reads and writes them where they are. For any other, inputs
+are copied to the host and results back to the device; each way counts as a copy.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from thirdrail.tensors import Array
+from thirdrail_engines.engine import Engine
+from thirdrail_server.worker.device_tensors import DeviceTensor
+from thirdrail_server.worker.members import Member, Outcome
+from thirdrail_server.worker.results import Slot
+from thirdrail_server.worker.session_device import DeviceCall
+
+
+def run_with_device(
+    engine: Engine,
+    member: Member,
+    call: DeviceCall,
+    inputs: Mapping[str, Any],
+    slots: dict[str, Slot],
+    outcome: Outcome,
+) -> Mapping[str, Any]:
+    """The results, arrays or tensors on the device; of these the slots are filled in.
+
+    Raises what `Engine.run` and `DeviceCall.lease` raise.
+    """
+    wanted = [output.name for output in member.request.outputs]
+    on_device = [output.name for output in member.request.outputs if output.on_device]
+    results: dict[str, Any] = dict(engine.run(_on_host(inputs, call, outcome), wanted, {}))
+    if on_device:
+        outcome.copies += 1
+        _put(call, {name: results[name] for name in on_device}, results, slots)
+    return results
+
+
+def _on_host(inputs: Mapping[str, Any], call: DeviceCall, outcome: Outcome) -> dict[str, Array]:
+    arrays: dict[str, Array] = {}
+    is_copied = False
+    for name, tensor in inputs.items():
+        if not isinstance(tensor, DeviceTensor):
+            arrays[name] = tensor
+            continue
+        array = arrays[name] = np.empty(tensor.shape, tensor.dtype)
+        if array.nbytes:
+            call.stream.copy_out(array.ctypes.data, tensor.address, array.nbytes)
+            is_copied = True
+    if is_copied:
+        call.stream.synchronize()
+        outcome.copies += 1
+    return arrays
+
+
+def _put(
+    call: DeviceCall, arrays: Mapping[str, Array], results: dict[str, Any], slots: dict[str, Slot]
+) -> None:
+    places = call.lease({name: array.nbytes for name, array in arrays.items()})
+    kept = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    for name, (ref, memory) in places.items():
+        array = kept[name]
+        if array.nbytes:
+            call.stream.copy_in(memory.address, array.ctypes.data, array.nbytes)
+        tensor = DeviceTensor(memory.address, array.dtype, arrays[name].shape)
+        results[name] = tensor
+        slots[name] = Slot(ref, tensor, is_foretold=False)  # type: ignore[arg-type]
+    call.record_done(call.stream)
+    call.stream.synchronize()  # before the arrays are gone
