@@ -27,11 +27,11 @@ def config_of(**fields: Any) -> kserve.ModelConfig:
 
 
 def test_server_metadata_lists_what_is_served() -> None:
-    message = metadata.server_metadata("triton", "1.2", has_regions=False)
+    message = metadata.server_metadata("triton", "1.2")
     assert (message.name, message.version) == ("triton", "1.2")
     assert "statistics" in message.extensions  # perf_analyzer asks for none without it
     assert "system_shared_memory" not in message.extensions
-    with_regions = metadata.server_metadata("triton", "1.2", has_regions=True)
+    with_regions = metadata.server_metadata("triton", "1.2", ["system_shared_memory"])
     assert set(with_regions.extensions) - set(message.extensions) == {"system_shared_memory"}
 
 

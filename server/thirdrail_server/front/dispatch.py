@@ -8,7 +8,7 @@ worker fails at once, in the same form as one that the worker refused.
 import logging
 from collections.abc import Callable, Sequence
 
-from thirdrail.errors import NotFound, ThirdrailError, Unavailable
+from thirdrail.errors import InvalidArgument, NotFound, ThirdrailError, Unavailable
 from thirdrail.lane.aio import AsyncLane, Reply
 from thirdrail.lane.input_arena import Piece
 from thirdrail.v1 import inference_pb2 as pb
@@ -53,6 +53,26 @@ class Dispatcher:
         """
         try:
             result = await self._lane_for(request).call(request, data, flow=flow)
+        except ThirdrailError as error:
+            return _logged(self._failed(error, request), request)
+        return self._checked(result, request)
+
+    async def infer_on(
+        self, worker: str, request: pb.InferRequest, data: Sequence[Piece | None], *, flow: int
+    ) -> Result:
+        """`infer` for a request that refers to memory which this worker alone has."""
+        try:
+            model = self._catalog.get(request.model_name)
+            workers = () if model is None else model.workers_of(request.model_version)
+            if workers and worker not in workers:
+                raise InvalidArgument(
+                    f"the request's shared memory is with worker '{worker}', the model "
+                    f"'{request.model_name}' runs on {', '.join(workers)}"
+                )
+            lane = self._lanes.get(worker)
+            if lane is None:
+                raise Unavailable("the worker is starting")
+            result = await lane.call(request, data, flow=flow)
         except ThirdrailError as error:
             return _logged(self._failed(error, request), request)
         return self._checked(result, request)

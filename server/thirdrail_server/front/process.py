@@ -67,7 +67,8 @@ class Front:
         self.dispatcher = Dispatcher(self.catalog)
         self._workers = {device: self._supervisor(device) for device in devices}
         self._control = ModelControl(config, self.catalog, self._workers)
-        self._regions = RegionRegistry.of(config)
+        gpus = [worker for device, worker in self._workers.items() if device.uuid]
+        self._regions = RegionRegistry.of(config, gpus)
         self._metrics = MetricsServicer(self._control, self._regions)
         self._metrics_endpoint = MetricsEndpoint(self._metrics.text)
         self._native = NativeInference(

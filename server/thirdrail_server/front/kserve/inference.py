@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 from thirdrail.errors import Internal, ThirdrailError, Unavailable
 from thirdrail.v1 import inference_pb2
-from thirdrail_server.front.dispatch import Dispatcher
+from thirdrail_server.front.dispatch import Dispatcher, Result
 from thirdrail_server.front.kserve import responses
 from thirdrail_server.front.kserve.region_outputs import written_to_regions
 from thirdrail_server.front.kserve.regions import RegionRegistry, RequestRegions
-from thirdrail_server.front.kserve.requests import native_request, parsed_request
+from thirdrail_server.front.kserve.requests import Data, native_request, parsed_request
 from thirdrail_server.front.kserve.status import INTERNAL_TEXT, Context, error_of, named
 from thirdrail_server.front.kserve.stream import StreamCut, replies_in_order
 from thirdrail_server.front.wire import Large
@@ -120,7 +120,7 @@ class InferenceCalls:
                 native, data = native_request(
                     request, large, regions=regions, time_left_us=_time_left_us(context)
                 )
-                result = await self._dispatcher.infer(native, data, flow=flow)
+                result = await self._result(native, data, flow, regions)
                 held.callback(result.release)
                 response = result.response
                 if response.status.reason != inference_pb2.REASON_UNSPECIFIED:
@@ -134,6 +134,15 @@ class InferenceCalls:
             except Exception:
                 _log.exception("request '%s' to model '%s' failed", request.id, request.model_name)
                 raise Internal(INTERNAL_TEXT) from None
+
+    async def _result(
+        self, request: inference_pb2.InferRequest, data: Data, flow: int, regions: RequestRegions
+    ) -> Result:
+        worker = regions.worker
+        if not worker:
+            return await self._dispatcher.infer(request, data, flow=flow)
+        await regions.open_again()
+        return await self._dispatcher.infer_on(worker, request, data, flow=flow)
 
 
 def _time_left_us(context: Context) -> int | None:

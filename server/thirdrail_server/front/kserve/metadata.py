@@ -22,8 +22,11 @@ EXTENSIONS = (
 Tensor = kserve.ModelInput | kserve.ModelOutput
 
 
-def server_metadata(name: str, version: str, *, has_regions: bool) -> kserve.ServerMetadataResponse:
-    extensions = [*EXTENSIONS, "system_shared_memory"] if has_regions else EXTENSIONS
+def server_metadata(
+    name: str, version: str, shared_memory: Sequence[str] = ()
+) -> kserve.ServerMetadataResponse:
+    """shared_memory: the extensions for it that this server offers."""
+    extensions = [*EXTENSIONS, *shared_memory]
     return kserve.ServerMetadataResponse(name=name, version=version, extensions=extensions)
 
 

@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calls about shared memory, as messages of the registry. CUDA's answer as on a host without a
-GPU: nothing can be registered, and there is nothing to show or to unregister."""
+"""The calls about shared memory, as messages of the registry."""
 
-from collections.abc import Iterable
-
-from thirdrail.errors import InvalidArgument, NotFound
+from thirdrail.errors import NotFound
+from thirdrail_server.front.kserve.cuda_regions import CudaRegion
 from thirdrail_server.front.kserve.regions import Region, RegionRegistry
 from thirdrail_server.inference import grpc_service_pb2 as pb
 
 _Status = pb.SystemSharedMemoryStatusResponse.RegionStatus
+_CudaStatus = pb.CudaSharedMemoryStatusResponse.RegionStatus
 
 
 def system_status(registry: RegionRegistry, name: str) -> pb.SystemSharedMemoryStatusResponse:
     """One region, or all for "". Raises NotFound."""
-    found: Iterable[Region] = registry.all()
+    found = [each for each in registry.all() if isinstance(each, Region)]
     if name:
         region = registry.find(name)
         if region is None:
             raise NotFound(f"Unable to find system shared memory region: '{name}'")
+        if not isinstance(region, Region):
+            raise NotFound(
+                f"The region named '{name}' is registered as CUDA shared memory, not system "
+                "shared memory"
+            )
         found = [region]
     statuses = [
         _Status(name=each.name, key=each.key, offset=each.offset, byte_size=each.size)
@@ -28,24 +32,36 @@ def system_status(registry: RegionRegistry, name: str) -> pb.SystemSharedMemoryS
 
 def system_unregister(registry: RegionRegistry, name: str) -> None:
     """One region, or all for "". Raises Unimplemented where the server has none."""
-    registry.require_enabled()
-    for each in [name] if name else [region.name for region in registry.all()]:
-        registry.unregister(each)
+    _unregister(registry, name, Region)
 
 
 def cuda_status(registry: RegionRegistry, name: str) -> pb.CudaSharedMemoryStatusResponse:
-    if name and registry.find(name) is not None:
-        raise NotFound(
-            f"The region named '{name}' is registered as system shared memory, not CUDA shared "
-            f"memory"
-        )
+    """One region, or all for "". Raises NotFound."""
+    found = [each for each in registry.all() if isinstance(each, CudaRegion)]
     if name:
-        raise NotFound(f"Unable to find cuda shared memory region: '{name}'")
-    return pb.CudaSharedMemoryStatusResponse()
+        region = registry.find(name)
+        if region is None:
+            raise NotFound(f"Unable to find cuda shared memory region: '{name}'")
+        if not isinstance(region, CudaRegion):
+            raise NotFound(
+                f"The region named '{name}' is registered as system shared memory, not CUDA "
+                "shared memory"
+            )
+        found = [region]
+    statuses = [
+        _CudaStatus(name=each.name, device_id=each.device_id, byte_size=each.size) for each in found
+    ]
+    return pb.CudaSharedMemoryStatusResponse(regions={each.name: each for each in statuses})
 
 
-def cuda_register(registry: RegionRegistry, name: str) -> None:
+def cuda_unregister(registry: RegionRegistry, name: str) -> None:
+    """One region, or all on devices for "". Raises Unimplemented where the server has none."""
+    _unregister(registry, name, CudaRegion)
+
+
+def _unregister(registry: RegionRegistry, name: str, kind: type[Region] | type[CudaRegion]) -> None:
+    """What is unknown, or of the other kind, stays as it is, and that is no error."""
     registry.require_enabled()
-    raise InvalidArgument(
-        f"failed to register CUDA shared memory region: '{name}', GPUs not supported"
-    )
+    for each in registry.all():
+        if isinstance(each, kind) and name in ("", each.name):
+            registry.unregister(each)

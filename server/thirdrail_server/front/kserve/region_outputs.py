@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from thirdrail.dtypes import Buffer
 from thirdrail_server.front.dispatch import Result
 from thirdrail_server.front.kserve import responses
-from thirdrail_server.front.kserve.regions import RegionPart
+from thirdrail_server.front.kserve.cuda_regions import CudaPart
+from thirdrail_server.front.kserve.regions import AnyPart, RegionPart
 
 # More is written beside the event loop: about 0.2 ms, where a hand-over costs about 0.1 ms.
 WRITE_ON_LOOP_BYTES_MAX = 1 << 20
@@ -17,7 +18,7 @@ _Write = tuple[str, Buffer, RegionPart]
 
 
 async def written_to_regions(
-    result: Result, targets: Mapping[str, RegionPart], held: ExitStack
+    result: Result, targets: Mapping[str, AnyPart], held: ExitStack
 ) -> responses.Data:
     """Write the outputs that have a target there. Returns the others' bytes, and b"" for them.
 
@@ -32,6 +33,9 @@ async def written_to_regions(
         target = targets.get(tensor.name)
         if target is None:
             data.append(raw)
+            continue
+        if isinstance(target, CudaPart):  # the worker has written it
+            data.append(b"")
             continue
         elements = raw if raw is not None else responses.inline_elements(tensor)
         target.check_room(tensor.name, memoryview(elements).nbytes)

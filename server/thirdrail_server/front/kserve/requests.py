@@ -14,6 +14,7 @@ from thirdrail_server.front.control.catalog import parse_version
 from thirdrail_server.front.field_count import check_field_count
 from thirdrail_server.front.kserve import parameters
 from thirdrail_server.front.kserve.contents import bytes_of_contents
+from thirdrail_server.front.kserve.cuda_regions import CudaPart
 from thirdrail_server.front.kserve.regions import RequestRegions
 from thirdrail_server.front.wire import LARGE_BYTES_MIN, Large, detach, parsed
 from thirdrail_server.inference import grpc_service_pb2 as kserve
@@ -77,19 +78,25 @@ def _add_inputs(
     data: Data = []
     raw_index = 0  # raw_input_contents has entries for the inputs that are in no region
     for tensor in request.inputs:
-        source = _source_in_region(tensor, regions)
-        if source is not None:
+        source, region = _source_in_region(tensor, regions), None
+        if isinstance(source, CudaPart):
+            data.append(None)
+            region = source.ref
+        elif source is not None:
             data.append(source)
         else:
             data.append(_bytes_of_input(request, tensor, large, raw_index))
             raw_index += 1
         native.inputs.add(
-            name=tensor.name, data_type=_data_type(tensor, request.model_name), shape=tensor.shape
+            name=tensor.name,
+            data_type=_data_type(tensor, request.model_name),
+            shape=tensor.shape,
+            region=region,
         )
     return data
 
 
-def _source_in_region(tensor: Input, regions: RequestRegions) -> Source | None:
+def _source_in_region(tensor: Input, regions: RequestRegions) -> Source | CudaPart | None:
     wanted = parameters.region_range(tensor.name, tensor.parameters)
     if wanted is None:
         return None
@@ -138,8 +145,13 @@ def _add_output(
 ) -> None:
     class_count = parameters.class_count(output.name, output.parameters)
     wanted = parameters.region_range(output.name, output.parameters)
+    region = None
     if wanted is not None:
-        regions.targets[output.name] = regions.part(wanted)
+        part = regions.targets[output.name] = regions.part(wanted)
+        region = part.ref if isinstance(part, CudaPart) else None
     native.outputs.add(
-        name=output.name, form=inference_pb2.OUTPUT_FORM_RAW, class_count=class_count
+        name=output.name,
+        form=inference_pb2.OUTPUT_FORM_RAW,
+        class_count=class_count,
+        region=region,
     )

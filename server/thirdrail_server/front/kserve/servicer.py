@@ -101,7 +101,7 @@ class KServeServicer(GRPCInferenceServiceServicer):
         self, request: pb.ServerMetadataRequest, context: Context
     ) -> pb.ServerMetadataResponse:
         return metadata.server_metadata(
-            self._config.server_name, __version__, has_regions=self._config.allow_client_shm
+            self._config.server_name, __version__, self._regions.extensions
         )
 
     @answering
@@ -226,14 +226,16 @@ class KServeServicer(GRPCInferenceServiceServicer):
     async def CudaSharedMemoryRegister(
         self, request: pb.CudaSharedMemoryRegisterRequest, context: Context
     ) -> pb.CudaSharedMemoryRegisterResponse:
-        region_calls.cuda_register(self._regions, request.name)
+        await self._regions.register_cuda(
+            request.name, request.raw_handle, request.device_id, request.byte_size
+        )
         return pb.CudaSharedMemoryRegisterResponse()
 
     @answering
     async def CudaSharedMemoryUnregister(
         self, request: pb.CudaSharedMemoryUnregisterRequest, context: Context
     ) -> pb.CudaSharedMemoryUnregisterResponse:
-        self._regions.require_enabled()
+        region_calls.cuda_unregister(self._regions, request.name)
         return pb.CudaSharedMemoryUnregisterResponse()
 
     # Settings
