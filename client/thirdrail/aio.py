@@ -2,6 +2,7 @@
 """The client for asyncio, the twin of `client.Client`: the same methods, to be awaited."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
@@ -100,12 +101,12 @@ class AsyncClient:
             borrow: over the lane, the arrays are views of the server's memory, which the result
                 holds until it is released, left as a context manager, or all of them are gone.
         """
-        session = await self._connected().access.session()
+        session = await self._session_for(model)
         if session is not None:
             try:
                 return await self._infer_over_lane(session, model, inputs, options)
             except NotSent:  # the session has ended meanwhile, and the worker knows of no call
-                session = await self._connected().access.session()
+                session = await self._session_for(model)
         if session is not None:
             return await self._infer_over_lane(session, model, inputs, options)
         return await self._infer_over_grpc(model, inputs, options)
@@ -124,7 +125,7 @@ class AsyncClient:
         connection = self._connected()
         return AsyncLaneStream(
             connection.access,
-            self._infer_over_lane,
+            self._infer_in_stream,
             connection.inference,
             self._write,
             address=connection.address,
@@ -188,7 +189,7 @@ class AsyncClient:
     @property
     def transport(self) -> Transport:
         """What calls travel on, and why not on the lane."""
-        return NOTHING_YET if self._connection is None else self._connection.access.transport
+        return NOTHING_YET if self._connection is None else self._connection.lanes.transport
 
     async def models(self, *, ready_only: bool = False) -> list[ModelStatus]:
         """The state of every version of every model."""
@@ -312,6 +313,22 @@ class AsyncClient:
     async def _infer_over_lane(
         self, session: "AsyncSession", model: str, inputs: Inputs, options: InferOptions
     ) -> Result:
+        try:
+            return await self._infer_on(session, model, inputs, options)
+        except NotFound as error:
+            if not self._connected().lanes.forget(model):
+                raise await self._why_missing(model, options, error) from None
+        where_it_is_now = await self._session_for(model)
+        if where_it_is_now is None:
+            return await self._infer_over_grpc(model, inputs, options)
+        try:
+            return await self._infer_on(where_it_is_now, model, inputs, options)
+        except NotFound as error:
+            raise await self._why_missing(model, options, error) from None
+
+    async def _infer_on(
+        self, session: "AsyncSession", model: str, inputs: Inputs, options: InferOptions
+    ) -> Result:
         description = await self._needed_description(model, inputs, options)
         head = self._encoder.options(model, description, options)
         arrays = named_arrays(inputs, description)
@@ -321,13 +338,44 @@ class AsyncClient:
                 return await session.infer(head, arrays, self._encoder, borrow=borrow)
         except TimeoutError:
             raise timed_out(timeout) from None
-        except NotFound as error:
-            raise await self._why_missing(model, options, error) from None
+
+    async def _infer_in_stream(
+        self, session: "AsyncSession", model: str, inputs: Inputs, options: InferOptions
+    ) -> Result:
+        """session: that with the server's first worker."""
+        if self._connected().lanes.are_several:
+            return await self.infer(model, inputs, **options)
+        return await self._infer_over_lane(session, model, inputs, options)
+
+    async def _session_for(self, model: str) -> "AsyncSession | None":
+        """With a worker that serves the model; None: there is no lane."""
+        lanes = self._connected().lanes
+        if not lanes.are_several:
+            session = await lanes.home.session()
+            if not lanes.are_several:  # which attaching has told
+                return session
+        workers = lanes.place(model, time.monotonic_ns())
+        if workers is None:
+            workers = lanes.found(model, await self._workers_of(model), time.monotonic_ns())
+        *others, last = lanes.to(workers)
+        for access in others:
+            with contextlib.suppress(FailedPrecondition, Unavailable):
+                session = await access.session()
+                if session is not None:
+                    return session
+        return await last.session()
+
+    async def _workers_of(self, model: str) -> tuple[str, ...]:
+        try:
+            return (await self.describe(model)).status.workers
+        except NotFound:
+            return ()  # the first worker is asked, and knows it no more
 
     async def _why_missing(
         self, model: str, options: InferOptions, error: NotFound
     ) -> ThirdrailError:
         """What the server says of a model that its worker does not know. It may be on its way."""
+        self._connected().lanes.forget(model)
         try:
             status = (await self.describe(model, version=options.get("version", 0))).status
         except NotFound:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an AsyncClient has open in one event loop: a channel, the services on it, and the lane."""
+"""What an AsyncClient has open in one event loop: a channel, the services on it, and the lanes."""
 
 import asyncio
 import os
@@ -11,6 +11,7 @@ import grpc
 from thirdrail import health
 from thirdrail.errors import FailedPrecondition
 from thirdrail.lane.aio_access import AsyncAccess
+from thirdrail.lanes import Lanes
 from thirdrail.transport import LaneRule
 from thirdrail.v1 import inference_pb2_grpc, metrics_pb2_grpc, models_pb2_grpc, sessions_pb2_grpc
 
@@ -38,8 +39,18 @@ class AsyncConnection:
             health.CHECK_METHOD, health.encode_request, health.decode_response
         )
         sessions = cast("SessionsAsyncStub", sessions_pb2_grpc.SessionsStub(channel))
-        self.access = AsyncAccess(rule, address, sessions, is_debug=is_debug)
+
+        def access_to(worker: str) -> AsyncAccess:
+            its_rule = LaneRule(rule.choice) if worker else rule
+            return AsyncAccess(its_rule, address, sessions, is_debug=is_debug, worker=worker)
+
+        self.lanes = Lanes(access_to)
         _OPEN.add(self)
+
+    @property
+    def access(self) -> AsyncAccess:
+        """To the server's first worker."""
+        return self.lanes.home
 
     @property
     def is_ours(self) -> bool:
@@ -50,14 +61,14 @@ class AsyncConnection:
         """Another loop goes on, and its channel ended with its own; a parent's is left alone."""
         if self._pid == os.getpid():
             _OPEN.discard(self)
-            self.access.leave()
+            self.lanes.leave()
 
     async def close(self) -> None:
         """Calls in flight end with Cancelled."""
         if self._pid != os.getpid():
             return  # the parent's
         _OPEN.discard(self)
-        self.access.leave()
+        self.lanes.leave()
         await self._channel.close()
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The blocking client. `aio.AsyncClient` has the same methods; what they share is in `requests`."""
 
+import contextlib
 import os
 import threading
 import time
@@ -56,6 +57,7 @@ from thirdrail.transport import (
 )
 from thirdrail.unary import future_of_call
 from thirdrail.v1 import inference_pb2, metrics_pb2, models_pb2
+from thirdrail.worker_streams import WorkerStreams
 
 if TYPE_CHECKING:  # needs Linux
     from thirdrail.lane.blocking import BlockingLane
@@ -136,9 +138,14 @@ class Client:
             return lane.infer(head, arrays, borrow=borrow, timeout=timeout)
 
         try:
-            result = self._over_lane(over_lane)
+            result = self._over_lane(over_lane, model)
         except NotFound as error:
-            raise self._why_missing(model, options, error) from None
+            if not self._connected().lanes.forget(model):
+                raise self._why_missing(model, options, error) from None
+            try:
+                result = self._over_lane(over_lane, model)  # where it is now
+            except NotFound as again:
+                raise self._why_missing(model, options, again) from None
         return self._infer_over_grpc(model, inputs, options) if result is None else result
 
     def submit(self, model: str, inputs: Inputs, **options: Unpack[InferOptions]) -> Future[Result]:
@@ -153,7 +160,7 @@ class Client:
             why = partial(self._why_missing, model, options)
             return lane.submit(head, arrays, borrow=borrow, timeout=timeout, why_missing=why)
 
-        future = self._over_lane(over_lane)
+        future = self._over_lane(over_lane, model)
         if future is not None:
             return future
         request = self._request(model, inputs, options)
@@ -164,17 +171,24 @@ class Client:
     def stream(self, *, in_flight_max: int = IN_FLIGHT_MAX) -> Stream:
         """A stream for many requests to any models: `with client.stream() as stream:`."""
         connection = self._connected()
-        lane = connection.access.lane()
-        if lane is not None:
-            from thirdrail.lane.lane_stream import LaneStream  # needs Linux
 
-            return LaneStream(lane, self._encode, self._why_missing, in_flight_max=in_flight_max)
-        return Stream(
-            connection.inference,
-            self._write,
-            address=connection.address,
-            in_flight_max=in_flight_max,
-        )
+        def stream_on(lane: "BlockingLane | None") -> Stream:
+            if lane is not None:
+                from thirdrail.lane.lane_stream import LaneStream  # needs Linux
+
+                encode, why = self._encode, self._why_missing
+                return LaneStream(lane, encode, why, in_flight_max=in_flight_max)
+            return Stream(
+                connection.inference,
+                self._write,
+                address=connection.address,
+                in_flight_max=in_flight_max,
+            )
+
+        lane = connection.access.lane()
+        if not connection.lanes.are_several:
+            return stream_on(lane)
+        return WorkerStreams(self._lane_for, stream_on)
 
     def empty(
         self,
@@ -229,7 +243,7 @@ class Client:
     def transport(self) -> Transport:
         """What calls travel on, and why not on the lane."""
         connection = self._connection
-        return NOTHING_YET if connection is None else connection.access.transport
+        return NOTHING_YET if connection is None else connection.lanes.transport
 
     def models(self, *, ready_only: bool = False) -> list[ModelStatus]:
         """The state of every version of every model."""
@@ -396,19 +410,46 @@ class Client:
             return outcome
         raise outcome
 
-    def _over_lane(self, call: "Callable[[BlockingLane], T]") -> T | None:
-        """What `call` makes of the lane; None: there is no lane."""
-        lane = self._connected().access.lane()
+    def _over_lane(self, call: "Callable[[BlockingLane], T]", model: str = "") -> T | None:
+        """What `call` makes of the lane; None: there is no lane.
+
+        model: whose worker it is to be; the server's first by default.
+        """
+        lane = self._lane_for(model)
         if lane is None:
             return None
         try:
             return call(lane)
         except NotSent:  # the session ended, and the worker has not heard of the call
-            lane = self._connected().access.lane()
+            lane = self._lane_for(model)
             return None if lane is None else call(lane)
+
+    def _lane_for(self, model: str) -> "BlockingLane | None":
+        lanes = self._connected().lanes
+        if not lanes.are_several:
+            lane = lanes.home.lane()
+            if not model or not lanes.are_several:  # which attaching has told
+                return lane
+        workers = lanes.place(model, time.monotonic_ns()) if model else ()
+        if workers is None:
+            workers = lanes.found(model, self._workers_of(model), time.monotonic_ns())
+        *others, last = lanes.to(workers)
+        for access in others:
+            with contextlib.suppress(FailedPrecondition, Unavailable):
+                lane = access.lane()
+                if lane is not None:
+                    return lane
+        return last.lane()
+
+    def _workers_of(self, model: str) -> tuple[str, ...]:
+        try:
+            return self.describe(model).status.workers
+        except NotFound:
+            return ()  # the first worker is asked, and knows it no more
 
     def _why_missing(self, model: str, options: InferOptions, error: NotFound) -> ThirdrailError:
         """What the server says of a model that its worker does not know. It may be on its way."""
+        self._connected().lanes.forget(model)
         try:
             status = self.describe(model, version=options.get("version", 0)).status
         except NotFound:

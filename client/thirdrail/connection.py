@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Client has open in one process: a channel, the services on it, and the lane."""
+"""What a Client has open in one process: a channel, the services on it, and the lanes."""
 
 import os
 from typing import Any
@@ -8,6 +8,7 @@ import grpc
 
 from thirdrail import health
 from thirdrail.lane.access import LaneAccess
+from thirdrail.lanes import Lanes
 from thirdrail.transport import LaneRule
 from thirdrail.v1 import inference_pb2_grpc, metrics_pb2_grpc, models_pb2_grpc, sessions_pb2_grpc
 
@@ -34,13 +35,27 @@ class Connection:
             health.CHECK_METHOD, health.encode_request, health.decode_response
         )
         sessions = sessions_pb2_grpc.SessionsStub(channel)
-        self.access = LaneAccess(
-            rule, address, sessions, busy_poll_us=busy_poll_us, is_debug=is_debug
-        )
+
+        def access_to(worker: str) -> LaneAccess:
+            return LaneAccess(
+                LaneRule(rule.choice) if worker else rule,
+                address,
+                sessions,
+                busy_poll_us=busy_poll_us,
+                is_debug=is_debug,
+                worker=worker,
+            )
+
+        self.lanes = Lanes(access_to)
+
+    @property
+    def access(self) -> LaneAccess:
+        """To the server's first worker."""
+        return self.lanes.home
 
     def close(self) -> None:
         """Calls in flight end with Cancelled."""
         if self.pid != os.getpid():
             return  # the parent's
-        self.access.leave()
+        self.lanes.leave()
         self._channel.close()

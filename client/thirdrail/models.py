@@ -24,10 +24,11 @@ class ModelStatus:
     state: str  # "loading", "ready", "unloading" or "unavailable"
     reason: str  # why it is not ready; empty when it is
     engine: str  # what runs it, e.g. "onnxruntime"
-    worker: str  # which worker runs it, e.g. "cpu"
+    worker: str  # which worker runs it, e.g. "cpu"; several: their names, with commas
     is_expected_back: bool = False  # not ready because its worker died; it will be loaded again
     engine_reason: str = ""  # why it is not the engine of first choice; empty when it is
     load_phase: str = ""  # of a load under way, e.g. "building"
+    workers: tuple[str, ...] = ()  # those that serve it now
 
     @property
     def is_ready(self) -> bool:
@@ -151,6 +152,7 @@ def status_of_message(message: pb.ModelStatus) -> ModelStatus:
         is_expected_back=message.is_expected_back,
         engine_reason=message.engine_reason,
         load_phase=message.load_phase,
+        workers=tuple(message.workers),
     )
 
 

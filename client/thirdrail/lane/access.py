@@ -18,9 +18,10 @@ if TYPE_CHECKING:  # needs Linux
 
 
 class LaneAccess:
-    """The way onto the lane of one connection. Sessions are opened by calls that want one.
+    """The way onto the lane of one worker. Sessions are opened by calls that want one.
 
     address: the gRPC target that `service` calls.
+    worker: empty for the server's first.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class LaneAccess:
         *,
         busy_poll_us: int,
         is_debug: bool,
+        worker: str = "",
     ) -> None:
         self._rule = rule
         self._address = address
@@ -38,6 +40,8 @@ class LaneAccess:
         self._busy_poll_us = busy_poll_us
         self._is_debug = is_debug
         self._lane: BlockingLane | None = None
+        self._worker = worker
+        self.workers: tuple[str, ...] = ()  # of the server; none: it was not asked yet
         self._path = ""
         self._attaching = threading.Lock()
 
@@ -57,6 +61,10 @@ class LaneAccess:
             if not self._rule.is_due(time.monotonic()):
                 return None
             return self._attach()
+
+    @property
+    def calls_in_flight(self) -> int:
+        return 0 if self._lane is None else self._lane.talk.calls_in_flight
 
     @property
     def transport(self) -> Transport:
@@ -88,10 +96,11 @@ class LaneAccess:
 
         try:
             opened = self._service.OpenSession(
-                sessions_pb2.OpenSessionRequest(), timeout=attach.OPEN_TIMEOUT_S
+                sessions_pb2.OpenSessionRequest(worker=self._worker), timeout=attach.OPEN_TIMEOUT_S
             )
         except grpc.RpcError as error:
             raise attach.cannot_open(error, self._address) from None
+        self.workers = tuple(opened.workers)
         sock = attach.connect(self._address, opened)
         self._path = sock.getpeername()
         return attach_lane(

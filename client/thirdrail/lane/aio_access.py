@@ -17,19 +17,28 @@ if TYPE_CHECKING:  # the stub exists for the type checker only; the session need
 
 
 class AsyncAccess:
-    """The way onto the lane of one connection. Sessions are opened by calls that want one.
+    """The way onto the lane of one worker. Sessions are opened by calls that want one.
 
     address: the gRPC target that `service` calls.
+    worker: empty for the server's first.
     """
 
     def __init__(
-        self, rule: LaneRule, address: str, service: "SessionsAsyncStub", *, is_debug: bool
+        self,
+        rule: LaneRule,
+        address: str,
+        service: "SessionsAsyncStub",
+        *,
+        is_debug: bool,
+        worker: str = "",
     ) -> None:
         self._rule = rule
         self._address = address
         self._service = service
         self._is_debug = is_debug
         self._session: AsyncSession | None = None
+        self._worker = worker
+        self.workers: tuple[str, ...] = ()  # of the server; none: it was not asked yet
         self._path = ""
         self._attaching = asyncio.Lock()
 
@@ -49,6 +58,10 @@ class AsyncAccess:
             if not self._rule.is_due(time.monotonic()):
                 return None
             return await self._attach()
+
+    @property
+    def calls_in_flight(self) -> int:
+        return 0 if self._session is None else self._session.calls_in_flight
 
     @property
     def transport(self) -> Transport:
@@ -80,10 +93,11 @@ class AsyncAccess:
 
         try:
             opened = await self._service.OpenSession(
-                sessions_pb2.OpenSessionRequest(), timeout=attach.OPEN_TIMEOUT_S
+                sessions_pb2.OpenSessionRequest(worker=self._worker), timeout=attach.OPEN_TIMEOUT_S
             )
         except grpc.RpcError as error:
             raise attach.cannot_open(error, self._address) from None
+        self.workers = tuple(opened.workers)
         deadline_s = time.monotonic() + attach.CONNECT_TIMEOUT_S
         while (sock := attach.connect_at_once(self._address, opened)) is None:
             if time.monotonic() >= deadline_s:
