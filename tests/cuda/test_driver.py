@@ -314,6 +314,56 @@ except BuildError as error:
 """
 
 
+PEER = """
+import ctypes
+import numpy as np
+from thirdrail_engines.cuda.driver import open_device
+from thirdrail_engines.cuda.errors import CudaError
+
+stub = ctypes.CDLL("libcuda.so.1")
+device = open_device()
+address = device.allocate(4096)
+native = device.call("cuIpcGetMemHandle", address)
+handle = ctypes.string_at(native.getPtr(), 64)
+memory, again = device.open_peer(handle), device.open_peer(handle)
+print(memory.address == address, memory.nbytes, stub.stub_opened())
+got, stream = np.zeros(4, np.uint8), device.new_stream()
+stream.fill(address, 4, 7)
+stream.copy_out(got.ctypes.data, memory.address, 4)
+stream.synchronize()
+print(got.tolist())
+for wrong in (bytes(64), handle[:-1] + bytes(1)):
+    try:
+        device.open_peer(wrong)
+    except CudaError as error:
+        print(error)
+stub.stub_fail_next(b"cuMemGetAddressRange_v2", 1)
+try:
+    device.open_peer(handle)
+except CudaError as error:
+    print(error)
+memory.close()
+again.close()
+print(stub.stub_opened())
+"""
+
+
+@pytest.mark.needs_cuda_bindings
+@pytest.mark.needs_gcc
+def test_another_process_s_memory_is_opened_by_all_64_bytes_of_its_handle(
+    stub_folder: Path,
+) -> None:
+    done = run_on_stub(stub_folder, "-c", PEER)
+    assert [line.partition(" (")[0] for line in done.stdout.splitlines()] == [
+        "True 4096 2",
+        "[7, 7, 7, 7]",
+        "cuIpcOpenMemHandle: invalid handle",
+        "cuIpcOpenMemHandle: invalid handle",
+        "cuMemGetAddressRange: invalid value",
+        "0",
+    ], done.stderr
+
+
 @pytest.mark.needs_cuda_bindings
 @pytest.mark.needs_gcc
 def test_a_driver_without_a_device_is_said_to_have_none(stub_folder: Path) -> None:
