@@ -19,6 +19,7 @@ from thirdrail_server.front.wire import LARGE_BYTES_MIN, Large, parsed
 
 # Numbers of fields: InferRequest.inputs, InferResponse.outputs, Tensor.raw, InferStream*.infer.
 _INPUTS, _OUTPUTS, _RAW, _STREAM_INFER = 6, 8, 4, 1
+_DATA_OVER_GRPC = frozenset(("raw", "values", None))  # of Tensor.data; None: refused later
 VALUES_BYTES_MAX = 32 << 10  # that stay as they are, in one request; half a packet of the lane
 _TIMEOUT_KEY = bytes((10 << 3 | 0,))  # of InferRequest.timeout_us: number << 3 | wire type
 
@@ -53,12 +54,24 @@ def request_alone(body: bytes) -> bytes | None:
 
 
 def refuse_references(request: pb.InferRequest) -> None:
-    """Raises InvalidArgument for a tensor that lies in an arena: it would be the front's own."""
+    """Raises InvalidArgument for what only sessions on the lane may say.
+
+    Requests are sent on through the front's own session, so that memory would be the front's own,
+    or a region that somebody else has registered.
+    """
     for tensor in request.inputs:
-        if tensor.HasField("ref"):
+        if tensor.WhichOneof("data") not in _DATA_OVER_GRPC:
             raise InvalidArgument(
                 f"tensor '{tensor.name}' is a memory reference; over gRPC, send raw bytes or values"
             )
+    for output in request.outputs:
+        if output.on_device or output.HasField("region"):
+            raise InvalidArgument(
+                f"output '{output.name}' is wanted in memory on a device; over gRPC it comes "
+                "in the message"
+            )
+    if request.event_place:
+        raise InvalidArgument("event_place means nothing over gRPC: it is for sessions on the lane")
 
 
 def limit_time(request: pb.InferRequest, seconds_left: float | None) -> bytes:
