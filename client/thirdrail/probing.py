@@ -7,7 +7,7 @@ a tensor and one that carries PAYLOAD_BYTES there and back.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -85,8 +85,10 @@ def probe_server(address: str, channel: grpc.Channel, tls: TlsOptions | None) ->
         if not offer.offered:
             findings.append(TransportFinding(offer.name, False, False, offer.reason, ""))
         elif offer.name == "lane":
-            finding, memory = _probe_lane(offer, address, service)
+            finding, memory, others = _probe_lane(offer, address, service)
             findings.append(finding)
+            for worker in others:
+                findings.append(_probe_lane(offer, address, service, worker)[0])
         elif offer.name in ("grpc-unix", "grpc-tcp"):
             findings.append(_probe_grpc(offer, address, tls))
         else:
@@ -115,26 +117,30 @@ def _probe_grpc(offer: pb.Transport, ours: str, tls: TlsOptions | None) -> Trans
 
 
 def _probe_lane(
-    offer: pb.Transport, address: str, service: sessions_pb2_grpc.SessionsStub
-) -> tuple[TransportFinding, MemoryFinding | None]:
+    offer: pb.Transport, address: str, service: sessions_pb2_grpc.SessionsStub, worker: str = ""
+) -> tuple[TransportFinding, MemoryFinding | None, Sequence[str]]:
+    """To one worker, by default the server's first; the others are told as well."""
+    name, others = f"lane to {worker}" if worker else "lane", tuple[str, ...]()
     try:
         attach.check_platform()
         from thirdrail.lane.ping import PingLane  # its memory exists on Linux alone
 
         try:
-            opened = service.OpenSession(pb.OpenSessionRequest(), timeout=attach.OPEN_TIMEOUT_S)
+            request = pb.OpenSessionRequest(worker=worker)
+            opened = service.OpenSession(request, timeout=attach.OPEN_TIMEOUT_S)
         except grpc.RpcError as error:
             raise attach.cannot_open(error, address) from None
+        others = tuple(opened.workers[1:])
         sock = attach.connect(address, opened)
         where = os.fsdecode(sock.getpeername())
         with PingLane(sock, opened.token) as lane:
             memory = lane.open_input(PAYLOAD_BYTES)
-            finding = _measured("lane", where, lane.ping, lambda: lane.echo(PAYLOAD_BYTES))
-            return finding, _measured_memory(memory, lane.echo(PAYLOAD_BYTES))
+            finding = _measured(name, where, lane.ping, lambda: lane.echo(PAYLOAD_BYTES))
+            return finding, _measured_memory(memory, lane.echo(PAYLOAD_BYTES)), others
     except CannotAttach as why:
-        return TransportFinding("lane", True, False, why.reason, offer.address), None
+        return TransportFinding(name, True, False, why.reason, offer.address), None, others
     except ThirdrailError as error:
-        return TransportFinding("lane", True, False, str(error), offer.address), None
+        return TransportFinding(name, True, False, str(error), offer.address), None, others
 
 
 def _measured(

@@ -15,6 +15,7 @@ from support.server import running_server
 from thirdrail import Client
 from thirdrail.aio import AsyncClient
 from thirdrail.errors import NotFound
+from thirdrail.probing import probe_server
 from thirdrail.v1 import sessions_pb2, sessions_pb2_grpc
 
 MODELS = {"everywhere": 1.0, "on_cpu": 2.0, "on_other": 3.0}
@@ -68,6 +69,15 @@ def test_each_model_is_called_where_it_is(host: Host) -> None:
         assert client.transport.name == "lane"
         with pytest.raises(NotFound, match="'nothing' is not found"):
             client.infer("nothing", ROW)
+
+
+def test_a_probe_tries_the_lane_to_each_worker(host: Host) -> None:
+    with host.server.channel() as channel:
+        found = probe_server(host.server.url, channel, None).transports
+    lanes = {each.name: each for each in found if each.name.partition(" ")[0] == "lane"}
+    assert list(lanes) == ["lane", f"lane to {OTHER}", "lane to cpu"]
+    assert all(each.works for each in lanes.values())
+    assert FIRST.replace(":", "-") in lanes["lane"].address
 
 
 def test_a_stream_goes_to_all_workers(host: Host) -> None:

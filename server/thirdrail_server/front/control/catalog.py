@@ -262,7 +262,9 @@ class Catalog:
     def end_unload(self, name: str, reason: str = UNLOADED, worker: str = "") -> None:
         """It is out of memory, on purpose."""
         for part in self._parts_of(name, worker):
-            self._put(all_unavailable(replace(part, is_expected_back=False), reason))
+            # A worker's death is no reason any more for what was to come back.
+            ended = failed if part.is_expected_back else all_unavailable
+            self._put(ended(part, reason))
         if self._startup is not None and not self._models[name].ready_versions:
             self._startup.discard(name)
 
