@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from thirdrail_engines import Engine, EngineError, EngineOptions, ModelFileError
+from thirdrail_engines.engine import DeviceLost
 
 pytestmark = pytest.mark.needs_torch
 
@@ -282,3 +283,46 @@ def test_a_boolean_byte_of_255_ends_at_the_engine(load_program: LoadProgram) -> 
     keep = np.array([0, 1, 255, 2], np.uint8).view(np.bool_)
     answer = engine.run({"keep": keep}, ["output"], {})["output"]
     assert answer.view(np.uint8).tolist() == [0, 1, 1, 1, 0, 1, 1, 1]
+
+
+def test_results_go_where_they_are_wanted_if_they_are_copied_at_all(
+    load_program: LoadProgram,
+) -> None:
+    import torch
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return {"turned": x.t(), "added": x + 1}
+
+    engine = load_program(Module(), (torch.randn(300, 400),))
+    x = np.random.default_rng(0).random((300, 400), np.float32)
+    into = {"turned": np.zeros((400, 300), np.float32), "added": np.zeros_like(x)}
+    answer = engine.run({"x": x}, ["turned", "added"], into)
+    assert answer["turned"] is into["turned"]
+    assert (into["turned"] == x.T).all()
+    assert answer["added"] is not into["added"]  # PyTorch's own memory: no copy was made
+    assert (answer["added"] == x + 1).all()
+
+
+@pytest.mark.parametrize("is_sticky", [True, False])
+def test_an_error_that_answers_every_call_is_a_lost_device(
+    load_program: LoadProgram, monkeypatch: pytest.MonkeyPatch, is_sticky: bool
+) -> None:
+    """There is no GPU here: what PyTorch would say of one is put in its mouth."""
+    import torch
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x + 1
+
+    def synchronize(device: Any) -> None:
+        if is_sticky:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    engine: Any = load_program(Module(), (torch.randn(3),))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    engine._device = torch.device("cuda")
+    with pytest.raises(DeviceLost if is_sticky else EngineError) as caught:
+        engine.run({"x": np.zeros(3, np.float32)}, ["output"], {})
+    if is_sticky:
+        assert str(caught.value).startswith("the device was lost: CUDA error: an illegal memory")

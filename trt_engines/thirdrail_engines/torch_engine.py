@@ -5,8 +5,9 @@ It serves what cannot be written as ONNX, and runs on any GPU that PyTorch knows
 module imports torch, some hundred MB: a worker does so only for a model that is served by it.
 
 Inputs are read where they lie, and may lie in read-only memory; programs that write to their inputs
-or buffers are refused when they are loaded. Results lie where their operators put them: an array of
-`into` is never written to.
+or buffers are refused when they are loaded. Results lie where their operators put them. What has to
+be copied all the same, because it lies on the device or is somebody else's memory, is copied to the
+array of `into` directly.
 
 On CUDA this was not yet run on a GPU.
 """
@@ -22,7 +23,7 @@ from torch.utils import _pytree as pytree
 from thirdrail import dtypes
 from thirdrail.dtypes import DType
 from thirdrail.tensors import Array, TensorSpec
-from thirdrail_engines.engine import EngineError, EngineSpec, ModelFileError
+from thirdrail_engines.engine import DeviceLost, EngineError, EngineSpec, ModelFileError
 from thirdrail_engines.malloc import return_free_memory
 from thirdrail_engines.options import EngineOptions
 from thirdrail_engines.torch_sources.exported import (
@@ -35,6 +36,8 @@ from thirdrail_engines.torch_sources.exported import (
 )
 
 _PLATFORM = "pytorch_exported"
+
+_RUN_S_MAX = 60.0  # on a device; see EngineSpec
 
 _BF16, _BOOL = dtypes.BY_NAME["BF16"], dtypes.BOOL
 
@@ -86,6 +89,8 @@ class TorchEngine:
             _PLATFORM,
             # Nothing was found out about how its operators read: every input is copied first.
             positional_inputs=frozenset(),
+            overlapped_runs=int(device.type != "cpu"),
+            run_s_max=_RUN_S_MAX if device.type != "cpu" else 0.0,
         )
 
     @property
@@ -99,8 +104,9 @@ class TorchEngine:
         into: Mapping[str, Array],
     ) -> dict[str, Array]:
         """See Engine.run. All outputs are computed, whichever are wanted."""
-        tensors = {name: self._tensor(name, array) for name, array in inputs.items()}
-        self._check_names(tensors, wanted)
+        self._check_names(inputs, wanted)
+        for name, array in inputs.items():
+            self._check_input(name, array)
         for name, array in into.items():
             self._check_target(name, array)
         if not wanted:
@@ -108,8 +114,9 @@ class TorchEngine:
         # PyTorch keeps the number for each thread, and starts threads with all cores.
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
-        positional, named = self._arguments(tensors)
         try:
+            tensors = {name: self._tensor(name, array) for name, array in inputs.items()}
+            positional, named = self._arguments(tensors)
             with torch.inference_mode():
                 returned = pytree.tree_leaves(
                     self._module(*positional, **named), is_leaf=lambda leaf: leaf is None
@@ -119,6 +126,7 @@ class TorchEngine:
         except EngineError:
             raise
         except Exception as error:  # an operator raises whatever it happens to
+            self._raise_if_lost()
             raise EngineError(_words(error)) from None
 
     def close(self) -> None:
@@ -126,8 +134,16 @@ class TorchEngine:
         self._module = None
         return_free_memory()
 
-    def _tensor(self, name: str, array: Array) -> Any:
-        """The array as a tensor on the device: on the CPU, its own memory."""
+    def _raise_if_lost(self) -> None:
+        """A sticky error of a device answers every later call as well."""
+        if self._device.type == "cpu":
+            return
+        try:
+            torch.cuda.synchronize(self._device)
+        except Exception as error:
+            raise DeviceLost(f"the device was lost: {tidy(error)}") from None
+
+    def _check_input(self, name: str, array: Array) -> None:
         spec = self._inputs.get(name)
         if spec is None:
             raise EngineError(f"'{name}' is no input, expected {', '.join(self._inputs)}")
@@ -136,13 +152,17 @@ class TorchEngine:
                 f"input '{name}' is {array.dtype} with the shape {list(array.shape)}, expected "
                 f"{spec.dtype.name} with {list(spec.shape)}"
             )
+
+    def _tensor(self, name: str, array: Array) -> Any:
+        """The array as a tensor on the device: on the CPU, its own memory."""
+        spec = self._inputs[name]
         if spec.dtype is _BOOL:
             array = array.view(np.uint8) != 0  # a byte of 255 is no boolean to every kernel
         tensor = _tensor_of(array, spec.dtype)
         return tensor if self._device.type == "cpu" else tensor.to(self._device)
 
-    def _check_names(self, tensors: Mapping[str, Any], wanted: Sequence[str]) -> None:
-        absent = self._inputs.keys() - tensors.keys()
+    def _check_names(self, inputs: Mapping[str, Array], wanted: Sequence[str]) -> None:
+        absent = self._inputs.keys() - inputs.keys()
         if absent:
             raise EngineError(f"input '{min(absent)}' is absent")
         unknown = [name for name in wanted if name not in self._outputs]
@@ -165,15 +185,20 @@ class TorchEngine:
     ) -> Array:
         """One result as an array that is nobody else's memory."""
         place, spec = self._outputs[name]
-        tensor = returned[place]
-        if name in into and tuple(tensor.shape) != into[name].shape:
+        tensor, target = returned[place], into.get(name)
+        if target is not None and tuple(tensor.shape) != target.shape:
             raise EngineError(
                 f"output '{name}' has the shape {list(tensor.shape)}, "
-                f"the array to write it to has {list(into[name].shape)}"
+                f"the array to write it to has {list(target.shape)}"
             )
-        if tensor.untyped_storage().data_ptr() in foreign:
-            tensor = tensor.clone()
-        return _array_of(tensor.cpu().contiguous(), spec)
+        if DTYPES.get(tensor.dtype) is not spec.dtype:
+            raise EngineError(f"output '{name}' is a {tensor.dtype}, not {spec.dtype.name}")
+        is_foreign = tensor.untyped_storage().data_ptr() in foreign
+        is_copied = is_foreign or tensor.device.type != "cpu" or not tensor.is_contiguous()
+        if is_copied and target is not None:
+            _tensor_of(target, spec.dtype).copy_(tensor)
+            return target
+        return _array_of((tensor.clone() if is_foreign else tensor).cpu().contiguous(), spec)
 
 
 def _arguments(
@@ -217,7 +242,8 @@ class _Writable:
 
 
 def _tensor_of(array: Array, dtype: DType) -> Any:
-    """The same memory as a tensor. It is never written to: see the programs that are refused."""
+    """The same memory as a tensor. Inputs are never written to: see the programs that are
+    refused."""
     if dtype is _BF16:  # torch knows numpy's own types only
         array = array.view(np.uint16)
     if not array.flags.writeable:
@@ -227,8 +253,6 @@ def _tensor_of(array: Array, dtype: DType) -> Any:
 
 
 def _array_of(tensor: Any, spec: TensorSpec) -> Array:
-    if DTYPES.get(tensor.dtype) is not spec.dtype:
-        raise EngineError(f"output '{spec.name}' is a {tensor.dtype}, not {spec.dtype.name}")
     if spec.dtype is _BF16:
         assert _BF16.numpy is not None
         array: Array = tensor.view(torch.uint16).numpy().view(_BF16.numpy)
