@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from thirdrail import aio
     from thirdrail.channels import TlsOptions
     from thirdrail.client import Client
+    from thirdrail.device.arrays import DeviceArray
+    from thirdrail.device.device import Device
     from thirdrail.errors import CallerError, NotNow, ServerFault, ThirdrailError
     from thirdrail.failures import Unreachable
     from thirdrail.models import (
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CallerError",
     "Client",
+    "Device",
+    "DeviceArray",
     "EngineReport",
     "LoadProgress",
     "ModelChange",
@@ -59,6 +63,8 @@ __all__ = [
 _HOMES = {
     "CallerError": "errors",
     "Client": "client",
+    "Device": "device.device",
+    "DeviceArray": "device.arrays",
     "EngineReport": "models",
     "LoadProgress": "models",
     "ModelChange": "models",

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from thirdrail_engines.cuda import chunks
+from thirdrail.device import cuda_runtime, virtual_memory
+from thirdrail_engines.cuda import chunks, driver_events
 from thirdrail_engines.cuda import driver as our_driver
 from thirdrail_engines.cuda.errors import RELAUNCH, STICKY
 from thirdrail_engines.cuda.sharing import How
@@ -72,8 +73,9 @@ def calls_of(source: str) -> dict[str, set[int]]:
 def test_every_function_exists_and_takes_what_we_pass() -> None:
     from cuda.bindings import driver
 
-    calls = calls_of(inspect.getsource(our_driver) + inspect.getsource(chunks))
-    assert len(calls) > 45
+    ours = (our_driver, chunks, driver_events, virtual_memory, cuda_runtime)
+    calls = calls_of("".join(map(inspect.getsource, ours)))
+    assert len(calls) > 50
     for name, counts in calls.items():
         parameters = inspect.signature(getattr(driver, name)).parameters
         assert counts == {len(parameters)}, name

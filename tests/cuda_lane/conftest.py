@@ -23,7 +23,10 @@ LIMITS = DeviceLimits(
     arena_bytes_total_max=32 << 20,
 )
 CONFIG = WorkerConfig(
-    name=f"cuda:{UUID}", lane_device=LIMITS, sessions=SessionLimits(quarantine_ms=200)
+    name=f"cuda:{UUID}",
+    device=UUID,
+    lane_device=LIMITS,
+    sessions=SessionLimits(quarantine_ms=200),
 )
 
 MakePeer = Callable[[], DevicePeer]

@@ -26,7 +26,7 @@ _RECORDED, _DONE = 0, 1  # columns
 class TwinMemory:
     """A piece of a twin's memory, mapped here. Whoever has its descriptor can map it as well."""
 
-    def __init__(self, fd: int, mapping: mmap.mmap) -> None:
+    def __init__(self, fd: int | None, mapping: mmap.mmap) -> None:
         """Takes both over."""
         self._fd = fd
         self._mapping = mapping
@@ -42,20 +42,17 @@ class TwinMemory:
     @classmethod
     def open(cls, fd: int, nbytes: int) -> "TwinMemory":
         """The other side's; closes `fd`. Raises ValueError for memory that is not such."""
-        ours = os.dup(fd)
-        try:
-            return cls(ours, map_chunk(fd, nbytes, writable=True))
-        except BaseException:
-            os.close(ours)
-            raise
+        return cls(None, map_chunk(fd, nbytes, writable=True))
 
     def export(self) -> int:
-        """A new file descriptor, which the caller sends and closes."""
+        """A new file descriptor, which the caller sends and closes. For whoever made it."""
+        assert self._fd is not None
         return os.dup(self._fd)
 
     def close(self) -> None:
         """Others' mappings stay, and so does ours while an array lies on it."""
-        os.close(self._fd)
+        if self._fd is not None:
+            os.close(self._fd)
         del self.view
         with contextlib.suppress(BufferError):  # it goes with the last array
             self._mapping.close()
@@ -64,7 +61,7 @@ class TwinMemory:
 class TwinCounters:
     """The counters of some events, in memory that one side writes."""
 
-    def __init__(self, fd: int, mapping: mmap.mmap, events: int) -> None:
+    def __init__(self, fd: int | None, mapping: mmap.mmap, events: int) -> None:
         """Takes both over."""
         self._fd = fd
         self._mapping = mapping
@@ -78,19 +75,16 @@ class TwinCounters:
     @classmethod
     def open(cls, fd: int, events: int, *, writable: bool) -> "TwinCounters":
         """The other side's; closes `fd`. Raises ValueError for memory that is not such."""
-        ours = os.dup(fd)
-        try:
-            mapping = map_chunk(fd, whole_pages(16 * events), writable=writable)
-        except BaseException:
-            os.close(ours)
-            raise
-        return cls(ours, mapping, events)
+        return cls(None, map_chunk(fd, whole_pages(16 * events), writable=writable), events)
 
     def export(self) -> int:
+        """See TwinMemory.export."""
+        assert self._fd is not None
         return os.dup(self._fd)
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._fd is not None:
+            os.close(self._fd)
         del self._table
         self._mapping.close()
 

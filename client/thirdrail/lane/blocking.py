@@ -3,6 +3,7 @@
 threads.
 """
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +16,9 @@ from thirdrail.lane import forks
 from thirdrail.lane.blocking_wire import BlockingWire
 from thirdrail.lane.calls import Call, timed_out
 from thirdrail.lane.conversation import Conversation
-from thirdrail.lane.encoding import Encoder
+from thirdrail.lane.device_session import DeviceSession
+from thirdrail.lane.device_session import attach as attach_device
+from thirdrail.lane.encoding import Encoder, LargeInput
 from thirdrail.lane.futures import LaneFuture, WhyMissing
 from thirdrail.lane.places import Place
 from thirdrail.lane.results import borrowed_result, private_result, release_outputs
@@ -44,6 +47,8 @@ class BlockingLane:
         self._inline_bytes_max = attached.limits.inline_bytes
         self._encoder = Encoder()
         self._talk = Conversation(wire, attached, is_debug=is_debug)
+        self._device: DeviceSession | None = None
+        self._device_lock = threading.Lock()
         forks.forget_in_children(self)
 
     @property
@@ -125,6 +130,17 @@ class BlockingLane:
         except BaseException:
             self._talk.withdraw(call)
             raise
+
+    def encode(self, arrays: Mapping[str, Array]) -> tuple[list[bytes], list[LargeInput]]:
+        """See `Encoder.inputs`."""
+        return self._encoder.inputs(arrays, self._inline_bytes_max)
+
+    def device(self, uuid: str) -> DeviceSession:
+        """This session's part of the worker's device. See `device_session.attach`."""
+        with self._device_lock:
+            if self._device is None:
+                self._device = attach_device(self, uuid)
+            return self._device
 
     def wait(self, ticket: Ticket, deadline_s: float | None) -> bool:
         """Until a call, or something else, is done. False: the deadline passed, or the lane ended,

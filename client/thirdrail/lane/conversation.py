@@ -17,6 +17,7 @@ from thirdrail.errors import ResourceExhausted, ThirdrailError, TimedOut, Unavai
 from thirdrail.failures import with_note
 from thirdrail.lane.blocking_wire import BlockingWire, LaneBroken, close_all
 from thirdrail.lane.calls import Call, NotSent, timed_out
+from thirdrail.lane.device_chunks import DeviceChunks
 from thirdrail.lane.memory import map_chunk
 from thirdrail.lane.packets import varint
 from thirdrail.lane.placing import Placer
@@ -50,6 +51,7 @@ class Conversation:
         self._numbers = itertools.count(1)
         self._calls: dict[int, Call] = {}
         self.memory = SessionMemory(attached, is_debug=is_debug)
+        self.device_chunks: DeviceChunks | None = None
         self.ended: ThirdrailError | None = None
         self._set_up_turns()
 
@@ -234,6 +236,8 @@ class Conversation:
         self.placer.room_freed()
 
     def _on_chunk(self, chunk: lane_pb2.Chunk, fds: Sequence[int]) -> None:
+        if self.device_chunks is not None and self.device_chunks.takes(chunk):
+            return self._on_device_chunk(self.device_chunks, chunk, fds)
         is_input = chunk.role == lane_pb2.ARENA_ROLE_INPUT
         try:
             (fd,) = fds
@@ -244,6 +248,18 @@ class Conversation:
             alone = self.memory.add_chunk(chunk, np.frombuffer(mapping, np.uint8))
             if is_input:
                 self.placer.chunk_came(alone)
+
+    def _on_device_chunk(
+        self, chunks: DeviceChunks, chunk: lane_pb2.Chunk, fds: Sequence[int]
+    ) -> None:
+        try:
+            (fd,) = fds
+            chunks.open(chunk, fd)
+        except (ValueError, OSError, ThirdrailError) as error:
+            raise LaneBroken(f"the worker sent memory that cannot be used: {error}") from None
+        if chunk.role == lane_pb2.ARENA_ROLE_INPUT:
+            with self.lock:
+                self.placer.chunk_came(None)
 
     def _on_other(self, message: lane_pb2.LaneResponse, fds: list[int]) -> None:
         kind = message.WhichOneof("message") or ""

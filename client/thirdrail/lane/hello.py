@@ -8,7 +8,13 @@ from thirdrail.lane.attach import HELLO_TIMEOUT_S, not_answered, refused
 from thirdrail.lane.blocking import BlockingLane
 from thirdrail.lane.blocking_wire import BlockingWire, LaneBroken, close_all
 from thirdrail.lane.busy_poll import LONGEST_US
-from thirdrail.lane.wire import ATTACH_PACKET_BYTES_MAX, DEBUG_FEATURE, VERSION_MAX, VERSION_MIN
+from thirdrail.lane.wire import (
+    ATTACH_PACKET_BYTES_MAX,
+    DEBUG_FEATURE,
+    DEVICE_FEATURE,
+    VERSION_MAX,
+    VERSION_MIN,
+)
 from thirdrail.v1 import lane_pb2
 
 
@@ -28,7 +34,7 @@ def attach_lane(
     hello = lane_pb2.Hello(
         version_min=VERSION_MIN,
         version_max=VERSION_MAX,
-        features=[DEBUG_FEATURE] if is_debug else [],
+        features=[DEVICE_FEATURE, DEBUG_FEATURE] if is_debug else [DEVICE_FEATURE],
         token=token,
         client_name=client_name,
     )

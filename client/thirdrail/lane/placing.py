@@ -116,6 +116,20 @@ class Placer:
 
     def reserve_alone(self, size: int, deadline_s: float | None, timeout: float | None) -> Place:
         """A chunk for one tensor, which can be exported. Raises like `place`."""
+        request = lane_pb2.GrowRequest(size=size, alone=True)
+        place = self._grow(request, deadline_s, timeout).place
+        if place is None:
+            raise with_note(ResourceExhausted("the worker gave other memory"))
+        return place
+
+    def grow_on_device(self, size: int, deadline_s: float | None, timeout: float | None) -> None:
+        """A chunk on the device has come. Raises like `place`."""
+        self._grow(lane_pb2.GrowRequest(size=size, on_device=True), deadline_s, timeout)
+
+    def _grow(
+        self, request: lane_pb2.GrowRequest, deadline_s: float | None, timeout: float | None
+    ) -> _Growth:
+        """Ask for a chunk when nobody else does, and wait for it. Raises like `place`."""
         while True:
             with self._lock:
                 if self._has_ended:
@@ -125,16 +139,16 @@ class Placer:
                 if other is None:
                     self._growth = growth
             if other is None:
-                self._ask(lane_pb2.GrowRequest(size=size, alone=True), deadline_s)
+                self._ask(request, deadline_s)
             if not self._turns.wait(other or growth, deadline_s):
                 raise timed_out(timeout)
             if other is not None:
                 continue
-            if growth.place is None:
-                if self._has_ended:
-                    raise NotSent("the lane has ended")
-                raise with_note(ResourceExhausted(growth.refusal or "the worker gave other memory"))
-            return growth.place
+            if growth.refusal is not None:
+                raise with_note(ResourceExhausted(growth.refusal))
+            if self._has_ended:
+                raise NotSent("the lane has ended")
+            return growth
 
     def _find(self, call: Call, large: LargeInput) -> tuple[Place, int] | None:
         """Where the input lies in the session's memory, taken for the call; None: elsewhere."""

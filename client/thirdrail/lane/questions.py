@@ -19,6 +19,7 @@ _ASKED_BY = {
     "exported": "export_tensor",
     "imported": "import_tensor",
     "revoked": "revoke",
+    "device_attached": "device",
 }
 
 Send = Callable[[lane_pb2.LaneRequest, float | None], None]

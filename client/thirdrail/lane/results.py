@@ -45,7 +45,14 @@ def fault_of_response(response: inference_pb2.InferResponse) -> ThirdrailError |
 
 
 def private_result(response: inference_pb2.InferResponse, memory: SessionMemory) -> Result:
-    """A result with arrays of its own. Its slots go back, whatever happens.
+    """A result with arrays of its own. See `private_outputs`."""
+    return Result(response, private_outputs(response, memory))
+
+
+def private_outputs(
+    response: inference_pb2.InferResponse, memory: SessionMemory
+) -> dict[str, Array]:
+    """A response's outputs as arrays of their own. Its slots go back, whatever happens.
 
     Needs no lock. Raises the request's error, and Internal for a response that makes no sense.
     """
@@ -68,7 +75,17 @@ def private_result(response: inference_pb2.InferResponse, memory: SessionMemory)
         raise
     if leased_bytes:
         release_outputs(response, memory)
-    return Result(response, arrays)
+    return arrays
+
+
+def private_output(tensor: tensor_pb2.Tensor, memory: SessionMemory) -> Array:
+    """One of them alone, whose slot goes back."""
+    array = _private_array(tensor, memory)
+    if tensor.HasField("ref"):
+        memory.releases.add(
+            tensor.ref.epoch, tensor.ref.slot, tensor.ref.generation, tensor.ref.size
+        )
+    return array
 
 
 def borrowed_result(

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The worker's device as its lane sessions see it: opened when the first of them asks for it.
 
-A worker computes on one device, whose UUID is in its name. What shares its memory is decided once
-for each client: see `sharing`.
+What shares its memory is decided for each client: see `sharing`.
 """
 
 import dataclasses
@@ -20,8 +19,6 @@ from thirdrail_server.worker.arena_ledger import Account, ArenaLedger
 from thirdrail_server.worker.chunks import charge_nothing
 from thirdrail_server.worker.session_device import SessionDevice
 
-WORKER_PREFIX = "cuda:"  # of the names of workers that compute on a device, before its UUID
-
 
 class LaneDevice:
     """Lives on the worker's loop; `attach` is called beside it."""
@@ -30,6 +27,7 @@ class LaneDevice:
         self.limits = config.lane_device
         self.ledger = ArenaLedger(_limits_on_device(config.sessions, config.lane_device))
         self._worker = config.name
+        self._uuid = config.device
         self._lock = threading.Lock()
         self._opened: tuple[Device, Stream] | None = None
 
@@ -59,14 +57,13 @@ class LaneDevice:
     def _device(self) -> tuple[Device, Stream]:
         with self._lock:
             if self._opened is None:
-                uuid = self._worker.removeprefix(WORKER_PREFIX)
-                if uuid == self._worker:
+                if not self._uuid:
                     raise FailedPrecondition(
                         f"worker '{self._worker}' computes on the CPU and has no device memory; "
                         "use arrays on the host"
                     )
                 try:
-                    device = cuda_engines.own_device(uuid)
+                    device = cuda_engines.own_device(self._uuid)
                 except BuildError as error:
                     raise FailedPrecondition(str(error)) from None
                 self._opened = device, device.new_stream()

@@ -11,6 +11,12 @@ Facts are from the driver API's documentation of virtual memory management.
 
 from typing import Any
 
+from thirdrail.device.virtual_memory import (
+    import_allocation,
+    location_of,
+    map_allocation,
+    unmap_allocation,
+)
 from thirdrail_engines.cuda.driver import DriverDevice
 from thirdrail_engines.cuda.sharing import chunk_bytes
 
@@ -24,7 +30,7 @@ class SharedChunk:
         self.nbytes = nbytes
         self.address = 0
         try:
-            self.address = _map(device, handle, nbytes)
+            self.address = map_allocation(device, handle, nbytes)
         except BaseException:
             device.call("cuMemRelease", handle)
             raise
@@ -58,13 +64,7 @@ class SharedChunk:
 
         nbytes: as the other side's chunk has it. Raises CudaError where it is none of such.
         """
-        types = device.names.CUmemAllocationHandleType
-        handle = device.call(
-            "cuMemImportFromShareableHandle",
-            fd,
-            types.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
-        )
-        return cls(device, handle, nbytes)
+        return cls(device, import_allocation(device, fd), nbytes)
 
     def export(self) -> int:
         """A new file descriptor of the allocation, which the caller sends and closes."""
@@ -79,7 +79,7 @@ class SharedChunk:
 
     def close(self) -> None:
         """No work of this process may use it any more. Others' mappings stay."""
-        _unmap(self._device, self.address, self.nbytes)
+        unmap_allocation(self._device, self.address, self.nbytes)
         self._device.call("cuMemRelease", self._handle)
 
     def _clear(self) -> None:
@@ -98,35 +98,5 @@ def _kind(device: DriverDevice) -> Any:
     kind.requestedHandleTypes = (
         names.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
     )
-    kind.location = _location(device)
+    kind.location = location_of(device)
     return kind
-
-
-def _location(device: DriverDevice) -> Any:
-    location = device.names.CUmemLocation()
-    location.type = device.names.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-    location.id = device.ordinal
-    return location
-
-
-def _map(device: DriverDevice, handle: Any, nbytes: int) -> int:
-    access = device.names.CUmemAccessDesc()
-    access.location = _location(device)
-    access.flags = device.names.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-    address = int(device.call("cuMemAddressReserve", nbytes, 0, 0, 0))
-    try:
-        device.call("cuMemMap", address, nbytes, 0, handle, 0)
-    except BaseException:
-        device.call("cuMemAddressFree", address, nbytes)
-        raise
-    try:
-        device.call("cuMemSetAccess", address, nbytes, [access], 1)
-    except BaseException:
-        _unmap(device, address, nbytes)
-        raise
-    return address
-
-
-def _unmap(device: DriverDevice, address: int, nbytes: int) -> None:
-    device.call("cuMemUnmap", address, nbytes)
-    device.call("cuMemAddressFree", address, nbytes)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server's device for programs on the same host: tensors that never leave it."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from thirdrail.device.arrays import DeviceArray, DeviceResult
+from thirdrail.errors import FailedPrecondition
+from thirdrail.requests import named_arrays, write_options
+from thirdrail.transport import needs_lane
+from thirdrail.v1 import inference_pb2
+
+if TYPE_CHECKING:
+    from thirdrail.client import Client
+    from thirdrail.lane.device_session import DeviceSession
+
+WORKER_PREFIX = "cuda:"  # of the names of workers that compute on a device, before its UUID
+
+
+class Device:
+    """The device of one of a server's workers, by a client's session there.
+
+        device = thirdrail.Device(client)
+        x = device.empty((8, 3), "FP32")
+        torch.from_dlpack(x).normal_()
+        with device.infer("model", {"x": x}) as result:
+            y = torch.from_dlpack(result["y"])
+
+    client: a blocking client on the server's host; it stays the caller's.
+    uuid: of the device, or a beginning of one; "" or "cuda": the server's first device.
+
+    A stream is a number: `torch.cuda.current_stream().cuda_stream`, or any cudaStream_t; 0 is the
+    default stream. `infer` runs after what its stream was given before, and what the stream is
+    given afterwards runs after it: the program never waits. What uses a tensor on another stream
+    has to be ordered with that of its request, also before its result is let go of.
+
+    Safe to use from several threads. Raises FailedPrecondition where the server has no such device
+    or shares it with nobody here, and where a package is missing here, with the line that installs
+    it. Not yet run on a GPU.
+    """
+
+    def __init__(self, client: "Client", uuid: str = "") -> None:
+        self._client = client
+        self._session = _session_of(client, "" if uuid == "cuda" else uuid)
+
+    @property
+    def uuid(self) -> str:
+        return self._session.uuid
+
+    def empty(
+        self, shape: Sequence[int] | int, dtype: npt.DTypeLike = np.float32, *, stream: int = 0
+    ) -> DeviceArray:
+        """A tensor to fill in and pass to `infer`, which reads it where it is.
+
+        Raises ResourceExhausted when the server gives no more memory, InvalidArgument for text.
+        """
+        return self._session.empty(shape, dtype, stream)
+
+    def array(self, array: npt.ArrayLike, *, stream: int = 0) -> DeviceArray:
+        """A copy of an array on the host. Raises as `empty`."""
+        source = np.asarray(array)
+        made = self.empty(source.shape, source.dtype, stream=stream)
+        made.copy_from(source, stream=stream)
+        return made
+
+    def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, Any],
+        *,
+        outputs: Sequence[str] | None = None,
+        on_host: Sequence[str] = (),
+        stream: int = 0,
+        timeout: float | None = None,
+        version: int = 0,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> DeviceResult:
+        """Runs a model once, with tensors of this device, of the host, or both.
+
+        outputs: those wanted, all by default. They are tensors of this device, until the result is
+            released or all of them are gone; but for those `on_host`, which are arrays.
+
+        Returns when the device was given the run, or is done where anything is on the host.
+        Raises the request's error; TimedOut where the inputs were not ready in time, too.
+        """
+        description = self._client._description(model, version)
+        names = (
+            list(outputs) if outputs is not None else [spec.name for spec in description.outputs]
+        )
+        head = inference_pb2.InferRequest()
+        write_options(
+            head, model, description, outputs=names, version=version, request_id=request_id,
+            timeout=timeout, priority=priority,
+        )  # fmt: skip
+        for output in head.outputs:
+            output.on_device = output.name not in on_host
+        here = {name: value for name, value in inputs.items() if isinstance(value, DeviceArray)}
+        others = {name: value for name, value in inputs.items() if name not in here}
+        arrays = named_arrays(others, description)
+        return self._session.infer(head, {**here, **arrays}, stream=stream, timeout=timeout)
+
+
+def _session_of(client: "Client", uuid: str) -> "DeviceSession":
+    lanes = client._connected().lanes
+    lane = lanes.home.lane()
+    if lane is None:
+        raise FailedPrecondition(needs_lane(client.transport))
+    named = [each for each in lanes.home.workers if each.startswith(WORKER_PREFIX + uuid)]
+    if named and named[0] != lanes.home.workers[0]:
+        (access,) = lanes.to((named[0],))
+        lane = access.lane()
+        if lane is None:
+            raise FailedPrecondition(needs_lane(access.transport))
+    return lane.device(uuid)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A session's memory on the device, at the client's end: which chunks there are."""
+
+import weakref
+
+from thirdrail.device.runtime import Memory, Runtime
+from thirdrail.errors import Internal
+from thirdrail.lane.allocator import ArenaAllocator
+from thirdrail.v1 import lane_pb2, tensor_pb2
+
+ALIGNMENT_BYTES = 256
+
+
+class DeviceChunks:
+    """Chunks come to whoever reads the lane, in order; the lane's lock guards the allocator."""
+
+    def __init__(self, attached: lane_pb2.DeviceAttached, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.input_epoch = attached.input_epoch
+        self.output_epoch = attached.output_epoch
+        self.allocator = ArenaAllocator()
+        self._chunks: dict[int, list[Memory]] = {
+            attached.input_epoch: [],
+            attached.output_epoch: [],
+        }
+        # With the session and the last array over it; nobody looks at it when the process ends.
+        weakref.finalize(self, _close_all, self._chunks, runtime).atexit = False
+
+    def takes(self, chunk: lane_pb2.Chunk) -> bool:
+        return chunk.epoch in self._chunks
+
+    def open(self, chunk: lane_pb2.Chunk, fd: int) -> None:
+        """Closes `fd`. Raises ValueError, OSError, Internal for what cannot be used."""
+        there = self._chunks[chunk.epoch]
+        if chunk.chunk != len(there):
+            raise ValueError(f"chunk {chunk.chunk} came after {len(there)} others")
+        there.append(self.runtime.open_memory(fd, chunk.size))
+        if chunk.epoch == self.input_epoch:
+            self.allocator.add_chunk(chunk.size)
+
+    def allocate(self, size: int) -> tuple[int, int] | None:
+        """(chunk, offset) of a piece of input memory; None where there is no room."""
+        return self.allocator.allocate(whole(size))
+
+    def address(self, epoch: int, chunk: int, offset: int) -> int:
+        return self._chunks[epoch][chunk].address + offset
+
+    def result_address(self, ref: tensor_pb2.ArenaRef) -> int:
+        """Raises Internal for a place that the worker cannot mean."""
+        there = self._chunks[self.output_epoch]
+        if ref.chunk >= len(there) or ref.offset + ref.size > there[ref.chunk].nbytes:
+            raise Internal("the worker referred to memory on the device outside its arena")
+        return there[ref.chunk].address + ref.offset
+
+
+def _close_all(chunks: dict[int, list[Memory]], runtime: Runtime) -> None:
+    for memory in (memory for each in chunks.values() for memory in each):
+        memory.close()
+    runtime.close()
+
+
+def whole(size: int) -> int:
+    """A multiple of what the device wants, at least one."""
+    return -(-max(size, 1) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A client's tensors on a device, through a real server whose device is a twin."""
+
+import gc
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import thirdrail
+from cuda_lane.conftest import UUID, write_models
+from support.server import RunningServer, running_server
+from thirdrail.dtypes import BY_NAME
+
+X = np.arange(8, dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    repository = tmp_path_factory.mktemp("repository")
+    write_models(repository)
+    folder = tmp_path_factory.mktemp("server")
+    with running_server(repository, folder, module="support.twin_lane_server") as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[thirdrail.Client]:
+    with thirdrail.Client(f"unix:{server.socket}") as client:
+        yield client
+
+
+@pytest.fixture
+def device(client: thirdrail.Client) -> thirdrail.Device:
+    return thirdrail.Device(client)
+
+
+def test_tensors_stay_on_the_device(device: thirdrail.Device) -> None:
+    assert device.uuid == UUID
+    x = device.empty(8)
+    x.copy_from(X)
+    with device.infer("twin_double", {"x": x}) as first:
+        y = first["y"]
+        assert isinstance(y, thirdrail.DeviceArray)
+        assert (y.shape, str(y.dtype), y.nbytes) == ((8,), "float32", 32)
+        second = device.infer("host_double", {"x": y})
+        assert second["y"].numpy().tolist() == (4 * X).tolist()
+        assert y.numpy().tolist() == (2 * X).tolist()
+    with pytest.raises(thirdrail.CallerError, match="was released"):
+        y.numpy()
+    with pytest.raises(thirdrail.CallerError, match="was released"):
+        device.infer("twin_double", {"x": y})
+
+
+def test_host_and_device_in_one_request(device: thirdrail.Device) -> None:
+    a, b = np.ones((2, 4), np.float32), np.full((2, 4), 2, np.float32)
+    mixed = device.infer("host_add", {"a": device.array(a), "b": b})
+    assert mixed["c"].numpy().tolist() == (a + b).tolist()
+    large = np.arange(40_000, dtype=np.float32).reshape(-1, 4)  # by reference
+    both = device.infer("host_add", {"a": large, "b": device.array(large)}, on_host=["c"])
+    assert type(both["c"]) is np.ndarray
+    np.testing.assert_array_equal(both["c"], 2 * large)
+    alone = device.infer("host_add", {"a": a, "b": [[1] * 4] * 2}, outputs=["c"])
+    assert alone["c"].numpy().tolist() == (a + 1).tolist()
+
+
+def test_places_and_memory_come_back_with_the_last_view(device: thirdrail.Device) -> None:
+    x = device.array(X)
+    for _ in range(200):  # there are 64 places
+        last = np.from_dlpack(device.infer("host_double", {"x": x})["y"])
+    assert last.tolist() == (2 * X).tolist()
+    held = [device.infer("host_double", {"x": x}) for _ in range(63)]
+    with pytest.raises(thirdrail.NotNow, match="hold all 64 places of this session"):
+        device.infer("host_double", {"x": x})
+    assert all(each["y"].numpy().tolist() == (2 * X).tolist() for each in held)
+    held.pop().release()
+    del last
+    gc.collect()
+    assert device.infer("host_double", {"x": x})["y"].numpy().tolist() == (2 * X).tolist()
+
+
+def test_memory_is_used_again(device: thirdrail.Device, client: thirdrail.Client) -> None:
+    for _ in range(50):
+        device.empty(1 << 19)  # 2 MiB
+    used = {each.address for each in (device.empty(1 << 18) for _ in range(4))}
+    assert len(used) <= 2
+    with pytest.raises(thirdrail.NotNow, match="more bytes of input memory on the device"):
+        device.empty(1 << 30)
+    with pytest.raises(thirdrail.CallerError, match="cannot lie on a device"):
+        device.empty(1, "BYTES")
+
+
+def test_errors_of_requests(device: thirdrail.Device) -> None:
+    with pytest.raises(thirdrail.CallerError, match="unexpected shape for input 'x'"):
+        device.infer("twin_double", {"x": device.empty((2, 2))})
+    with pytest.raises(thirdrail.CallerError, match="data-type is 'INT32'"):
+        device.infer("twin_double", {"x": device.empty(2, "INT32")})
+    with pytest.raises(thirdrail.CallerError, match="'nowhere' is not found"):
+        device.infer("nowhere", {"x": device.empty(2)})
+    x = device.array(X)
+    for _ in range(100):  # no place is lost by any of them
+        with pytest.raises(thirdrail.CallerError):
+            device.infer("twin_double", {"x": x}, outputs=["nothing"])
+    assert device.infer("twin_double", {"x": x})["y"].numpy().tolist() == (2 * X).tolist()
+
+
+@pytest.mark.parametrize("name", [name for name, row in BY_NAME.items() if row.name != "BYTES"])
+def test_other_libraries_show_every_type(device: thirdrail.Device, name: str) -> None:
+    array = device.empty((2, 3), name)
+    assert array.__dlpack_device__() == (1, 0)
+    assert not hasattr(array, "__cuda_array_interface__")
+    array.copy_from(np.ones((2, 3), array.dtype))
+    assert array.numpy().tolist() == [[1] * 3] * 2
+    if name != "BF16":  # numpy has no name for it
+        seen = np.from_dlpack(array)
+        assert (seen.shape, seen.dtype, seen.tolist()) == ((2, 3), array.dtype, [[1] * 3] * 2)
+    with pytest.raises(BufferError):
+        array.__dlpack__(copy=True)
+
+
+@pytest.mark.needs_torch
+def test_torch_reads_and_writes_in_place(device: thirdrail.Device) -> None:
+    import torch
+
+    x = device.array(X)
+    shown = torch.from_dlpack(x)
+    shown += 1
+    result = torch.from_dlpack(device.infer("twin_double", {"x": x})["y"])
+    assert result.tolist() == (2 * (X + 1)).tolist()
+    half = torch.from_dlpack(device.empty((2, 2), "BF16"))
+    assert half.dtype == torch.bfloat16
+    del x, shown
+    gc.collect()
+    assert result.tolist() == (2 * (X + 1)).tolist()
+
+
+def test_a_client_without_the_device(server: RunningServer, client: thirdrail.Client) -> None:
+    assert thirdrail.Device(client, UUID[:20]).uuid == UUID
+    with (
+        thirdrail.Client(f"unix:{server.socket}") as another,
+        pytest.raises(thirdrail.CallerError, match=f"computes on {UUID} .*, not on 'GPU-ff'"),
+    ):
+        thirdrail.Device(another, "GPU-ff")
+    with (
+        thirdrail.Client(f"unix:{server.socket}", transport="grpc") as remote,
+        pytest.raises(thirdrail.CallerError, match="lane"),
+    ):
+        thirdrail.Device(remote)
+
+
+def test_arrays_belong_to_one_session(server: RunningServer, device: thirdrail.Device) -> None:
+    x = device.array(X)
+    with (
+        thirdrail.Client(f"unix:{server.socket}") as another,
+        pytest.raises(thirdrail.CallerError, match="an array of another session"),
+    ):
+        thirdrail.Device(another).infer("twin_double", {"x": x})
+    assert x.numpy().tolist() == X.tolist()
+
+
+def test_arrays_stay_readable_after_the_session(server: RunningServer) -> None:
+    with thirdrail.Client(f"unix:{server.socket}") as client:
+        device = thirdrail.Device(client)
+        result = device.infer("twin_double", {"x": device.array(X)})
+    assert result["y"].numpy().tolist() == (2 * X).tolist()
+    with pytest.raises(thirdrail.ThirdrailError):
+        device.infer("twin_double", {"x": X})
