@@ -24,7 +24,7 @@ NAMES = (
     "compile",
 )
 FILE_COLUMNS = 140  # where the output goes into a file
-ASKED_FOR_ONLY = ("triton",)  # downloads a large package
+ASKED_FOR_ONLY = ("triton", "gpu")  # which downloads a large package, and needs a GPU
 
 
 class Benchmark(Protocol):
@@ -37,7 +37,7 @@ class Benchmark(Protocol):
 
 def main(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Which to run; all but triton without any.")
+        list[str] | None, typer.Argument(help="Which to run; all but triton and gpu without any.")
     ] = None,
     list_only: Annotated[
         bool, typer.Option("--list", help="List the benchmarks and exit.")
@@ -45,6 +45,9 @@ def main(
     seconds: Annotated[
         float, typer.Option(help="Load for each contender in each setting, in seconds.")
     ] = 3.0,
+    twin: Annotated[
+        bool, typer.Option("--twin", help="Run `gpu` without one; its figures say nothing.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results here, too.")
     ] = None,
@@ -67,7 +70,7 @@ def main(
         benchmark = _benchmark(name)
         with tempfile.TemporaryDirectory(prefix="thirdrail-bench-") as folder:
             results[name] = []
-            for table in benchmark.run(Options(seconds, Path(folder))):
+            for table in benchmark.run(Options(seconds, Path(folder), twin)):
                 table.print(console)
                 results[name].append(table)
     if json_file is not None:

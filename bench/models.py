@@ -30,6 +30,25 @@ def write_identity(repository: Path, name: str = "identity", config: str = "") -
     _write(repository, name, graph, config)
 
 
+def write_scale(repository: Path, name: str, size_bytes_max: int) -> None:
+    """y = 2x for FP32 [n] of up to so many bytes, and done = y's first element."""
+    count = size_bytes_max // 4
+    shapes: dict[str, list[str | int]] = {"x": ["n"], "y": ["n"], "done": [1]}
+    x, y, done = (
+        helper.make_tensor_value_info(each, TensorProto.FLOAT, shape)
+        for each, shape in shapes.items()
+    )
+    names = ("zero", "one")
+    nodes = [
+        helper.make_node("Add", ["x", "x"], ["y"]),
+        helper.make_node("Slice", ["y", *names], ["done"]),
+    ]
+    ends = [numpy_helper.from_array(np.array([end]), name) for end, name in enumerate(names)]
+    graph = helper.make_graph(nodes, "scale", [x], [y, done], ends)
+    profile = f'parameters {{ key: "profile.0.x" value {{ string_value: "1,{count},{count}" }} }}\n'
+    _write(repository, name, graph, profile)
+
+
 def write_mlp(repository: Path, name: str = "mlp") -> Path:
     """Four layers of 1024x1024 with ReLU, FP32 [rows, 1024]. Returns the model file."""
     random = np.random.default_rng(1)

@@ -2,11 +2,12 @@
 """The servers under measurement, each in processes of its own, on TCP and on a Unix socket."""
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,12 +52,26 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def thirdrail(repository: Path, folder: Path, arguments: Sequence[str] = ()) -> Iterator[Server]:
-    """`thirdrail serve`, every model ready. Its socket and its log are put into `folder`."""
+def thirdrail(
+    repository: Path,
+    folder: Path,
+    arguments: Sequence[str] = (),
+    *,
+    module: str = "thirdrail",
+    python_path: Path | None = None,
+) -> Iterator[Server]:
+    """`thirdrail serve`, every model ready. Its socket and its log are put into `folder`.
+
+    module: what to run in its place; python_path: where it is found.
+    """
     path, port = folder / "s" / "thirdrail.sock", free_port()
-    command = [sys.executable, "-m", "thirdrail", "serve", str(repository), f"--socket={path}"]
+    command = [sys.executable, "-m", module, "serve", str(repository), f"--socket={path}"]
     command += [f"--address={HOST}:{port}", "--log-level=warning", *arguments]
-    with _running("thirdrail", command, path, port, folder / "thirdrail.log") as server:
+    variables = dict(os.environ)
+    if python_path is not None:
+        variables["PYTHONPATH"] = str(python_path)
+    log = folder / "thirdrail.log"
+    with _running("thirdrail", command, path, port, log, variables) as server:
         started = time.monotonic()
         wait_until_serving(server)
         server.start_s = time.monotonic() - started
@@ -81,11 +96,20 @@ def echo(kind: str, folder: Path) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def _running(
-    name: str, command: Sequence[str], path: Path, port: int, log: Path
+    name: str,
+    command: Sequence[str],
+    path: Path,
+    port: int,
+    log: Path,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=variables,
         )
     try:
         first = psutil.Process(process.pid)
