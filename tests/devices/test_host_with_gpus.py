@@ -184,5 +184,9 @@ def test_a_model_moves_by_its_configuration(host: Host) -> None:
         assert host.workers("moved") == [workers]
         assert host.value("moved") == len(workers)
     host.client.unload("moved")
+    write(repository, "moved", add(6), on(0))
+    host.client.load("moved")
+    assert host.workers("moved") == [FIRST]
+    host.client.unload("moved")
     (status,) = [each for each in host.client.models() if each.name == "moved"]
     assert (status.state, status.reason) == ("unavailable", "unloaded")

@@ -19,7 +19,7 @@ from thirdrail_server.config import ServerConfig
 from thirdrail_server.control_messages import LoadedModel
 from thirdrail_server.front.control.catalog import Catalog
 from thirdrail_server.front.control.model_control import ModelControl
-from thirdrail_server.front.control.worker_models import TellProgress
+from thirdrail_server.front.control.worker_load import TellProgress
 from thirdrail_server.front.dispatch import Dispatcher, Result
 from thirdrail_server.front.kserve.regions import RegionRegistry
 from thirdrail_server.front.kserve.servicer import KServeServicer

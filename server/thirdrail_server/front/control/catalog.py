@@ -182,7 +182,11 @@ class Catalog:
 
     def leave(self, name: str, worker: str) -> None:
         """It does not belong to this worker any more, and belongs to another one."""
-        if self._parts.get(name, {}).pop(worker, None) is not None:
+        parts = self._parts.get(name, {})
+        part = parts.pop(worker, None)
+        if part is not None:
+            if not parts:
+                parts[""] = replace(part, worker="")
             self._join(name)
 
     def begin_load(self, name: str, versions: Iterable[int], worker: str) -> None:

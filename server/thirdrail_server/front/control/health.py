@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """grpc.health.v1, answered from the catalog: nothing is stored twice, so nothing can disagree.
 
-Service names: "" and our services' names stand for the server, which serves when every worker is up
-and every startup model is ready; any other name is a model's, which serves when a version of it is
-ready. For a name that is none of these, Check says NOT_FOUND and Watch SERVICE_UNKNOWN, as the
-health protocol asks. (Triton answers for the server whatever the name is: a balancer that asks for
-a misspelt one then never learns it.)
+Service names: "" and our services' names stand for the server, which serves when every worker has
+started, one of them is up and every startup model is ready; any other name is a model's, which
+serves when a version of it is ready, in whichever worker. For a name that is none of these, Check
+says NOT_FOUND and Watch SERVICE_UNKNOWN, as the health protocol asks. (Triton answers for the
+server whatever the name is: a balancer that asks for a misspelt one then never learns it.)
 """
 # ruff: noqa: N802 - the methods have the names of the protocol's calls
 

@@ -89,6 +89,7 @@ class Supervisor:
         )
         self._life: _Life | None = None
         self._is_up = asyncio.Event()
+        self._is_tried = asyncio.Event()
         self._stopping = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
 
@@ -99,6 +100,10 @@ class Supervisor:
 
     async def wait_until_up(self) -> None:
         await self._is_up.wait()
+
+    async def wait_until_tried(self) -> None:
+        """Until it was up, or failed to start, once."""
+        await self._is_tried.wait()
 
     @property
     def is_up(self) -> bool:
@@ -148,6 +153,7 @@ class Supervisor:
             except Exception:  # nobody else would start the worker again
                 _log.exception("supervising worker '%s' failed", self.name)
                 how = "the front could not supervise it"
+            self._is_tried.set()
             if self._stopping.is_set():
                 break
             delay_ns = self._delay.on_death(time.monotonic_ns())
@@ -172,6 +178,7 @@ class Supervisor:
             self._life = _Life(process, channel, lane)
             self._delay.on_start(time.monotonic_ns())
             self._is_up.set()
+            self._is_tried.set()
             _log.info("worker '%s' is up, pid %d", self.name, process.pid)
             news.started()
             return await self._until_death(self._life, news)

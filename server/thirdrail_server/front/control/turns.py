@@ -27,10 +27,13 @@ class Turns:
         return name in self._lines
 
     @contextlib.asynccontextmanager
-    async def of(self, name: str) -> AsyncIterator[None]:
-        """Wait for a turn and have it. Raises ResourceExhausted when the line is too long."""
+    async def of(self, name: str, *, is_callers: bool = True) -> AsyncIterator[None]:
+        """Wait for a turn and have it. Raises ResourceExhausted when the line is too long.
+
+        is_callers: somebody asked for it; what the server owes itself has its place in any line.
+        """
         line = self._lines.setdefault(name, _Line())
-        if line.length > self._waiting_max:
+        if is_callers and line.length > self._waiting_max:
             raise ResourceExhausted(
                 f"{self._waiting_max} loads and unloads of '{name}' are waiting, the most allowed"
             )

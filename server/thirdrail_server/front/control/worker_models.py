@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from thirdrail.errors import (
     Cancelled,
@@ -24,7 +24,6 @@ from thirdrail.errors import (
 from thirdrail.v1 import metrics_pb2
 from thirdrail_server.config import ControlLimits, MemoryBudget, WorkerConfig
 from thirdrail_server.control_messages import (
-    LoadCommand,
     LoadedModel,
     LoadProgress,
     message_of_text,
@@ -39,8 +38,7 @@ from thirdrail_server.front.control.restarts import LoadLedger, Verdict
 from thirdrail_server.front.control.room import RoomMaker
 from thirdrail_server.front.control.supervisor import Supervisor, WorkerDied, WorkerNews
 from thirdrail_server.front.control.turns import LoadGate, Turns
-
-TellProgress = Callable[[LoadProgress], None]
+from thirdrail_server.front.control.worker_load import TellProgress, TooLarge, load_in_worker
 
 _log = logging.getLogger(__name__)
 
@@ -57,14 +55,6 @@ class Desk(Protocol):
     async def let_go(self, name: str, source: LoadSource | None) -> None:
         """A model does not serve from this source any more, as far as this worker is concerned."""
         ...
-
-
-class _TooLarge(Exception):
-    """The worker has loaded it, and dropped it again, for it takes more than it may."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size  # bytes
 
 
 class WorkerModels:
@@ -110,6 +100,9 @@ class WorkerModels:
 
     async def wait_until_up(self) -> None:
         await self._worker.wait_until_up()
+
+    async def wait_until_tried(self) -> None:
+        await self._worker.wait_until_tried()
 
     def start(self) -> None:
         """Start the worker."""
@@ -251,37 +244,23 @@ class WorkerModels:
         """Once more where it turns out larger than its files are, with the figure that is known
         then. A build never interrupts what serves until it is done."""
         name, may_interrupt = order.name, prepared.command.takes_stopgap
+
+        def tell(told: LoadProgress) -> None:
+            self._catalog.tell_phase(name, told.phase, self.name)
+            self._ledger.note(name, is_building=told.is_building)
+            progress(told)
+
         need = Need(name, prepared.files_bytes)
         while True:
             async with self._room.made(need, may_interrupt=may_interrupt):
                 order.require_wanted()
                 try:
-                    return await self._load_in_worker(prepared, progress)
-                except _TooLarge as error:
+                    return await load_in_worker(self._worker, prepared, tell)
+                except TooLarge as error:
                     if need.is_measured:
                         text = f"it takes {mib(error.size)}, which others took meanwhile"
                         raise ResourceExhausted(text) from None
                     need = Need(name, error.size, is_measured=True)
-
-    async def _load_in_worker(self, prepared: PreparedLoad, progress: TellProgress) -> LoadedModel:
-        command: LoadCommand = prepared.command
-
-        def tell(fields: dict[str, Any]) -> None:
-            told = LoadProgress.from_fields(fields)
-            self._catalog.tell_phase(command.name, told.phase, self.name)
-            self._ledger.note(command.name, is_building=told.is_building)
-            progress(told)
-
-        answer = await self._worker.call("load", command.to_fields(), tell)
-        if "too_large_bytes" in answer:
-            raise _TooLarge(int(answer["too_large_bytes"]))
-        loaded = LoadedModel.from_fields(answer)
-        versions: dict[int, str | None] = {**loaded.versions, **prepared.failures}
-        if None not in versions.values():
-            raise Internal(
-                "; ".join(f"version {v}: {text}" for v, text in sorted(versions.items()))
-            )
-        return replace(loaded, versions=dict(sorted(versions.items())))
 
     # Unloading
 

@@ -72,8 +72,12 @@ class SessionsServicer(sessions_pb2_grpc.SessionsServicer):
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Context
     ) -> pb.ListSessionsResponse:
-        lists = await asyncio.gather(*map(_sessions_of, self._workers.values()))
-        return pb.ListSessionsResponse(sessions=[each for found in lists for each in found])
+        asked = map(_sessions_of, self._workers.values())
+        lists = await asyncio.gather(*asked, return_exceptions=True)
+        found = [each for each in lists if not isinstance(each, BaseException)]
+        if not found:
+            await _sessions_of(self._first)  # raises why there is nobody to ask
+        return pb.ListSessionsResponse(sessions=[each for some in found for each in some])
 
     @answering
     async def Probe(self, request: pb.ProbeRequest, context: Context) -> pb.ProbeResponse:
