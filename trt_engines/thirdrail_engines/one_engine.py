@@ -2,16 +2,18 @@
 """One candidate becomes an engine: its plan is compiled and loaded, and it is proven.
 
 The reference is ONNX Runtime on the CPU with the model as it is; for a PyTorch source that is the
-plan of its ONNX form. It is loaded once, when it is first needed, and kept until the loader closes.
+plan of its ONNX form. A proof is made in the background, and its reference has one thread: nobody
+waits for that as those do who call the other models meanwhile.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from thirdrail_engines import cuda_engines
+from thirdrail_engines.background import in_background
 from thirdrail_engines.compile_options import CompileOptions, EngineChoice
 from thirdrail_engines.compiling import CompileServices, compile_plan
 from thirdrail_engines.cuda_engines import facts_for
@@ -112,7 +114,7 @@ class EngineLoader:
 
     def _need_reference(self) -> Engine:
         if self._reference is None:
-            self._reference = self._open_reference()
+            self._reference = self._open_reference(self._options)
         return self._reference
 
     def _take_reference(self) -> Engine:
@@ -122,12 +124,12 @@ class EngineLoader:
         self._reference = None
         return engine
 
-    def _open_reference(self) -> Engine:
+    def _open_reference(self, options: EngineOptions) -> Engine:
         if not self._is_torch:
-            return load_onnx(self.path, options=self._options, inspector=self._inspector)
+            return load_onnx(self.path, options=options, inspector=self._inspector)
         plan, _ = compile_plan(self._plans.of_onnxruntime(Precision.AS_IS), self._services)
         try:
-            return load_plan(plan.data, self.path, options=self._options)
+            return load_plan(plan.data, self.path, options=options)
         finally:
             self._release(plan)
 
@@ -249,16 +251,22 @@ class EngineLoader:
     def _prove(
         self, engine: Engine, precision: Precision, profiles: Sequence[Profile]
     ) -> ReferenceProof:
-        reference = self._need_reference()
+        self.close()  # one that told its shapes would use more threads, and memory twice
         self._check_cancelled()
         self._services.tell("proving the engine", 0, 0)
-        return prove(
-            engine,
-            reference,
-            profiles,
-            self._tolerance(engine, precision),
-            values=self._wanted.proof_values,
-        )
+        tolerance, values = self._tolerance(engine, precision), self._wanted.proof_values
+        self._start_inspection()
+
+        def compare() -> ReferenceProof:
+            with closing(self._open_reference(EngineOptions(threads_max=1))) as reference:
+                return prove(engine, reference, profiles, tolerance, values=values)
+
+        return in_background(compare)
+
+    def _start_inspection(self) -> None:
+        """A process that others ask as well: it shall not be one of the background."""
+        if not self._is_torch:
+            self._inspector.begin(self.path).result()
 
     def _tolerance(self, engine: Engine, precision: Precision) -> Tolerance:
         return tolerance_for(precision, engine.spec, self._wanted.tolerance)
