@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from support.models import add, constant, model, slow, tensor, write
+from support.models import add, constant, gather, model, slow, tensor, write
 from support.server import RunningServer, running_server
 from support.twin_host import GPUS
 from thirdrail import Client
@@ -77,6 +77,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     write(repository, "on_other", add(3), "instance_group { gpus: [1] count: 2 }")
     write(repository, "on_all", add(4), f"instance_group {{}} {ON_CPU}")
     write(repository, "slow", slow())
+    write(repository, "gather", gather(), on(1))
     write(repository, "nowhere", add(5), on(7))
     wanted = [f"--load-model={path.name}" for path in repository.iterdir()]
     write(repository, "moved", add(6), on(0))
@@ -142,6 +143,20 @@ def test_requests_go_where_fewer_are_and_the_death_of_one_worker_is_no_others_af
     assert host.client.snapshot().workers[1].restarts == 0
     assert host.requests("everywhere") - before["everywhere"] == 4
     assert host.requests("slow") - before["slow"] == 3
+
+
+def test_a_device_that_is_lost_takes_no_other_worker_with_it(host: Host) -> None:
+    restarts = {each.name: each.restarts for each in host.client.snapshot().workers}
+    with pytest.raises(Unavailable, match="the device was lost"):
+        host.client.infer("gather", np.array([9]))  # an illegal access, to the twin
+    until(lambda: host.worker(OTHER).restarts == restarts[OTHER] + 1)
+    assert [host.value(name) for name in ("everywhere", "on_cpu")] == [1, 2]
+    until(lambda: host.workers("everywhere") == [f"{FIRST}, {OTHER}"])
+    until(lambda: host.client.health("gather"))
+    assert list(host.client.infer("gather", np.array([2]))["y"]) == [12]
+    after = {each.name: each.restarts for each in host.client.snapshot().workers}
+    assert after == restarts | {OTHER: restarts[OTHER] + 1}
+    assert "exit status 86 (the device was lost)" in host.server.log_text()
 
 
 def test_each_device_has_a_budget_of_its_own(host: Host) -> None:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from thirdrail_engines.cuda.discovery import discover
+from thirdrail_engines.cuda.discovery import discover, has_driver
 from thirdrail_engines.cuda.identity import DeviceFacts, choose_device
 from thirdrail_engines.plans import BuildError
 from thirdrail_server.config import ConfigError, MemoryBudget, ServerConfig, WorkerConfig
@@ -24,6 +24,8 @@ def find_devices(config: ServerConfig) -> tuple[Device, ...]:
     if config.devices == ():
         return (CPU,)
     found, why_none = discover()
+    if not found and has_driver():
+        _log.warning("models run on the CPU alone: %s", why_none)
     devices = (*chosen_gpus(config.devices, found, why_none), CPU)
     for number, each in enumerate(devices[:-1]):
         _log.info("GPU %d is %s", number, each)

@@ -124,7 +124,8 @@ class Dispatcher:
             return self._only_lane
         model = self._catalog.get(request.model_name)
         workers = () if model is None else model.workers_of(request.model_version)
-        lanes = [self._lanes[each] for each in workers if each in self._lanes]
+        known = (self._lanes[each] for each in workers if each in self._lanes)
+        lanes = [lane for lane in known if not lane.closed.done()]
         if not lanes:
             raise Unavailable("the worker is starting")
         return min(lanes, key=lambda lane: lane.calls_in_flight)

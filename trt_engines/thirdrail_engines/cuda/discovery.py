@@ -20,13 +20,20 @@ DRIVER = "libcuda.so.1"
 ANSWER_S_MAX = 60.0  # the driver of a machine with many GPUs may take long at the first time
 
 
+def has_driver(driver: str = DRIVER) -> bool:
+    """Whether its library is here. It is not used."""
+    try:
+        ctypes.CDLL(driver)
+    except OSError:
+        return False
+    return True
+
+
 def discover(driver: str = DRIVER) -> tuple[tuple[DeviceFacts, ...], str]:
     """The devices in the order of their places on the bus, as nvidia-smi numbers them, and why
     there are none. What CUDA_VISIBLE_DEVICES hides is not there.
     """
-    try:
-        ctypes.CDLL(driver)
-    except OSError:
+    if not has_driver(driver):
         return (), f"there is no CUDA device here, as there is no NVIDIA driver ({driver})"
     try:
         child = subprocess.run(
