@@ -12,30 +12,15 @@ from thirdrail_engines.cuda.driver import DriverDevice
 
 TESTS = Path(__file__).parent.parent
 
-# A kernel that writes to address 8, compiled by the driver from PTX.
-ILLEGAL = r"""
+ILLEGAL = """
 import sys
-from cuda.bindings import driver
+from support import wild_kernel
 from thirdrail_engines.cuda.driver import open_device
 from thirdrail_engines.cuda.errors import DeviceFault
 
-PTX = b'''.version 7.0
-.target sm_50
-.address_size 64
-.visible .entry wild() {
-    .reg .b64 %a;
-    .reg .b32 %v;
-    mov.u64 %a, 8;
-    mov.u32 %v, 1;
-    st.global.u32 [%a], %v;
-    ret;
-}
-\0'''
 device = open_device(sys.argv[1])
 stream, event = device.new_stream(), device.new_event()
-module = device.call("cuModuleLoadData", PTX)
-kernel = device.call("cuModuleGetFunction", module, b"wild")
-device.call("cuLaunchKernel", kernel, 1, 1, 1, 1, 1, 1, 0, stream.native, 0, 0)
+wild_kernel.launch(device, stream)
 stream.record(event)
 for call in (event.wait, device.check, lambda: device.allocate(1), event.is_done):
     try:
@@ -61,6 +46,7 @@ def test_the_contract(device: DriverDevice) -> None:
 def test_a_wild_kernel_is_a_sticky_error_in_every_later_call(device: DriverDevice) -> None:
     done = subprocess.run(
         [sys.executable, "-c", ILLEGAL, device.facts.uuid],
+        env=os.environ | {"PYTHONPATH": str(TESTS)},
         capture_output=True,
         text=True,
         timeout=300,

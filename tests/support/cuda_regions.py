@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device memory as KServe's clients own it, on a twin, and the calls about it."""
+"""Device memory as KServe's clients own it, on a GPU or a twin, and the calls about it."""
 
 import contextlib
+import ctypes
 import os
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import numpy as np
@@ -59,6 +61,59 @@ class DeviceMemory:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class Memory(Protocol):
+    """handle: 64 bytes for other processes."""
+
+    handle: bytes
+
+    def read(self, size: int, offset: int = 0) -> bytes: ...
+
+    def write(self, content: bytes, offset: int = 0) -> None: ...
+
+
+class DriverMemory:
+    """The same on a GPU, of the first device. Not yet run on a GPU."""
+
+    def __init__(self, size: int) -> None:
+        from thirdrail_engines.cuda.driver import open_device
+
+        self._device = open_device(os.environ.get("THIRDRAIL_TEST_UUID", ""))
+        self._stream = self._device.new_stream()
+        self._address = self._device.allocate(size)
+        native = self._device.call("cuIpcGetMemHandle", self._address)
+        self.handle = ctypes.string_at(native.getPtr(), 64)
+
+    def read(self, size: int, offset: int = 0) -> bytes:
+        got = np.zeros(size, np.uint8)
+        self._stream.copy_out(got.ctypes.data, self._address + offset, size)
+        self._stream.synchronize()
+        return got.tobytes()
+
+    def write(self, content: bytes, offset: int = 0) -> None:
+        given = np.frombuffer(content, np.uint8)
+        self._stream.copy_in(self._address + offset, given.ctypes.data, len(content))
+        self._stream.synchronize()
+
+    def close(self) -> None:
+        self._device.free(self._address)
+        self._stream.close()
+        self._device.close()
+
+
+@contextlib.contextmanager
+def device_memory(size: int) -> Iterator[Memory]:
+    """On the twin where THIRDRAIL_TEST_TWIN is set, else on a GPU."""
+    if os.environ.get("THIRDRAIL_TEST_TWIN"):
+        with DeviceMemory(size) as twin:
+            yield twin
+        return
+    memory = DriverMemory(size)
+    try:
+        yield memory
+    finally:
+        memory.close()
 
 
 class CudaRegions:
