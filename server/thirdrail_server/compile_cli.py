@@ -24,7 +24,8 @@ from thirdrail_engines.compiling import CompileServices
 from thirdrail_engines.engine import ModelFileError
 from thirdrail_engines.plan_cache import CacheFolderError, PlanCache, PlanKey, default_folder
 from thirdrail_engines.plans import Precision
-from thirdrail_server.compile_jobs import Job, Wish, jobs_at
+from thirdrail_engines.profiles import ShapesUnknown
+from thirdrail_server.compile_jobs import Job, Wish, jobs_at, read_profiles
 from thirdrail_server.config import GIB, CompileConfig
 from thirdrail_server.repository.errors import RepositoryError
 
@@ -78,6 +79,16 @@ def compile(  # noqa: A001 the command's name
         Precision | None,
         typer.Option("--precision", help="In place of the one in the model's configuration."),
     ] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--profile",
+            metavar="INPUT=SHAPES",
+            help="The smallest, best and largest shape of an input of a model file, as in "
+            "profile.0.INPUT of config.pbtxt. Once for each input with an open dimension; an input "
+            "that comes again belongs to a further profile.",
+        ),
+    ] = None,
     cache_dir: Annotated[
         Path | None,
         typer.Option(
@@ -108,12 +119,12 @@ def compile(  # noqa: A001 the command's name
     \b
     thirdrail compile models/ --for sm86,sm89,sm120 --cache-dir plans/
     thirdrail serve models/ --read-only-cache plans/     # on the machines with the GPUs
+    thirdrail compile a.onnx --for sm89 --profile x=1x3x32x32,4x3x64x64,8x3x128x128
 
     Plans that are there already are left as they are. Exit code 1 when one could not be built or
     kept, and when there are no models.
     """
     asked = tuple(filter(None, map(str.strip, capabilities.split(","))))
-    wish = Wish(asked, engine, precision, derive_batching)
     if engine is EngineChoice.TORCH:
         raise typer.BadParameter("PyTorch runs its programs without plans", param_hint="--engine")
     if engine is EngineChoice.ONNXRUNTIME and asked:
@@ -128,6 +139,8 @@ def compile(  # noqa: A001 the command's name
             niceness=_NICENESS,
         )
         with typed_by_hand():
+            profiles = read_profiles(profile or ())
+            wish = Wish(asked, engine, precision, derive_batching, profiles)
             jobs = list(jobs_at(path, wish))
         with PlanCache(cache_dir or _default_cache(), round(cache_gib * GIB)) as cache:
             outcomes = [_in_cache(each, cache) for each in list(_with_bars(jobs, cache, limits))]
@@ -187,7 +200,15 @@ def _outcomes(job: Job, services: CompileServices) -> Iterator[Outcome]:
             ):
                 yield _done(job, left.pop(0), plan)
         except ModelFileError as error:
-            yield _failed(job, left.pop(0), str(error))
+            yield _failed(job, left.pop(0), _reason(job, error))
+
+
+def _reason(job: Job, error: ModelFileError) -> str:
+    """A file by itself has no configuration to write into."""
+    if job.version or not isinstance(error, ShapesUnknown):
+        return str(error)
+    lines = " ".join(f"--profile '{name}={text}'" for name, text in error.suggested.items())
+    return f"{error.reason}; say them, with the sizes that you use: {lines}"
 
 
 def _done(job: Job, target: str, plan: PlanAhead) -> Outcome:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `thirdrail compile` is to do: which models lie at a path, and for what they are compiled."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from thirdrail.errors import InvalidArgument
 from thirdrail_engines.compile_options import CompileOptions, EngineChoice, OnFailure
 from thirdrail_engines.host import cuda_devices
-from thirdrail_engines.plans import Builder, Precision
+from thirdrail_engines.plans import Builder, Precision, ShapeRange
+from thirdrail_engines.profiles import PROFILES_MAX, GivenProfile, read_shape_range
 from thirdrail_server.front.control.load_source import LoadSource, prepare
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.repository.compilation import compile_options
@@ -26,6 +27,7 @@ class Wish:
     engine: EngineChoice = EngineChoice.AUTO
     precision: Precision | None = None
     derive_batch_rows: int = 0
+    profiles: tuple[GivenProfile, ...] = ()  # of a file, which has no configuration
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +54,46 @@ class Job:
         return ",".join(self.options.compute_capabilities) or "this GPU"
 
 
+def read_profiles(texts: Sequence[str]) -> tuple[GivenProfile, ...]:
+    """From INPUT=SMALLEST,BEST,LARGEST; an input that is named again is of the next profile.
+
+    Raises InvalidArgument.
+    """
+    profiles: list[dict[str, ShapeRange]] = []
+    for text in texts:
+        name, equals, shapes = text.rpartition("=")
+        if not equals or not name:
+            raise InvalidArgument(
+                f"--profile {text[:80]!a} names no input; for example: --profile {_EXAMPLE}"
+            )
+        try:
+            given = read_shape_range(shapes)
+        except ValueError as error:
+            raise InvalidArgument(f"--profile {text[:80]!a} {error}") from None
+        profile = next((each for each in profiles if name not in each), None)
+        if profile is None:
+            profile = {}
+            profiles.append(profile)
+        profile[name] = given
+    if len(profiles) > PROFILES_MAX:
+        raise InvalidArgument(f"--profile: {len(profiles)} profiles, at most are {PROFILES_MAX}")
+    return tuple(profiles)
+
+
+_EXAMPLE = "'input=1x3x32x32,4x3x64x64,8x3x128x128'"
+
+
 def jobs_at(path: Path, wish: Wish) -> Iterator[Job]:
     """Every version that would be served.
 
     path: a model file, the folder of one model, or a repository.
     Raises InvalidArgument when it is none of them.
     """
+    if wish.profiles and not path.is_file():
+        raise InvalidArgument(
+            f"--profile is for a model file, and {path} is none: write profile.0.INPUT into its "
+            "config.pbtxt, where servers read it too"
+        )
     if path.is_file():
         yield from _of_file(path, wish)
     elif not path.is_dir():
@@ -118,9 +154,16 @@ def _of_version(
     except RepositoryError as error:
         yield replace(_broken(name, version, path, wish), fault=str(error))
         return
+    if wish.profiles:
+        options = replace(options, profiles=wish.profiles)
     if wish.precision is not None:
         options = replace(options, precision=wish.precision)
     builder = _builder(wish, options)
+    if wish.profiles and builder is Builder.ONNXRUNTIME and path.suffix != ".pt":
+        raise InvalidArgument(
+            "--profile changes nothing in a plan for this CPU, which takes every shape: leave it "
+            "out, or name GPUs, as in --for sm86"
+        )
     job = Job(name, version, path, options, builder)
     if path.suffix not in SUFFIXES:
         yield replace(job, fault=f"{path.name} is a plan already")

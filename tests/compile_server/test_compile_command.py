@@ -18,8 +18,9 @@ from thirdrail.cli.app import app
 from thirdrail.errors import InvalidArgument
 from thirdrail_engines.compile_options import EngineChoice
 from thirdrail_engines.plans import Builder, Precision
+from thirdrail_engines.profiles import write_shape_range
 from thirdrail_server.compile_cli import NOT_KEPT
-from thirdrail_server.compile_jobs import NO_TARGET, Job, Wish, jobs_at
+from thirdrail_server.compile_jobs import NO_TARGET, Job, Wish, jobs_at, read_profiles
 from thirdrail_server.config import GIB
 
 BATCHES = "max_batch_size: 8\n"
@@ -98,9 +99,51 @@ def test_a_plan_that_is_not_kept_has_failed(repository: Path, tmp_path: Path) ->
     assert NOT_KEPT in told
 
 
+@pytest.mark.needs_tensorrt
+def test_a_file_by_itself_is_given_its_shapes(repository: Path, tmp_path: Path) -> None:
+    """And has the very plan that the same model has with them in its configuration."""
+    path, cache = str(repository / "open/1/model.onnx"), f"--cache-dir={tmp_path / 'cache'}"
+    status, told, _ = thirdrail(path, "--for=sm86", cache, "--json")
+    [refused] = json.loads(told)
+    assert (status, refused["result"]) == (1, "failed")
+    assert refused["reason"].endswith("say them, with the sizes that you use: --profile 'x=1,4,8'")
+    status, told, _ = thirdrail(path, "--for=sm86", cache, "--json", "--profile", "x=1,4,8")
+    assert (status, json.loads(told)[0]["result"]) == (0, "built")
+    status, told, _ = thirdrail(str(repository / "given"), "--for=sm86", cache, "--json")
+    assert json.loads(told)[0]["result"] == "cached"
+    _, told, _ = thirdrail(path, "--for=sm86", cache, "--json", "--profile", "y=1,4,8")
+    assert "profile.0.y: the model has no input 'y', its inputs are 'x'" in told
+
+
+def test_inputs_that_come_again_are_of_a_further_profile() -> None:
+    first, second = read_profiles(["x=1,4,8", "a=b=2x3,2x3,2x3", "x=9,9,9"])
+    assert {name: write_shape_range(each) for name, each in first.items()} == {
+        "x": "1,4,8",
+        "a=b": "2x3,2x3,2x3",
+    }
+    assert [write_shape_range(each) for each in second.values()] == ["9,9,9"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("1,4,8", "names no input; for example: --profile 'input=1x3x32x32,"),
+        ("=1,4,8", "names no input"),
+        ("x=1,4", "has 2 shapes, expected three: smallest,best,largest"),
+        ("x=4,1,8", "has the sizes [4, 1, 8] on axis 0"),
+    ],
+)
+def test_shapes_that_cannot_be_say_what_could(text: str, says: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        read_profiles([text])
+    assert says in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (("--profile=x=1,4,8",), "is none: write profile.0.INPUT into its config.pbtxt"),
+        (("--profile=x",), "names no input"),
         (("--engine=onnxruntime", "--for=sm86"), "plans are for this CPU"),
         (("--engine=torch",), "without plans"),
         (("--build-minutes-max=0",), "--build-minutes-max"),
@@ -112,6 +155,15 @@ def test_wishes_that_cannot_be_are_refused(
     status, _, error = thirdrail(str(repository), *arguments)
     assert status == 2
     assert says in " ".join(error.replace("│", " ").split())
+
+
+def test_shapes_for_a_plan_that_takes_all_are_refused(repository: Path) -> None:
+    path = repository / "open/1/model.onnx"
+    profiles = read_profiles(["x=1,4,8"])
+    with pytest.raises(InvalidArgument, match="a plan for this CPU, which takes every shape"):
+        jobs(path, profiles=profiles)
+    [job] = jobs(path, profiles=profiles, capabilities=("sm86",))
+    assert job.options.profiles == profiles
 
 
 def test_no_models_are_a_failure(repository: Path, tmp_path: Path) -> None:

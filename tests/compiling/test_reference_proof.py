@@ -139,7 +139,9 @@ def test_what_the_reference_refuses_proves_nothing(open_model: OpenModel) -> Non
     proof = prove(open_model(built), open_model(built), (), TIGHT)
     assert not proof.is_proven
     assert "nothing could be compared: trial sizes: the reference refuses" in proof.faults[0]
+    assert 'say which: parameters { key: "profile.0.index" value' in proof.faults[0]
     assert 'say which: parameters { key: "proof.INPUT" value' in proof.faults[0]
+    assert ReferenceProof.from_dict(proof.to_dict()) == proof
 
 
 @pytest.mark.parametrize("dtype", ["INT64", "FP32", "FP16", "UINT8", "BYTES"])

@@ -31,6 +31,18 @@ class ProfileError(ModelFileError):
     """A profile of the configuration contradicts the model: a mistake, whatever the engine."""
 
 
+class ShapesUnknown(BuildError):
+    """Open dimensions of which nobody says the sizes.
+
+    reason: without the lines to write. suggested: by input, a range as configurations have it.
+    """
+
+    def __init__(self, reason: str, advice: str, suggested: Mapping[str, str]) -> None:
+        super().__init__(BuildFault.REFUSED, f"{reason}; {advice}: {profile_lines(0, suggested)}")
+        self.reason = reason
+        self.suggested = suggested
+
+
 @dataclass(frozen=True, slots=True)
 class BatchRows:
     """The rows that requests will be batched to: the usual number, and the most.
@@ -142,12 +154,12 @@ def _derived(
         is_only_rows = not any(
             tensor.name in unranked or -1 in tensor.shape[1:] for tensor in open_inputs.values()
         )
-        raise BuildError(
-            BuildFault.REFUSED,
+        raise ShapesUnknown(
             "a plan needs the sizes of every open dimension, and nothing says those of "
-            f"{', '.join(reasons)}; {'set max_batch_size, or ' if is_only_rows else ''}"
-            "write into config.pbtxt, with the smallest, best and largest sizes that you use: "
-            + _lines(0, open_inputs.values(), rows, unranked),
+            + ", ".join(reasons),
+            f"{'set max_batch_size, or ' if is_only_rows else ''}write into config.pbtxt, with "
+            "the smallest, best and largest sizes that you use",
+            suggested_ranges(open_inputs.values(), rows, unranked),
         )
     return Profile({name: _suggested(tensor.shape, rows) for name, tensor in open_inputs.items()})
 
@@ -160,20 +172,22 @@ def _unknown_sizes(tensor: TensorSpec, rows: BatchRows | None, unranked: frozens
     return f"{word} {' and '.join(map(str, axes))} of input '{tensor.name}' {list(tensor.shape)}"
 
 
-def _lines(
-    number: int,
-    tensors: Iterable[TensorSpec],
-    rows: BatchRows | None,
-    unranked: frozenset[str],
-) -> str:
-    """A whole profile to write: one that names some inputs must name all."""
-    return " ".join(
-        config_line(
-            f"profile.{number}.{tensor.name}",
-            write_shape_range(_suggested((-1,) if tensor.name in unranked else tensor.shape, rows)),
+def suggested_ranges(
+    tensors: Iterable[TensorSpec], rows: BatchRows | None, unranked: frozenset[str]
+) -> dict[str, str]:
+    """By input, what could be written: a whole profile, where these are all with an open
+    dimension."""
+    return {
+        tensor.name: write_shape_range(
+            _suggested((-1,) if tensor.name in unranked else tensor.shape, rows)
         )
         for tensor in tensors
-    )
+    }
+
+
+def profile_lines(number: int, ranges: Mapping[str, str]) -> str:
+    """One profile as config.pbtxt has it."""
+    return " ".join(config_line(f"profile.{number}.{name}", text) for name, text in ranges.items())
 
 
 def _suggested(shape: Shape, rows: BatchRows | None) -> ShapeRange:
@@ -210,7 +224,7 @@ def _check_profile(
         raise ProfileError(
             f"profile {number} must name every input with an open dimension, and lacks {names}; "
             "write into config.pbtxt, with sizes that fit the others: "
-            + _lines(number, absent, rows, unranked)
+            + profile_lines(number, suggested_ranges(absent, rows, unranked))
         )
 
 

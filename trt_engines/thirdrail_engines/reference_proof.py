@@ -29,7 +29,7 @@ from thirdrail.tensors import Array
 from thirdrail_engines.engine import DeviceLost, Engine, EngineError, EngineSpec
 from thirdrail_engines.output_figures import OutputFigures, compare, is_float, worse
 from thirdrail_engines.plans import Precision, Profile
-from thirdrail_engines.profiles import config_line
+from thirdrail_engines.profiles import config_line, profile_lines, suggested_ranges
 from thirdrail_engines.trials import KINDS, Trial, ValueRange, bytes_of, seeded, trials
 
 # Changes when inputs or figures are made in another way: older records then prove nothing.
@@ -66,6 +66,8 @@ class ReferenceProof:
     skipped: tuple[str, ...] = ()  # with the reason
     failed: str = ""  # the run that the engine failed, and how
     faults: tuple[str, ...] = ()
+    # What to write where the sizes that were tried do not suit the model; "" where it was said.
+    shapes_advice: str = ""
 
     @property
     def uncompared(self) -> tuple[str, ...]:
@@ -97,6 +99,7 @@ class ReferenceProof:
             skipped=tuple(values["skipped"]),
             failed=str(values["failed"]),
             faults=tuple(values["faults"]),
+            shapes_advice=str(values.get("shapes_advice", "")),  # older records do not have it
         )
 
 
@@ -178,8 +181,17 @@ def prove(
             worst[name] = worse(worst[name], compare(name, got[name], wanted[name]))
         runs.append(trial.name)
         run_bytes += trial.bytes
-    proof = ReferenceProof(tuple(worst.values()), tuple(runs), tuple(skipped))
+    advice = "" if profiles else _shapes_advice(reference.spec)
+    proof = ReferenceProof(tuple(worst.values()), tuple(runs), tuple(skipped), shapes_advice=advice)
     return proof.judged(tolerance)
+
+
+def _shapes_advice(spec: EngineSpec) -> str:
+    open_inputs = [tensor for tensor in spec.inputs if not tensor.optional and -1 in tensor.shape]
+    if not open_inputs:
+        return ""
+    lines = profile_lines(0, suggested_ranges(open_inputs, None, frozenset()))
+    return f"for inputs of certain sizes only, say which: {lines}; "
 
 
 def _expected(
@@ -229,7 +241,8 @@ def _faults(proof: ReferenceProof, tolerance: Tolerance) -> Iterator[str]:
         yield proof.failed
     elif not proof.runs:
         more = f" (and {len(proof.skipped) - 1} more like it)" if proof.skipped[1:] else ""
-        yield f"nothing could be compared: {'; '.join(proof.skipped[:1])}{more}; {_ADVICE}"
+        advice = f"{proof.shapes_advice}{_ADVICE}"
+        yield f"nothing could be compared: {'; '.join(proof.skipped[:1])}{more}; {advice}"
     elif len(proof.uncompared) == len(proof.outputs):
         yield "nothing could be compared: seeded inputs lead to no finite number"
     elif len(proof.uncompared) > (tolerance.uncompared or 0):
