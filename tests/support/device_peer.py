@@ -15,9 +15,10 @@ from thirdrail.v1 import lane_pb2, tensor_pb2
 
 
 class DevicePeer(LanePeer):
-    """device: the worker's answer, once there was a good one."""
+    """device: the worker's answer, once there was a good one. source: what a test has there."""
 
     device: lane_pb2.DeviceAttached
+    source: tensor_pb2.ArenaRef
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock)

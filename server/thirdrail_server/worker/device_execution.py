@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run of an engine with tensors on the device.
 
-An engine that computes on this device reads and writes them where they are. For any other, inputs
-are copied to the host and results back to the device; each way counts as a copy.
+An engine that computes on this device reads and writes them where they are, and the run is over
+for its thread when the device has it. For any other, inputs are copied to the host and results back
+to the device; each way counts as a copy.
 """
 
 from collections.abc import Mapping
@@ -11,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from thirdrail.tensors import Array
+from thirdrail_engines.cuda.engine import CudaEngine
+from thirdrail_engines.cuda.placed import Placement
 from thirdrail_engines.engine import Engine
 from thirdrail_server.worker.device_tensors import DeviceTensor
 from thirdrail_server.worker.members import Member, Outcome
 from thirdrail_server.worker.results import Slot
-from thirdrail_server.worker.session_device import DeviceCall
+from thirdrail_server.worker.session_device import DeviceCall, Refs
 
 
 def run_with_device(
@@ -32,10 +35,39 @@ def run_with_device(
     """
     wanted = [output.name for output in member.request.outputs]
     on_device = [output.name for output in member.request.outputs if output.on_device]
+    if isinstance(engine, CudaEngine) and engine.device_uuid == call.device.facts.uuid:
+        return _run_placed(engine, inputs, wanted, on_device, call, slots, outcome)
     results: dict[str, Any] = dict(engine.run(_on_host(inputs, call, outcome), wanted, {}))
     if on_device:
         outcome.copies += 1
         _put(call, {name: results[name] for name in on_device}, results, slots)
+    return results
+
+
+def _run_placed(
+    engine: CudaEngine,
+    inputs: Mapping[str, Any],
+    wanted: list[str],
+    on_device: list[str],
+    call: DeviceCall,
+    slots: dict[str, Slot],
+    outcome: Outcome,
+) -> Mapping[str, Any]:
+    places: Refs = {}
+
+    def place(sizes: Mapping[str, int]) -> dict[str, int]:
+        places.update(call.lease(sizes))
+        return {name: memory.address for name, (_, memory) in places.items()}
+
+    placement = Placement(on_device, place, call.record_done)
+    results: dict[str, Any] = dict(engine.run_placed(inputs, wanted, placement))
+    outcome.copies += any(isinstance(tensor, np.ndarray) for tensor in inputs.values())
+    dtypes = {spec.name: spec.dtype.numpy for spec in engine.spec.outputs}
+    for name, (ref, memory) in places.items():
+        dtype = dtypes[name]
+        assert dtype is not None
+        results[name] = tensor = DeviceTensor(memory.address, dtype, results[name])
+        slots[name] = Slot(ref, tensor, is_foretold=False)  # type: ignore[arg-type]
     return results
 
 

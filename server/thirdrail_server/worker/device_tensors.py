@@ -31,7 +31,9 @@ class DeviceTensor:
     dtype: "np.dtype[Any]"
     shape: tuple[int, ...]
 
-    flags: ClassVar = SimpleNamespace(writeable=False)  # nothing on the host can write it
+    flags: ClassVar = SimpleNamespace(
+        writeable=False, c_contiguous=True
+    )  # nothing on the host can write it
 
     @property
     def nbytes(self) -> int:

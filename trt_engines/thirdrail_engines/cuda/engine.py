@@ -16,6 +16,7 @@ of the profiles: a request does not fail for lack of it.
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from thirdrail.tensors import Array
 from thirdrail_engines.cuda.device import Device
@@ -24,11 +25,13 @@ from thirdrail_engines.cuda.graph_cache import GraphFigures
 from thirdrail_engines.cuda.instance import Instance
 from thirdrail_engines.cuda.layout import lay_out
 from thirdrail_engines.cuda.options import CudaOptions
+from thirdrail_engines.cuda.placed import Placement
 from thirdrail_engines.cuda.program import Program, choose_profile, largest_shapes, refusal
 from thirdrail_engines.cuda.request import Request, check_request
 from thirdrail_engines.cuda.slots import SlotTable
 from thirdrail_engines.cuda.staging import PinnedPool, StagingFigures
 from thirdrail_engines.engine import DeviceLost, EngineError, EngineSpec, ModelFileError
+from thirdrail_engines.plans import Shape
 
 __all__ = ["CudaEngine", "CudaOptions"]
 
@@ -88,13 +91,33 @@ class CudaEngine:
         """See Engine.run."""
         if not wanted:
             return {}
+        request = self._checked(inputs, wanted, into)
+        with self._slots.taken() as slot:
+            return slot.instance.run(slot, request)
+
+    def _checked(
+        self, inputs: Mapping[str, Array], wanted: Sequence[str], into: Mapping[str, Array]
+    ) -> Request:
         shapes = check_request(self._spec, inputs, wanted, into)
         profile = choose_profile(self._program.spec.profiles, shapes)
         if profile is None:
             raise EngineError(refusal(self._program.spec.profiles, shapes))
-        request = Request(inputs, shapes, profile, wanted, into)
+        return Request(inputs, shapes, profile, wanted, into)
+
+    @property
+    def device_uuid(self) -> str:
+        return self._device.facts.uuid
+
+    def run_placed(
+        self, inputs: Mapping[str, Any], wanted: Sequence[str], placement: Placement
+    ) -> dict[str, Array | Shape]:
+        """As `run`, with inputs that are arrays or Placed. Returns arrays, and of the outputs that
+        stay on the device their shapes: these are there when the stream has done its work, and
+        where nothing is on the host, this does not wait for it.
+        """
+        request = self._checked(inputs, wanted, {})
         with self._slots.taken() as slot:
-            return slot.instance.run(slot, request)
+            return slot.instance.run_placed(slot, request, placement)
 
     def close(self) -> None:
         """See Engine.close. What a lost device held is gone with it."""

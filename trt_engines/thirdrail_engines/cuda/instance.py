@@ -11,6 +11,7 @@ from thirdrail_engines.cuda.graph_cache import GraphCache, Way
 from thirdrail_engines.cuda.layout import Layout, lay_out
 from thirdrail_engines.cuda.open_output import GrowingOutput
 from thirdrail_engines.cuda.options import CudaOptions
+from thirdrail_engines.cuda.placed import Inputs, Placement, of_host, sizes_of
 from thirdrail_engines.cuda.program import Context, Program, largest_shapes
 from thirdrail_engines.cuda.request import Request
 from thirdrail_engines.cuda.slot import Slot
@@ -91,6 +92,73 @@ class Instance:
             raise
         finally:
             transfers.close()
+
+    def run_placed(
+        self, slot: Slot, request: Request, placement: Placement
+    ) -> dict[str, Array | Shape]:
+        """See CudaEngine.run_placed. All on the stream that computes: what this slot's next run
+        does there comes after it, so that nobody has to wait while nothing is on the host."""
+        specs, stream = self._spec, self._compute
+        inputs = Inputs.of(specs.inputs, request.inputs)
+        host = of_host(request, inputs.host, placement.on_device)
+        layout = lay_out(inputs.staged(specs.inputs), request.shapes)
+        transfers = Transfers(self._pool, host)
+        results: dict[str, Array | Shape] = {}
+        try:
+            copy_in = (
+                transfers.stage(inputs.host, layout, slot.input_block) if inputs.host else None
+            )
+            with self._lock:
+                if copy_in is not None:
+                    copy_in(stream)
+                for name, tensor in inputs.copied.items():
+                    if tensor.nbytes:
+                        target = slot.input_block + layout.offsets[name]
+                        stream.copy(target, tensor.address, tensor.nbytes)
+                shapes, is_copied = self._calculate_placed(slot, request, inputs, layout, placement)
+                sources = slot.sources(specs.outputs, shapes)
+                fetched = None
+                if host.wanted:
+                    fetched = transfers.fetch(specs.outputs, shapes, sources, stream)
+                placement.given(stream)
+                stream.record(slot.is_out)
+            if inputs.host or inputs.copied or is_copied or fetched is not None:
+                slot.is_out.wait()
+            if fetched is not None:
+                results.update(fetched())
+            return results | {name: shapes[name] for name in placement.on_device}
+        except BaseException:
+            self._quiesce()
+            raise
+        finally:
+            transfers.close()
+
+    def _calculate_placed(
+        self, slot: Slot, request: Request, inputs: Inputs, layout: Layout, placement: Placement
+    ) -> tuple[dict[str, Shape], bool]:
+        """Give the run to the device. Returns the outputs' shapes, and whether results were copied
+        to where they stay: where only the run tells how large one is. Never by a graph, which would
+        have to be recorded for each address."""
+        slot.begin()
+        context = self._context
+        assert context is not None
+        outputs = context.prepare(request.profile, request.shapes, self._compute)
+        rooms = self._bind(context, slot, layout, outputs)
+        for name, tensor in inputs.bound.items():
+            context.bind(name, tensor.address)
+        specs, on_device = self._spec.outputs, placement.on_device
+        is_copied = any(name in rooms for name in on_device)
+        if on_device and not is_copied:
+            for name, address in placement.place(sizes_of(specs, outputs, on_device)).items():
+                context.bind(name, address)
+        self._enqueue(context, rooms)
+        shapes = outputs | {name: room.shape for name, room in rooms.items()}
+        if is_copied:
+            sources, sizes = slot.sources(specs, shapes), sizes_of(specs, shapes, on_device)
+            for name, address in placement.place(sizes).items():
+                if sizes[name]:
+                    self._compute.copy(address, sources[name], sizes[name])
+        return shapes, is_copied
 
     def close(self) -> None:
         for recording in self.graphs.clear():
