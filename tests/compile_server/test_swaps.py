@@ -154,6 +154,7 @@ def test_requests_are_answered_while_the_engine_is_built_and_when_it_takes_over(
     metrics = client.metrics()
     assert 'thirdrail_engine_fallbacks_total{model="m",version="1"} 0.0' in metrics
     assert 'thirdrail_requests_total{model="m",outcome="failed",version="1"} 0.0' in metrics
+    assert f"model 'm' version 1 is run by {PLAN} from now on" in server.log_text()
 
 
 @pytest.mark.slow

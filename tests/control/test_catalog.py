@@ -190,7 +190,7 @@ def test_an_empty_repository_is_ready(catalog: Catalog) -> None:
 
 def test_models_and_watchers_are_bounded(catalog: Catalog) -> None:
     for number in range(10):
-        catalog.list_unloaded(f"m{number}", [1])
+        catalog.list_not_loaded(f"m{number}", [1])
     with pytest.raises(ResourceExhausted):
         catalog.begin_load("one more", [1], "cpu")
     serve(catalog, "m0", v1=None)

@@ -54,7 +54,7 @@ async def test_explicit_mode_loads_what_is_asked_for(repository: Any, open_plane
     repository.write("b")
     async with open_plane(load_models=("a",), **EXPLICIT) as plane:
         await plane.until(plane.catalog.all_ready)
-        assert plane.reason("b") == "unloaded"
+        assert plane.reason("b") == "not loaded"
         told: list[LoadProgress] = []
         assert await plane.control.load("b", None, {}, told.append) == [1]
         assert told == [LoadProgress("reading"), LoadProgress("building", 1, 2)]

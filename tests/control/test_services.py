@@ -165,7 +165,7 @@ async def test_watch_tells_the_state_then_the_changes_then_the_end(
         call = stubs.models.Watch(models_pb2.WatchRequest(names=["a"]))
         watch = aiter(call)
         first = await anext(watch)
-        assert (first.initial, first.status.name, first.status.reason) == (True, "a", "unloaded")
+        assert (first.initial, first.status.name, first.status.reason) == (True, "a", "not loaded")
         for name in ("b", "a"):
             await plane.control.load(name)
         news = await anext(watch)

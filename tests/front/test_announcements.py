@@ -88,7 +88,7 @@ def test_a_start_without_models(catalog: Catalog) -> None:
     assert "'/models' has no folder of a model, expected MODEL/VERSION/model.onnx" in text
     explicit = config(model_control=ModelControlMode.EXPLICIT)
     assert started(catalog, explicit, 1)[0] == logging.WARNING
-    catalog.list_unloaded("a", [1])
+    catalog.list_not_loaded("a", [1])
     level, text = started(catalog, explicit, 1)
     assert level == logging.INFO
     assert "try `thirdrail load MODEL`" in text

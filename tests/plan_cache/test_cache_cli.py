@@ -299,6 +299,15 @@ def test_export_makes_a_cache_for_others(filled: Path, tmp_path: Path, typed: Ty
         assert cache.get(key("b")) is None
 
 
+def test_export_goes_into_no_folder_of_others(filled: Path, tmp_path: Path, typed: Typed) -> None:
+    folder = tmp_path / "models"
+    (folder / "double").mkdir(parents=True)
+    refused = typed("export", str(folder))
+    assert refused.code == 1
+    assert f"{folder} holds other things and is no plan cache" in " ".join(refused.err.split())
+    assert [each.name for each in folder.iterdir()] == ["double"]
+
+
 def test_help_teaches(typed: Typed) -> None:
     done = typed("--help", cache_dir=None)
     assert "thirdrail cache prune --to-gib 5" in done.out

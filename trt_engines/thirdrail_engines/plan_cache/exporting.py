@@ -12,7 +12,7 @@ from thirdrail_engines.plan_cache.opening import reason_of
 from thirdrail_engines.plan_cache.reading import Damaged
 from thirdrail_engines.plan_cache.saving import save_entry
 from thirdrail_engines.plan_cache.store import Store
-from thirdrail_engines.plan_cache.trust import check_folder
+from thirdrail_engines.plan_cache.trust import CacheFolderError, check_folder
 
 _NO_LIMIT = 1 << 62
 
@@ -34,6 +34,11 @@ def export_plans(layout: Layout, digests: Sequence[str], destination: Path) -> E
     target = Layout(destination)
     destination.mkdir(mode=0o755, parents=True, exist_ok=True)
     check_folder(destination)
+    if not target.plans.is_dir() and any(destination.iterdir()):
+        raise CacheFolderError(
+            f"{destination} holds other things and is no plan cache: name one, an empty folder, or "
+            "one that is to be made"
+        )
     for folder in target.folders:
         folder.mkdir(mode=0o755, exist_ok=True)
         check_folder(folder)

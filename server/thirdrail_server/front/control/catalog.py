@@ -33,6 +33,7 @@ from thirdrail_server.front.control.served_model import (
 )
 
 UNLOADED = "unloaded"
+NOT_LOADED = "not loaded"  # and never was
 EVICTED = "evicted to make room for"
 RELOAD_FAILED = "the last reload failed, what was loaded before is serving"
 VERSION_MAX = (1 << 63) - 1
@@ -167,11 +168,11 @@ class Catalog:
             self._make_room(name)
             self._put(ServedModel(name, (VersionStatus(0, LOADING, "waiting to be loaded"),)))
 
-    def list_unloaded(self, name: str, versions: Iterable[int]) -> None:
+    def list_not_loaded(self, name: str, versions: Iterable[int]) -> None:
         """It lies in the repository and was not asked for. Raises ResourceExhausted."""
         self._make_room(name)
-        statuses = tuple(VersionStatus(number, UNAVAILABLE, UNLOADED) for number in versions)
-        none_known = (VersionStatus(0, UNAVAILABLE, UNLOADED),)
+        statuses = tuple(VersionStatus(number, UNAVAILABLE, NOT_LOADED) for number in versions)
+        none_known = (VersionStatus(0, UNAVAILABLE, NOT_LOADED),)
         self._put(ServedModel(name, by_number(statuses or none_known)))
 
     def place(self, name: str, workers: Sequence[str]) -> None:

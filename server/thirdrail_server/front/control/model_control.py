@@ -66,7 +66,7 @@ class ModelControl:
         names = startup_names(self._config, found.folders)
         self._catalog.expect(names)
         for name in found.folders.keys() - set(names):
-            self._catalog.list_unloaded(name, found.folders[name].versions)
+            self._catalog.list_not_loaded(name, found.folders[name].versions)
         for name in names:
             self._loads.order(self._from_repository(name))
         if self._config.model_control is ModelControlMode.POLL:

@@ -135,11 +135,7 @@ class ModelLoads:
         finally:
             self._orders.remove(order)
             await self.let_go(name, order.source)
-        ready = {v for each in loaded.values() for v, fault in each.versions.items() if not fault}
-        versions = sorted(ready)
-        if versions:
-            _log.info("model '%s' serves, version %s", name, ", ".join(map(str, versions)))
-        return versions
+        return sorted({version for each in loaded.values() for version in each.ready_versions})
 
     async def _until_started(self) -> None:
         """So that all parts of a model are loaded at once. Who takes longer gets his part later."""
@@ -215,6 +211,9 @@ class ModelLoads:
                 level = logging.INFO if engine.is_stopgap else logging.WARNING
                 facts = (name, version, engine.name, engine.reason)
                 _log.log(level, "model '%s' version %d is run by %s, not by %s", *facts)
+            elif order.improves:
+                told = (name, version, engine.name)
+                _log.info("model '%s' version %d is run by %s from now on", *told)
         if any(engine.is_stopgap for engine in engines.values()):
             # Now: who loads it next must know.
             self.order(Order(name, order.source, where.name, is_patient=True, improves=True))
