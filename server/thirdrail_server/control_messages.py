@@ -94,6 +94,10 @@ class LoadedModel:
     warnings: list[str] = field(default_factory=list)
     engines: dict[int, VersionEngine] = field(default_factory=dict)  # version -> what runs it
 
+    @property
+    def ready_versions(self) -> list[int]:
+        return [version for version, failure in self.versions.items() if failure is None]
+
     def to_fields(self) -> Fields:
         return {
             "config": message_to_text(self.config),

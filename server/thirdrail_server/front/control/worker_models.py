@@ -8,7 +8,7 @@ fails there changes nothing but what is told.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -47,6 +47,11 @@ class Desk(Protocol):
     """Whom this worker's models are ordered from."""
 
     turns: Turns
+
+    @property
+    def workers(self) -> "Sequence[WorkerModels]":
+        """All that there are."""
+        ...
 
     def comes_back(self, worker: str, name: str, source: LoadSource) -> None:
         """The worker died, and the model served from this source there."""
@@ -235,6 +240,9 @@ class WorkerModels:
             raise
         before = self._ledger.succeed(name, order.source)
         self._catalog.end_load(name, loaded, self.name, instances)
+        where = f" in worker '{self.name}'" if len(self._desk.workers) > 1 else ""
+        versions = ", ".join(map(str, loaded.ready_versions))
+        _log.info("model '%s' serves%s, version %s", name, where, versions)
         await self._desk.let_go(name, before)
         return loaded
 
