@@ -28,6 +28,7 @@ from thirdrail_engines.compiling import CompileServices, compile_plan
 from thirdrail_engines.onnxruntime_engine import load_plan
 from thirdrail_engines.plan_cache import PlanCache, key_of
 from thirdrail_engines.plans import BuildError, BuildFault
+from thirdrail_engines.repetitions import once_each
 
 
 @pytest.fixture
@@ -262,3 +263,9 @@ def test_where_there_may_be_no_cache_is_no_place_to_build(
     with pytest.raises(BuildError, match=r"no folder to build in: .*No space left") as caught:
         compile_plan(request_for(model), CompileServices())
     assert caught.value.fault is BuildFault.OUT_OF_DISK
+
+
+def test_warnings_that_differ_in_a_number_are_told_once() -> None:
+    told = ["empty constant.40", "no such thing", "empty constant.42", "empty constant.7"]
+    assert once_each(told) == ["empty constant.40 (and 2 more like it)", "no such thing"]
+    assert once_each([]) == []

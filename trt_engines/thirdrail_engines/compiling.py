@@ -29,6 +29,7 @@ from thirdrail_engines.plan_cache import (
     key_of,
 )
 from thirdrail_engines.plans import BuildError, BuildFault, PlanRequest, TellProgress
+from thirdrail_engines.repetitions import once_each
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def _built(request: PlanRequest, key: PlanKey, cache: PlanCache, services: Compi
         built = run_build(request, folder, services.limits, services.tell, services.cancelled)
         timings.take_back()
         _check_unchanged(request, key)
-        for warning in built.warnings:
+        for warning in once_each(built.warnings):
             _log.warning("%s: %s", request.source.name, warning)
         return cache.put(key, built.plan, _manifest(request, built, timings.figures))
 
