@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who waits for whom when much has to be built: nobody whose own plan is there or not needed."""
 
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +10,10 @@ from support.compiled import held_build, until_ready, write_compiled
 from support.models import identity, write
 from support.perceptrons import two_layers
 from thirdrail import Client
+from thirdrail_engines.compile_options import read_compile_options
+from thirdrail_engines.compiling import CompileServices, compile_plan
+from thirdrail_engines.plan_cache import PlanCache
+from thirdrail_engines.plan_requests import onnxruntime_request
 from thirdrail_server.config import CompileConfig, WorkerConfig
 
 # More than there are threads or permits for loads.
@@ -24,8 +26,11 @@ def test_a_load_that_needs_no_build_waits_for_none(
 ) -> None:
     folder, cache = tmp_path / "repository", tmp_path / "cache"
     write_compiled(folder, "there", two_layers(seed=1))
-    command = [sys.executable, "-m", "thirdrail", "compile", str(folder / "there")]
-    subprocess.run([*command, f"--cache-dir={cache}"], check=True, capture_output=True)
+    with PlanCache(cache, 1 << 30) as filled:
+        there = folder / "there/1/model.onnx"
+        options = read_compile_options({})
+        request = onnxruntime_request(there, options, precision=options.precision, threads_max=1)
+        compile_plan(request, CompileServices(filled))
     names = [f"m{number}" for number in range(MANY)]
     for name in names:
         write_compiled(folder, name, two_layers())
@@ -41,8 +46,7 @@ def test_a_load_that_needs_no_build_waits_for_none(
                 assert thread.submit(client.load, name).result(WAIT_S_MAX) == [1]
             assert client.describe("there").engine_report.is_cache_hit
             assert not any(each.is_ready for each in client.models() if each.name in names)
-        for name in names:
-            until_ready(client, name)
+        until_ready(client, names[0])
 
 
 def until_all_wait(client: Client, names: list[str]) -> None:
