@@ -7,7 +7,6 @@ import pytest
 
 from support.twin_host import GPUS
 from thirdrail_engines.cuda.discovery import discover
-from thirdrail_server.cli import _devices
 from thirdrail_server.config import ConfigError, MemoryBudget, ServerConfig, WorkerConfig
 from thirdrail_server.front.devices import (
     chosen_gpus,
@@ -17,6 +16,7 @@ from thirdrail_server.front.devices import (
     worker_environment,
 )
 from thirdrail_server.repository.device_choice import CPU, Device
+from thirdrail_server.serve_options.models import devices_of
 
 ALL = tuple(Device(each.uuid, each.name) for each in GPUS)
 NO_DRIVER = "there is no CUDA device here, as there is no NVIDIA driver (libnothing.so)"
@@ -72,13 +72,13 @@ def test_a_gpu_that_is_not_here_is_refused(
     ],
 )
 def test_the_flag(texts: list[str] | None, devices: tuple[str, ...] | None) -> None:
-    assert _devices(texts) == devices
+    assert devices_of(texts) == devices
 
 
 @pytest.mark.parametrize("texts", [["auto,1"], [""], ["1,"]])
 def test_a_flag_that_makes_no_sense(texts: list[str]) -> None:
     with pytest.raises(ConfigError, match="--devices"):
-        _devices(texts)
+        devices_of(texts)
 
 
 def test_without_a_driver_there_is_the_cpu_and_nobody_is_asked() -> None:
