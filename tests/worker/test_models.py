@@ -21,8 +21,9 @@ from thirdrail_server.control_messages import LoadCommand, LoadedModel, LoadProg
 from thirdrail_server.repository.errors import RepositoryError
 from thirdrail_server.repository.layout import scan
 from thirdrail_server.repository.model_config import read_config
+from thirdrail_server.worker.calls import Call, Ending
 from thirdrail_server.worker.models import ModelTable
-from thirdrail_server.worker.served_version import Call, Ending, ServedVersion
+from thirdrail_server.worker.served_version import ServedVersion
 
 ALL = "version_policy { all {} }"
 DAMAGED = b"no model"

@@ -26,15 +26,10 @@ from thirdrail.errors import (
 from thirdrail.tensors import Array
 from thirdrail.v1 import metrics_pb2
 from thirdrail_engines import EngineError
+from thirdrail_server.worker.calls import Call, Ending
 from thirdrail_server.worker.loading import PreparedVersion
-from thirdrail_server.worker.served_version import (
-    INLINE_INPUT_BYTES_MAX,
-    Call,
-    Ending,
-    LargeRuns,
-    RunPlace,
-    ServedVersion,
-)
+from thirdrail_server.worker.run_place import INLINE_INPUT_BYTES_MAX, LargeRuns, RunPlace
+from thirdrail_server.worker.served_version import ServedVersion
 
 Prepare = Callable[..., PreparedVersion]
 

@@ -29,7 +29,7 @@ from thirdrail_server.repository.options import (
 )
 from thirdrail_server.worker.memory import UNKNOWN, Weight
 from thirdrail_server.worker.requests import VersionSpec
-from thirdrail_server.worker.served_version import RunPlace
+from thirdrail_server.worker.run_place import RunPlace
 
 if TYPE_CHECKING:
     from thirdrail_engines.compiling import CompileServices

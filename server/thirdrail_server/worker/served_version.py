@@ -12,12 +12,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
 
 from thirdrail.errors import ThirdrailError
 from thirdrail.v1 import metrics_pb2
 from thirdrail_engines.engine import DeviceLost, Engine
 from thirdrail_server.worker.alarm import Alarm
+from thirdrail_server.worker.calls import Call, Ending
 from thirdrail_server.worker.execution import Execution, execute
 from thirdrail_server.worker.instance_threads import InstanceThreads
 from thirdrail_server.worker.members import Member, Outcome
@@ -25,90 +25,13 @@ from thirdrail_server.worker.memory import UNKNOWN, Weight
 from thirdrail_server.worker.policy import QueuePolicy
 from thirdrail_server.worker.queued import Queued
 from thirdrail_server.worker.requests import VersionSpec
+from thirdrail_server.worker.run_place import INLINE_INPUT_BYTES_MAX, LargeRuns, RunPlace
 from thirdrail_server.worker.scheduler import Action, Batch, Scheduler, Start
 from thirdrail_server.worker.statistics import VersionStatistics
 
 log = logging.getLogger(__name__)
 
 OnDeviceLost = Callable[[DeviceLost], None]
-
-# A request of a model that runs on the loop goes to a thread all the same when its inputs are
-# larger, unless earlier ones of its kind were short.
-INLINE_INPUT_BYTES_MAX = 64 << 10
-
-
-@dataclass(slots=True)
-class Ending:
-    """How a call ended, and where its time went. Times are nanoseconds."""
-
-    outcome: Outcome
-    queue_ns: int = 0
-    input_copy_ns: int = 0
-    compute_ns: int = 0
-    output_copy_ns: int = 0
-    batch_rows: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Call:
-    """A request on its way through a model version, and who is told of its end.
-
-    on_run: called in place of on_ended on the thread that ran it alone, for those who can answer
-        there. One of the two is called, once.
-    """
-
-    member: Member
-    served: "ServedVersion"
-    on_ended: Callable[["Call", Ending], None]
-    arrived_ns: int
-    on_run: Callable[["Call", Ending], None] | None = None
-    started_ns: int = field(default=0, init=False)
-    _rights: list[None] = field(default_factory=lambda: [None], init=False)
-
-    def claim(self) -> bool:
-        """True for the first who asks, on whatever thread: that one answers."""
-        try:
-            self._rights.pop()
-        except IndexError:
-            return False
-        return True
-
-    def cancel(self) -> None:
-        """End it with Cancelled, unless it has ended."""
-        self.served.cancel(self)
-
-
-@dataclass(frozen=True, slots=True)
-class RunPlace:
-    """Where batches run: on instance threads, or on the loop as long as runs stay short.
-
-    A run on the loop that takes longer makes the model suspect: its next run is sent to a thread
-    and its CPU time is looked at, which a busy host does not inflate. Only if that is too long as
-    well does the model leave the loop, for good. (The CPU clock is a system call, the wall clock is
-    not.)
-    """
-
-    on_loop: bool
-    overrun_ns_max: int = 0
-    large_run_ns_max: int = 0  # of a run with large inputs, as far as it can be foretold
-
-
-class LargeRuns:
-    """How long runs with large inputs take, by the byte: longer ones are followed at once, shorter
-    ones slowly."""
-
-    def __init__(self, run_ns_max: int) -> None:
-        self._run_ns_max = run_ns_max
-        self._ns_per_byte = 0.0
-
-    def note(self, input_bytes: int, run_ns: int) -> None:
-        seen = run_ns / input_bytes
-        more = seen - self._ns_per_byte
-        self._ns_per_byte = seen if more > 0 else self._ns_per_byte + more / 8
-
-    def are_short(self, input_bytes: int) -> bool:
-        """False also before any was seen."""
-        return 0 < self._ns_per_byte * input_bytes <= self._run_ns_max
 
 
 class ServedVersion:

@@ -23,13 +23,14 @@ from thirdrail.lane.outbox import Outbox
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2
 from thirdrail_server.config import LaneLimits
+from thirdrail_server.worker.calls import Call, Ending
 from thirdrail_server.worker.device_calls import DeviceCalls, Waiting
 from thirdrail_server.worker.device_regions import DeviceRegions
 from thirdrail_server.worker.members import Member
 from thirdrail_server.worker.models import ModelTable
 from thirdrail_server.worker.repeats import Repeat, Repeats
 from thirdrail_server.worker.requests import Request, VersionSpec, no_part, read_request
-from thirdrail_server.worker.served_version import Call, Ending, OnDeviceLost, ServedVersion
+from thirdrail_server.worker.served_version import OnDeviceLost, ServedVersion
 from thirdrail_server.worker.session_device import DeviceCall
 from thirdrail_server.worker.session_memory import SessionMemory
 
