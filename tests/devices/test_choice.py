@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from support.models import add, write
 from support.twin_host import GPUS
+from thirdrail_engines import Inspector
 from thirdrail_engines.cuda.discovery import discover
 from thirdrail_server.config import ConfigError, MemoryBudget, ServerConfig, WorkerConfig
+from thirdrail_server.front.control.load_source import LoadSource, prepare
 from thirdrail_server.front.devices import (
     chosen_gpus,
     find_devices,
@@ -15,8 +18,10 @@ from thirdrail_server.front.devices import (
     worker_config,
     worker_environment,
 )
+from thirdrail_server.inference.grpc_service_pb2 import ModelInstanceGroup
 from thirdrail_server.repository.device_choice import CPU, Device
 from thirdrail_server.serve_options.models import devices_of
+from thirdrail_server.worker.loading import EngineWish, prepare_version
 
 ALL = tuple(Device(each.uuid, each.name) for each in GPUS)
 NO_DRIVER = "there is no CUDA device here, as there is no NVIDIA driver (libnothing.so)"
@@ -99,3 +104,23 @@ def test_each_worker_is_told_its_device_and_sees_no_other() -> None:
         assert environment == {"HOME": "/h", "CUDA_VISIBLE_DEVICES": device.uuid}
     plain = ServerConfig(Path("/models"))
     assert worker_config(plain, ALL[0]).loads_at_once_max == plain.worker.loads_at_once_max
+
+
+@pytest.mark.parametrize(("device", "kind"), [("", "KIND_CPU"), (GPUS[0].uuid, "KIND_GPU")])
+def test_a_worker_makes_as_many_instances_as_it_is_told(
+    tmp_path: Path, device: str, kind: str
+) -> None:
+    write(tmp_path, "m", add(1), "instance_group { count: 3 } instance_group { gpus: [1] }")
+    command = prepare("m", LoadSource(tmp_path)).command
+    ((version, path),) = command.versions
+    with Inspector() as inspector:
+        prepared = prepare_version(
+            *("m", version, path, command.config, WorkerConfig(device=device), 2, inspector),
+            lambda _phase, _step, _steps: None,
+            EngineWish(instances=2),
+        )
+    prepared.engine.close()
+    assert prepared.options.instances == 2
+    groups = prepared.config.instance_group
+    assert [ModelInstanceGroup.Kind.Name(each.kind) for each in groups] == [kind, kind]
+    assert [each.count for each in groups] == [3, 1]
