@@ -91,6 +91,8 @@ def probe_server(address: str, channel: grpc.Channel, tls: TlsOptions | None) ->
                 findings.append(_probe_lane(offer, address, service, worker)[0])
         elif offer.name in ("grpc-unix", "grpc-tcp"):
             findings.append(_probe_grpc(offer, address, tls))
+        elif offer.name == "lane-cuda":
+            findings.append(_probe_device(offer))
         else:
             findings.append(TransportFinding(offer.name, True, True, "", offer.address))
     return Findings(address, answer.server_version, PAYLOAD_BYTES, tuple(findings), memory)
@@ -114,6 +116,17 @@ def _probe_grpc(offer: pb.Transport, ours: str, tls: TlsOptions | None) -> Trans
                 )
     except ThirdrailError as error:
         return TransportFinding(offer.name, True, False, str(error), address)
+
+
+def _probe_device(offer: pb.Transport) -> TransportFinding:
+    """Whether this process could use it: nothing is asked of the device."""
+    from thirdrail.device.cuda_runtime import load_driver
+
+    try:
+        load_driver()
+    except ThirdrailError as error:
+        return TransportFinding(offer.name, True, False, str(error), offer.address)
+    return TransportFinding(offer.name, True, True, "", offer.address)
 
 
 def _probe_lane(

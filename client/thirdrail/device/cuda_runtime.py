@@ -29,7 +29,7 @@ class CudaRuntime:
         """Raises FailedPrecondition without the bindings, the driver or the device."""
         for fd in fds:  # its events come as handles
             os.close(fd)
-        self.names = _bindings()
+        self.names = load_driver()
         self.ordinal = self._ordinal_of(attached.uuid)
         self.dlpack_device = (_CUDA, self.ordinal)
         handle = self._checked("cuDeviceGet", self.ordinal)
@@ -140,7 +140,8 @@ class CudaMemory:
         unmap_allocation(self._runtime, self.address, self.nbytes)
 
 
-def _bindings() -> Any:
+def load_driver() -> Any:
+    """cuda.bindings.driver, ready. Raises FailedPrecondition, with what is missing."""
     try:
         from cuda.bindings import driver
     except ImportError:

@@ -23,6 +23,7 @@ from thirdrail_server.control_messages import OpenedSession, message_of_text
 from thirdrail_server.front.control.supervisor import Supervisor
 from thirdrail_server.front.sessions.probe import answer_probe
 from thirdrail_server.front.statuses import answering
+from thirdrail_server.repository.device_choice import Device
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -81,6 +82,11 @@ class SessionsServicer(sessions_pb2_grpc.SessionsServicer):
 
     @answering
     async def Probe(self, request: pb.ProbeRequest, context: Context) -> pb.ProbeResponse:
+        # The driver may take its time to answer the first time.
+        found, why_no_device = await asyncio.to_thread(sharing_here)
+        ours = {
+            uuid: sharing for uuid, sharing in found.items() if Device(uuid).worker in self._workers
+        }
         return answer_probe(
             request,
             self._config,
@@ -88,8 +94,8 @@ class SessionsServicer(sessions_pb2_grpc.SessionsServicer):
             lane_address=", ".join(str(path.absolute()) for path in self._lane_paths.values()),
             why_no_lane=self._why_no_lane(context.peer()),
             has_client_shm=self._config.allow_client_shm,
-            # The driver may take its time to answer the first time.
-            device_sharing=await asyncio.to_thread(sharing_here),
+            devices=ours,
+            why_no_device=why_no_device,
         )
 
     def _why_no_lane(self, caller: str) -> str:
