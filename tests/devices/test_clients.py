@@ -71,6 +71,7 @@ def test_each_model_is_called_where_it_is(host: Host) -> None:
             client.infer("nothing", ROW)
 
 
+@pytest.mark.slow
 def test_a_probe_tries_the_lane_to_each_worker(host: Host) -> None:
     with host.server.channel() as channel:
         found = probe_server(host.server.url, channel, None).transports
