@@ -13,6 +13,10 @@ from thirdrail_server.worker.exports import ExportRegistry
 from thirdrail_server.worker.tensor_memory import TensorMemory
 
 UID = 1000
+CAMERA, DETECTOR, READER = 1, 2, 3  # sessions
+OTHER_UID = 1001
+PAGE = mmap.PAGESIZE
+MS = 1_000_000
 
 
 class Books:
