@@ -25,15 +25,19 @@ typedef struct { char *start; size_t bytes; int is_pinned; } piece;
 typedef struct { void *to; const void *of; size_t bytes; int value; } work;
 typedef struct { int kind; int is_capturing; int count; work list[WORK_MAX]; } stream;
 typedef struct { int kind; int count; work list[WORK_MAX]; } graph;
-typedef struct { int kind; int flags; } event;
+typedef struct event { int kind; int is_shared; int records; struct event *of; } event;
 typedef struct { int kind; } context;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static piece pieces[PIECES_MAX];
 static context primary = { 1 };
+static stream legacy = { 2 }; /* the default stream */
 static int retained, sticky, next_code, pending_queries, wait_ms;
 static char next_call[64];
 static __thread context *current;
+enum { PUSHED_MAX = 4 };
+static __thread context *under[PUSHED_MAX];
+static __thread int pushed;
 
 /* For the tests. */
 void stub_fail_next(const char *call, int code) {
@@ -120,6 +124,7 @@ static void perform(work w) {
 }
 
 static int give(stream *s, work w) {
+    if (!s) s = &legacy;
     if (!s || s->kind != 2) return INVALID_HANDLE;
     if (!s->is_capturing) perform(w);
     else if (s->count < WORK_MAX) s->list[s->count++] = w;
@@ -172,6 +177,20 @@ int cuCtxSetCurrent(context *wanted) {
     current = wanted;
     return OK;
 }
+int cuCtxPushCurrent_v2(context *wanted) {
+    ENTER(0);
+    if (wanted != &primary || pushed == PUSHED_MAX) return INVALID_CONTEXT;
+    under[pushed++] = current;
+    current = wanted;
+    return OK;
+}
+int cuCtxPopCurrent_v2(context **popped) {
+    if (!pushed) return INVALID_CONTEXT;
+    *popped = current;
+    current = under[--pushed];
+    return OK;
+}
+int cuCtxSynchronize(void) { ENTER(1); return OK; }
 int cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
     ENTER(1);
     size_t used = 0;
@@ -200,20 +219,46 @@ int cuStreamCreate(stream **out, unsigned flags) {
     return OK;
 }
 int cuStreamDestroy_v2(stream *s) { ENTER(1); s->kind = 0; free(s); return OK; }
-int cuStreamSynchronize(stream *s) { ENTER(1); return s && s->kind == 2 ? OK : INVALID_HANDLE; }
+int cuStreamSynchronize(stream *s) {
+    ENTER(1);
+    return !s || s->kind == 2 ? OK : INVALID_HANDLE;
+}
 int cuStreamWaitEvent(stream *s, event *e, unsigned flags) {
     ENTER(1);
+    if (!s) s = &legacy;
     return s && s->kind == 2 && e && e->kind == 3 ? OK : INVALID_HANDLE;
 }
 int cuEventCreate(event **out, unsigned flags) {
     ENTER(1);
-    if (flags != 3) return INVALID_VALUE; /* 1: blocking waits, 2: no timing */
+    if (!(flags & 2)) return INVALID_VALUE; /* 1: blocking waits, 2: no timing, 4: shared */
     *out = calloc(1, sizeof **out);
     (*out)->kind = 3;
+    (*out)->is_shared = flags == 7;
     return OK;
 }
+/* Of events of this process: a handle is the event's address. */
+int cuIpcGetEventHandle(void *handle, event *e) {
+    ENTER(1);
+    if (!e || e->kind != 3 || !e->is_shared) return INVALID_HANDLE;
+    memset(handle, 0, 64);
+    memcpy(handle, &e, sizeof e);
+    return OK;
+}
+typedef struct { char bytes[64]; } event_handle;
+int cuIpcOpenEventHandle(event **out, event_handle handle) {
+    ENTER(1);
+    event *e;
+    memcpy(&e, handle.bytes, sizeof e);
+    *out = calloc(1, sizeof **out);
+    (*out)->kind = 3;
+    (*out)->of = e;
+    return e ? OK : INVALID_HANDLE;
+}
+int stub_records(event *e) { return e->records; }
 int cuEventRecord(event *e, stream *s) {
     ENTER(1);
+    if (!s) s = &legacy;
+    if (e && e->kind == 3) (e->of ? e->of : e)->records++;
     return e && e->kind == 3 && s && s->kind == 2 ? OK : INVALID_HANDLE;
 }
 int cuEventQuery(event *e) {

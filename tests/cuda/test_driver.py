@@ -307,6 +307,81 @@ def test_two_processes_map_one_allocation(stub_folder: Path, tmp_path: Path) -> 
     ], done.stderr
 
 
+CLIENT_END = """
+import ctypes, os
+import numpy as np
+from thirdrail.device.arrays import Block, DeviceArray
+from thirdrail.device.cuda_runtime import CudaRuntime
+from thirdrail.errors import ThirdrailError
+from thirdrail.v1.lane_pb2 import DEVICE_KIND_CUDA, DeviceAttached
+from thirdrail.v1.tensor_pb2 import ArenaRef
+from thirdrail_engines.cuda.driver import open_device
+
+stub = ctypes.CDLL("libcuda.so.1")
+device = open_device()
+memory, events = device.share_memory(1), device.share_events(2)
+attached = DeviceAttached(
+    uuid=device.facts.uuid, kind=DEVICE_KIND_CUDA, places=2, event_handles=events.handles
+)
+client = CudaRuntime(attached, [])
+chunk = client.open_memory(memory.export(), memory.nbytes)
+array = DeviceArray(Block(None, client, chunk.address, 0, ArenaRef()), 256, (2, 3), np.dtype("f4"))
+array.copy_from(np.arange(6, dtype=np.float32).reshape(2, 3))
+print(array.numpy().tolist(), array.__dlpack_device__())
+interface = array.__cuda_array_interface__
+print(interface["data"][0] - chunk.address, interface["shape"], interface["stream"])
+seen, stream = np.zeros(6, np.float32), device.new_stream()
+stream.copy_out(seen.ctypes.data, memory.address + 256, 24)  # the server's mapping of the same
+print(seen.tolist())
+client.record_in_ready(1, 0)
+client.record_in_ready(2, stream.handle)
+client.record_in_ready(2, stream.handle)
+client.record_consumed(1, stream.handle)
+stream.record(events.out_done[1])
+client.wait_for_out_done(2, 0)
+client.join(0, stream.handle)
+def records(of): return [stub.stub_records(ctypes.c_void_p(each.handle)) for each in of]
+print(records(events.in_ready), records(events.out_done), records(events.consumed))
+print(array.__dlpack__(stream=1) is not None)
+for uuid in ("GPU-ffffffff", attached.uuid):
+    try:
+        CudaRuntime(DeviceAttached(uuid=uuid, places=1), [])
+    except ThirdrailError as error:
+        print(str(error).partition(";")[0])
+pipe, _ = os.pipe()
+stub.stub_fail_next(b"cuMemSetAccess", 1)
+for fd in (pipe, memory.export()):
+    try:
+        client.open_memory(fd, memory.nbytes)
+    except ThirdrailError as error:
+        print(error)
+chunk.close()
+client.close()
+events.close()
+memory.close()
+stream.close()
+print(stub.stub_pieces())
+"""
+
+
+@pytest.mark.needs_cuda_bindings
+@pytest.mark.needs_gcc
+def test_a_clients_end_of_shared_memory_and_events(stub_folder: Path) -> None:
+    done = run_on_stub(stub_folder, "-c", CLIENT_END)
+    assert done.stdout.splitlines() == [
+        "[[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]] (2, 0)",
+        "256 (2, 3) 1",
+        "[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]",
+        "[1, 2] [0, 1] [1, 0]",
+        "True",
+        "the server's device GPU-ffffffff is none of the 1 that this process sees",
+        "1 places have 3 events each of 64 bytes, got 0",
+        "cuMemImportFromShareableHandle: CUDA_ERROR_INVALID_VALUE",
+        "cuMemSetAccess: CUDA_ERROR_INVALID_VALUE",
+        "0",
+    ], done.stderr
+
+
 MISSING = """
 from thirdrail_engines.cuda.driver import open_device
 from thirdrail_engines.plans import BuildError
