@@ -2,13 +2,17 @@
 """A client's tensors on a device, through a real server whose device is a twin."""
 
 import gc
+import os
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 import thirdrail
 from cuda_lane.conftest import UUID, write_models
+from server.test_lives import until
 from support.server import RunningServer, running_server
 from thirdrail.dtypes import BY_NAME
 
@@ -165,3 +169,36 @@ def test_arrays_stay_readable_after_the_session(server: RunningServer) -> None:
     assert result["y"].numpy().tolist() == (2 * X).tolist()
     with pytest.raises(thirdrail.ThirdrailError):
         device.infer("twin_double", {"x": X})
+
+
+def test_threads_share_a_device(device: thirdrail.Device) -> None:
+    def use(number: int) -> list[float]:
+        x = device.array(np.full(4, number, np.float32))
+        for _ in range(3):
+            x = device.infer("twin_double" if number % 2 else "host_double", {"x": x})["y"]
+        values: list[float] = x.numpy().tolist()
+        return values
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(use, range(40))) == [[8 * number] * 4 for number in range(40)]
+
+
+def has_ended(device: thirdrail.Device) -> bool:
+    try:
+        device.infer("twin_double", {"x": X})
+    except thirdrail.NotNow:
+        return True
+    return False
+
+
+def test_the_server_dies(server: RunningServer, client: thirdrail.Client) -> None:
+    """What is mapped stays, and another device is to be had from the next worker."""
+    device = thirdrail.Device(client)
+    result = device.infer("twin_double", {"x": device.array(X)})
+    first = client.snapshot().workers[0].pid
+    os.kill(first, signal.SIGKILL)
+    until(lambda: has_ended(device))
+    assert result["y"].numpy().tolist() == (2 * X).tolist()
+    until(lambda: client.snapshot().workers[0].pid != first and client.health("twin_double"))
+    again = thirdrail.Device(client).infer("twin_double", {"x": result["y"].numpy()})
+    assert again["y"].numpy().tolist() == (4 * X).tolist()
