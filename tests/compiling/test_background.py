@@ -3,26 +3,19 @@
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 
-from support.compilations import GIB, Services
+from support.compilations import Services
 from support.perceptrons import two_layers
 from thirdrail_engines import EngineOptions, Inspector, load, one_engine
 from thirdrail_engines.background import NICENESS, in_background
 from thirdrail_engines.compile_options import read_compile_options
 from thirdrail_engines.plan_cache import PlanCache
 from thirdrail_engines.reference_proof import ReferenceProof, prove
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[PlanCache]:
-    with PlanCache(tmp_path / "cache", GIB) as made:
-        yield made
 
 
 def niceness() -> int:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch sources, and plans for GPUs that are not here."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from support.compilations import GIB, Services
+from support.compilations import Services
 from support.perceptrons import two_layers
 from thirdrail.dtypes import BY_NAME
 from thirdrail.tensors import TensorSpec
@@ -26,20 +25,6 @@ from thirdrail_engines.plans import Builder, BuildError, BuildFault, PlanRequest
 
 ROWS = {"profile.0.x": "1x16,4x16,8x16"}
 AMPERE = DeviceFacts("GPU-0", "NVIDIA A10", (8, 6), 24 << 30, (13, 0))
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[PlanCache]:
-    with PlanCache(tmp_path / "cache", GIB) as made:
-        yield made
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    (tmp_path / "model").mkdir()
-    path = tmp_path / "model/model.onnx"
-    onnx.save(two_layers(), path)
-    return path
 
 
 def test_a_manifest_tells_the_inputs_of_its_model(
