@@ -370,6 +370,8 @@ class AsyncClient:
             return (await self.describe(model)).status.workers
         except NotFound:
             return ()  # the first worker is asked, and knows it no more
+        except ThirdrailError:  # a busy server is no reason why the lane should not be used
+            return self._connected().lanes.known(model)
 
     async def _why_missing(
         self, model: str, options: InferOptions, error: NotFound

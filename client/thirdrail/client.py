@@ -446,6 +446,8 @@ class Client:
             return self.describe(model).status.workers
         except NotFound:
             return ()  # the first worker is asked, and knows it no more
+        except ThirdrailError:  # a busy server is no reason why the lane should not be used
+            return self._connected().lanes.known(model)
 
     def _why_missing(self, model: str, options: InferOptions, error: NotFound) -> ThirdrailError:
         """What the server says of a model that its worker does not know. It may be on its way."""

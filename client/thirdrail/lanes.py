@@ -60,6 +60,10 @@ class Lanes(Generic[A]):
         since_ns, workers = self._places.get(model, (0, None))
         return None if workers is None or now_ns - since_ns > PLACE_NS_MAX else workers
 
+    def known(self, model: str) -> Workers:
+        """As the server said last, however long ago; none: it said nothing."""
+        return self._places.get(model, (0, ()))[1]
+
     def found(self, model: str, workers: Sequence[str], now_ns: int) -> Workers:
         """What the server said."""
         if len(self._places) >= PLACES_KEPT_MAX:

@@ -61,8 +61,10 @@ def test_places_are_believed_for_a_while() -> None:
     lanes.found("m", ["cpu"], 5)
     assert lanes.place("m", 5 + PLACE_NS_MAX) == ("cpu",)
     assert lanes.place("m", 6 + PLACE_NS_MAX) is None
+    assert lanes.known("m") == ("cpu",)
     assert lanes.forget("m")
     assert not lanes.forget("m")
+    assert lanes.known("m") == ()
 
 
 def test_what_calls_travel_on_is_the_lane_if_one_is_attached() -> None:
