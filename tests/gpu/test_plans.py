@@ -20,6 +20,12 @@ from engines.test_engine_contract import (
     test_results_outlive_the_engine,
     test_what_does_not_fit_the_model_is_an_engine_error,
 )
+from support.plan_runs import (
+    test_finished_kernels_are_given_to_the_next_process,
+    test_fixed_shapes_need_no_profile,
+    test_graphs_are_recorded_by_the_runtime_or_by_us,
+    test_results_whose_size_only_the_run_tells,
+)
 from support.twins import any_size
 from thirdrail_engines import EngineOptions, Inspector
 from thirdrail_engines.cuda.driver import DriverDevice
@@ -35,9 +41,13 @@ __all__ = [
     "test_a_constant_result_is_not_the_weights",
     "test_an_array_that_does_not_fit_is_refused_and_untouched",
     "test_eight_threads_share_one_engine",
+    "test_finished_kernels_are_given_to_the_next_process",
+    "test_fixed_shapes_need_no_profile",
+    "test_graphs_are_recorded_by_the_runtime_or_by_us",
     "test_only_wanted_outputs_come_back",
     "test_read_only_inputs_are_accepted",
     "test_results_outlive_the_engine",
+    "test_results_whose_size_only_the_run_tells",
     "test_what_does_not_fit_the_model_is_an_engine_error",
 ]
 
@@ -84,6 +94,16 @@ def load_model(
 
 
 @pytest.fixture
+def load_plan_of(load_model: Callable[..., CudaEngine]) -> Callable[..., CudaEngine]:
+    return load_model
+
+
+@pytest.fixture
+def is_rtx(builder: Builder) -> bool:
+    return builder is Builder.TENSORRT_RTX
+
+
+@pytest.fixture
 def layers(write_model: WriteModel) -> Path:
     random = np.random.default_rng(0)
     return write_model(
@@ -112,42 +132,6 @@ def test_results_are_those_of_the_reference(
         got = engine.run({"x": x}, ["y"], {})["y"]
         np.testing.assert_allclose(got, reference.run({"x": x}, ["y"], {})["y"], 1e-2, 1e-2)
     reference.close()
-
-
-def test_graphs_are_recorded_by_one_of_the_two(
-    layers: Path, builder: Builder, load_model: Callable[..., CudaEngine]
-) -> None:
-    engine = load_model(layers, overlapped_runs=1)
-    for _ in range(5):
-        engine.run({"x": np.ones((4, 64), np.float32)}, ["y"], {})
-    (figures,) = engine.graph_figures
-    is_ours = builder is Builder.TENSORRT
-    assert (figures.recorded, figures.launched) == ((1, 3) if is_ours else (0, 0))
-
-
-def test_a_result_whose_size_only_the_run_tells(
-    write_model: WriteModel, load_model: Callable[..., CudaEngine]
-) -> None:
-    path = write_model(
-        [Node("NonZero", ["x"], ["y"])], {"x": (FLOAT, ["n"])}, {"y": (INT64, [1, "k"])}
-    )
-    engine = load_model(path)
-    for found in (1, 1000, 3, 0):
-        x = np.zeros(2000, np.float32)
-        x[:found] = 1
-        assert engine.run({"x": x}, ["y"], {})["y"].tolist() == [list(range(found))]
-
-
-def test_finished_kernels_shorten_the_next_load(
-    layers: Path, builder: Builder, load_model: Callable[..., CudaEngine]
-) -> None:
-    if builder is not Builder.TENSORRT_RTX:
-        pytest.skip("TensorRT finishes its kernels when it builds")
-    kept: list[bytes] = []
-    notes = KernelNotes(lambda: kept[-1] if kept else None, kept.append)
-    load_model(layers, notes=notes).close()
-    assert kept
-    load_model(layers, notes=notes).close()
 
 
 def test_an_engine_gives_all_memory_back(
