@@ -2,6 +2,8 @@
 """Making room on a worker whose models are as large as their files: races, and what stays true."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -19,6 +21,18 @@ EVICTING: dict[str, Any] = {
 def of_size(size: int, words: str = "ok") -> str:
     """A model file of so many bytes."""
     return f"{words} ".ljust(size, "x")
+
+
+@asynccontextmanager
+async def evicting_beside(
+    repository: Any, open_plane: Any, first: tuple[str, int], second: tuple[str, int]
+) -> AsyncIterator[Any]:
+    """Two models by name and size, of which the first is loaded."""
+    for name, size in (first, second):
+        repository.write(name, of_size(size))
+    async with open_plane(load_models=(first[0],), **EVICTING) as plane:
+        await plane.until(plane.catalog.all_ready)
+        yield plane
 
 
 async def test_loads_under_way_keep_their_room(repository: Any, open_plane: Any) -> None:
@@ -45,10 +59,7 @@ async def test_a_load_that_failed_gives_its_room_back(repository: Any, open_plan
 async def test_a_model_that_is_used_again_is_left_alone_and_it_is_decided_anew(
     repository: Any, open_plane: Any
 ) -> None:
-    repository.write("used_once", of_size(60))
-    repository.write("m", of_size(60))
-    async with open_plane(load_models=("used_once",), **EVICTING) as plane:
-        await plane.until(plane.catalog.all_ready)
+    async with evicting_beside(repository, open_plane, ("used_once", 60), ("m", 60)) as plane:
         await plane.control.load("m")
         assert plane.reason("used_once").startswith("evicted to make room for 'm'")
         assert plane.control.workers[0].evictions == 1
@@ -57,10 +68,7 @@ async def test_a_model_that_is_used_again_is_left_alone_and_it_is_decided_anew(
 async def test_a_load_does_not_wait_for_ever_for_models_in_use(
     repository: Any, open_plane: Any
 ) -> None:
-    repository.write("used_always", of_size(60))
-    repository.write("m", of_size(60))
-    async with open_plane(load_models=("used_always",), **EVICTING) as plane:
-        await plane.until(plane.catalog.all_ready)
+    async with evicting_beside(repository, open_plane, ("used_always", 60), ("m", 60)) as plane:
         with pytest.raises(ResourceExhausted, match="were in use again when they were to"):
             await plane.control.load("m")
         assert plane.catalog.is_ready("used_always")
@@ -70,13 +78,10 @@ async def test_a_load_does_not_wait_for_ever_for_models_in_use(
 async def test_no_model_leaves_whose_own_load_is_under_way(
     repository: Any, open_plane: Any
 ) -> None:
-    repository.write("a", of_size(40))
-    repository.write("b", of_size(80))
-    async with open_plane(load_models=("a",), **EVICTING) as plane:
-        await plane.until(plane.catalog.all_ready)
+    async with evicting_beside(repository, open_plane, ("a", 40), ("b", 80)) as plane:
         repository.write("a", of_size(40, "slow"))
         reload = asyncio.create_task(plane.control.load("a"))
-        await asyncio.sleep(0.1)
+        await plane.until(lambda: plane.catalog.get("a").load_phase)
         with pytest.raises(ResourceExhausted, match=r"'a' 0\.0 MiB \(busy\)"):
             await plane.control.load("b")
         assert await reload == [1]
@@ -85,10 +90,7 @@ async def test_no_model_leaves_whose_own_load_is_under_way(
 async def test_what_was_evicted_does_not_come_back_with_a_new_worker(
     repository: Any, open_plane: Any
 ) -> None:
-    repository.write("a", of_size(60))
-    repository.write("b", of_size(60))
-    async with open_plane(load_models=("a",), **EVICTING) as plane:
-        await plane.until(plane.catalog.all_ready)
+    async with evicting_beside(repository, open_plane, ("a", 60), ("b", 60)) as plane:
         await plane.control.load("b")
         assert plane.catalog.all_ready(), "an evicted model is missed by nobody"
         await plane.kill_worker()
