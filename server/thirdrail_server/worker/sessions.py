@@ -8,13 +8,14 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from thirdrail.errors import ResourceExhausted, ThirdrailError, TimedOut, Unavailable
 from thirdrail.lane.memory import create_chunk
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2, metrics_pb2, sessions_pb2
 from thirdrail_engines import cuda_engines
+from thirdrail_engines.engine import DeviceLost
 from thirdrail_server.config import WorkerConfig
 from thirdrail_server.control_messages import OpenedSession
 from thirdrail_server.worker.arena_ledger import ArenaLedger
@@ -166,13 +167,19 @@ class SessionTable:
     # What the front asks for: see control.Sessions
 
     async def open_region(self, number: int, handle: bytes, size: int) -> None:
-        """See DeviceRegions.open."""
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, self.regions.open, number, handle, size)
+        """See DeviceRegions.open. Raises Unavailable when the device is lost, and this process."""
+        await self._on_device(lambda: self.regions.open(number, handle, size))
 
     async def close_region(self, number: int) -> None:
         """See DeviceRegions.close. The driver may wait for the device."""
-        await asyncio.get_running_loop().run_in_executor(None, self.regions.close, number)
+        await self._on_device(lambda: self.regions.close(number))
+
+    async def _on_device(self, act: Callable[[], None]) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, act)
+        except DeviceLost as error:
+            self.on_device_lost(error)
+            raise Unavailable(str(error)) from None
 
     # Figures
 
