@@ -116,14 +116,12 @@ class DeviceSession:
         dims, wanted, nbytes = extent(shape, dtype)
         if wanted.hasobject:
             raise InvalidArgument(f"{wanted} cannot lie on a device")
+        self.collect()
         deadline_s = time.monotonic() + EMPTY_TIMEOUT_S
-        while True:
-            self.collect()
-            with self._talk.lock:
-                place = self._chunks.allocate(nbytes)
-            if place is not None:
-                return DeviceArray(self._input_block(place, stream), 0, dims, wanted)
-            self._talk.placer.grow_on_device(max(nbytes, 1), deadline_s, EMPTY_TIMEOUT_S)
+        place = self._talk.placer.reserve_on_device(
+            nbytes, lambda: self._chunks.allocate(nbytes), deadline_s, EMPTY_TIMEOUT_S
+        )
+        return DeviceArray(self._input_block(place, stream), 0, dims, wanted)
 
     def _input_block(self, place: tuple[int, int], stream: int) -> Block:
         epoch, chunks, lock = self._chunks.input_epoch, self._chunks, self._talk.lock

@@ -122,19 +122,44 @@ class Placer:
             raise with_note(ResourceExhausted("the worker gave other memory"))
         return place
 
-    def grow_on_device(self, size: int, deadline_s: float | None, timeout: float | None) -> None:
-        """A chunk on the device has come. Raises like `place`."""
-        self._grow(lane_pb2.GrowRequest(size=size, on_device=True), deadline_s, timeout)
+    def reserve_on_device(
+        self,
+        size: int,
+        find: Callable[[], tuple[int, int] | None],
+        deadline_s: float | None,
+        timeout: float | None,
+    ) -> tuple[int, int]:
+        """What `find` finds, which is called with the lock held, after as many chunks on the device
+        have come as that takes. Raises like `place`."""
+        request = lane_pb2.GrowRequest(size=max(size, 1), on_device=True)
+        found: list[tuple[int, int]] = []
+
+        def has_found() -> bool:
+            found.extend(filter(None, [find()]))
+            return bool(found)
+
+        while not found:
+            self._grow(request, deadline_s, timeout, has_found)
+        return found[0]
 
     def _grow(
-        self, request: lane_pb2.GrowRequest, deadline_s: float | None, timeout: float | None
+        self,
+        request: lane_pb2.GrowRequest,
+        deadline_s: float | None,
+        timeout: float | None,
+        is_enough: Callable[[], bool] = lambda: False,
     ) -> _Growth:
-        """Ask for a chunk when nobody else does, and wait for it. Raises like `place`."""
+        """Ask for a chunk when nobody else does, and wait for it. Raises like `place`.
+
+        is_enough: whether none is needed, asked with the lock held.
+        """
         while True:
             with self._lock:
                 if self._has_ended:
                     raise NotSent("the lane has ended")
                 self._memory.collect()
+                if is_enough():
+                    return _Growth()
                 other, growth = self._growth, _Growth()
                 if other is None:
                     self._growth = growth

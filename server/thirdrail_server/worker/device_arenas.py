@@ -7,7 +7,6 @@ call lie in one piece, which is the slot of the call's place: places count from 
 Nothing of it is ever another session's: it is freed when the session is over.
 """
 
-import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,24 +46,34 @@ class _Chunks:
         )
         if chunk_bytes is None:
             return None
+        needed = _whole(size, GRANULARITY_BYTES)
         try:
-            memory = self._device.share_memory(chunk_bytes)
-        except OutOfDeviceMemory:
-            self._charge(-chunk_bytes)
-            free = self._device.memory().free_bytes
-            raise ResourceExhausted(
-                f"{self._device.facts.uuid} has no memory for {chunk_bytes} more bytes of a "
-                f"session: {free} are free"
-            ) from None
+            memory = self._make(chunk_bytes, needed)
         except BaseException:
             self._charge(-chunk_bytes)
             raise
+        if memory.nbytes < chunk_bytes:
+            self._charge(memory.nbytes - chunk_bytes)
+            chunk_bytes = memory.nbytes
         self.all.append(memory)
         self.total_bytes += chunk_bytes
         message = lane_pb2.Chunk(
             role=self._role, epoch=self.epoch, chunk=len(self.all) - 1, size=memory.nbytes
         )
         return NewChunk(message, memory.export())
+
+    def _make(self, wanted: int, needed: int) -> SharedMemory:
+        """Of the first size, or of the second one where the device has no more."""
+        try:
+            return self._device.share_memory(wanted)
+        except OutOfDeviceMemory:
+            if needed < wanted:
+                return self._make(needed, needed)
+        free = self._device.memory().free_bytes
+        raise ResourceExhausted(
+            f"{self._device.facts.uuid} has no memory for {needed} more bytes of a session: {free} "
+            "are free"
+        )
 
     def at(self, chunk: int, offset: int, size: int) -> DeviceBytes:
         return DeviceBytes(self.all[chunk].address + offset, size)
@@ -253,5 +262,6 @@ class DeviceOutput:
         self._chunks.close()
 
 
-def _whole(size: int) -> int:
-    return math.ceil(max(size, 1) / ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+def _whole(size: int, unit: int = ALIGNMENT_BYTES) -> int:
+    """Bytes, a multiple of the unit and not none."""
+    return -(-max(size, 1) // unit) * unit
