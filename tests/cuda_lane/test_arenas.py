@@ -19,7 +19,7 @@ def test_an_arena_takes_what_is_needed_where_there_is_no_more() -> None:
     chunks = [arena.grow(MIB) for _ in range(3)]  # the third would be of 4 MiB
     assert [chunk.message.size for chunk in chunks] == [2 * MIB] * 3
     assert sum(charged) == arena.total_bytes == 6 * MIB
-    with pytest.raises(ResourceExhausted, match="no memory for 2097152 more bytes .* 0 are free"):
+    with pytest.raises(ResourceExhausted, match=r"no memory for 2097152 more bytes .* 0 are free"):
         arena.grow(1)
     assert sum(charged) == 6 * MIB
     for chunk in chunks:
