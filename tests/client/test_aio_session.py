@@ -2,8 +2,10 @@
 """A session on an event loop with a real worker that has small limits: waits, cancels, memory."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from thirdrail import errors
 from thirdrail.lane.aio_session import AsyncSession
 from thirdrail.lane.calls import NotSent
 from thirdrail.lane.encoding import Encoder
+from thirdrail.lane.results import private_result
 from thirdrail.requests import Result
 from thirdrail.tensors import Array
 from thirdrail_server.config import LaneLimits, WorkerConfig
@@ -95,6 +98,21 @@ async def test_more_tensors_than_the_arenas_hold(session: AsyncSession) -> None:
     tensors = [LARGE + n for n in range(64)]
     found = await asyncio.gather(*(echoed(session, tensor) for tensor in tensors))
     assert all((a == b).all() for a, b in zip(found, tensors, strict=True))
+
+
+@with_session
+async def test_results_come_no_faster_than_they_are_copied(session: AsyncSession) -> None:
+    """Whoever copies them may be slow. The output arena has room for 16."""
+    numbers = itertools.count()
+
+    def copy_slowly(*arguments: Any) -> Result:
+        time.sleep(0.5 if next(numbers) % 4 else 0)
+        return private_result(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(64) as many:
+        patch.setattr("thirdrail.lane.aio_session.private_result", copy_slowly)
+        asyncio.get_running_loop().set_default_executor(many)
+        await asyncio.gather(*(echoed(session, LARGE) for _ in range(48)))
 
 
 @with_session

@@ -12,6 +12,7 @@ import mmap
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -97,13 +98,12 @@ class AsyncSession(AsyncWire[_Call]):
             raise
         if call.future.done():  # the socket did not take it
             raise self._not_sent() from call.future.exception()
-        answer = self._response(number, call.future)
+        places, answer = call.places, self._response(number, call)
         del call  # see _response
-        return await self._result(await answer, borrow=borrow)
+        return await self._result(await answer, places, borrow=borrow)
 
-    async def _response(
-        self, number: int, future: asyncio.Future[inference_pb2.InferResponse]
-    ) -> inference_pb2.InferResponse:
+    async def _response(self, number: int, call: _Call) -> inference_pb2.InferResponse:
+        future = call.future
         try:
             return await future
         except asyncio.CancelledError:
@@ -111,12 +111,13 @@ class AsyncSession(AsyncWire[_Call]):
                 self._cancel(number)
             elif future.exception() is None:  # it came in the very moment
                 release_outputs(future.result(), self._memory)
+                self._returns.leave(call.places)
                 self._returns.flush_soon()
             raise
         finally:
             # An error's traceback has our frames; one of them with the error in it would keep the
             # caller's arrays until the collector comes by.
-            del future
+            del future, call
 
     async def empty(
         self, shape: Sequence[int] | int, dtype: npt.DTypeLike, *, alone: bool
@@ -164,7 +165,12 @@ class AsyncSession(AsyncWire[_Call]):
 
     # Outputs
 
-    async def _result(self, response: inference_pb2.InferResponse, *, borrow: bool) -> Result:
+    async def _result(
+        self, response: inference_pb2.InferResponse, places: list[Place], *, borrow: bool
+    ) -> Result:
+        """places: of the call, which go back when its result is the caller's. If they went back as
+        it came, calls would be sent, and results come, faster than they are copied.
+        """
         try:
             if borrow:
                 return borrowed_result(response, self._memory, self._returns.give_back)
@@ -174,10 +180,16 @@ class AsyncSession(AsyncWire[_Call]):
             # A copy that is cancelled goes on, and gives its slots back at its end.
             copying = self._loop.run_in_executor(None, private_result, response, self._memory)
             copying.add_done_callback(lambda done: done.cancelled() or done.exception())
-            copying.add_done_callback(lambda _: self._returns.flush_soon())
+            copying.add_done_callback(partial(self._leave, places))
+            places = []
             return await asyncio.shield(copying)
         finally:
+            self._leave(places)
             self._returns.settle()
+
+    def _leave(self, places: list[Place], _copied: object = None) -> None:
+        self._returns.leave(places)
+        self._returns.flush_soon()
 
     def _take_releases(self, room: int) -> bytes:
         return self._returns.take(room)
@@ -237,10 +249,10 @@ class AsyncSession(AsyncWire[_Call]):
         else:
             call = self._pending.get(response.call)
         fault = None if call is None else _first_fault(call.checksums)
+        if call is not None and response.final and not call.future.done() and fault is None:
+            return call.future.set_result(response)
         if call is not None and response.final:
             self._returns.leave(call.places)
-        if call is not None and not call.future.done() and fault is None:
-            return call.future.set_result(response)
         release_outputs(response, self._memory)
         self._returns.flush_soon()
         if call is not None and not call.future.done() and fault is not None:
