@@ -5,6 +5,7 @@
 below.
 """
 
+import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
@@ -108,9 +109,16 @@ def _unreachable(address: str, details: str) -> ThirdrailError:
 
 @contextmanager
 def rpc_errors(address: str, timeout: float | None = None) -> Iterator[None]:
-    """Raises what gRPC raises inside as one of our exceptions. Fits around awaits as well."""
+    """Raises what gRPC raises inside as one of our exceptions. Fits around awaits as well, which
+    grpc.aio cancels when their channel is closed.
+    """
     try:
         yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise errors.Cancelled("the client was closed") from None
     except grpc.RpcError as error:
         raise error_of_ended_call(error, address=address, timeout=timeout) from None
 

@@ -203,6 +203,22 @@ async def test_calls_in_flight_when_it_is_closed(server: RunningServer) -> None:
         await task
 
 
+async def test_closed_at_any_moment(server: RunningServer) -> None:
+    """Also while it connects and attaches: the call ends as one of ours, and no session is left."""
+    before = len(sessions_of(server))
+    for turn in range(40):
+        client = AsyncClient(server.url, transport="lane")
+        await client.health()
+        call = client.submit("slow", SLOW)
+        for _ in range(turn):
+            await asyncio.sleep(0)
+        await asyncio.sleep(turn % 8 / 2000)
+        await client.close()
+        with pytest.raises(errors.Cancelled):
+            await call
+    await until(lambda: len(sessions_of(server)) == before)
+
+
 async def test_a_worker_that_is_killed(
     start_server: StartServer, standard_repository: Path
 ) -> None:

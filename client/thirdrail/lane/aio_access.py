@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from thirdrail.errors import Cancelled
+from thirdrail.failures import rpc_errors
 from thirdrail.lane import attach
 from thirdrail.transport import CannotAttach, LaneRule, Transport
 from thirdrail.v1 import sessions_pb2
@@ -40,6 +42,7 @@ class AsyncAccess:
         self._worker = worker
         self.workers: tuple[str, ...] = ()  # of the server; none: it was not asked yet
         self._path = ""
+        self._has_left = False
         self._attaching = asyncio.Lock()
 
     async def session(self) -> "AsyncSession | None":
@@ -74,16 +77,21 @@ class AsyncAccess:
         return Transport("lane", self._path, "")
 
     def leave(self) -> None:
-        """End the session, if there is one; also when its loop has ended."""
+        """End the session, also when its loop has ended. There will be no other."""
+        self._has_left = True
         if self._session is not None:
             self._session.leave()
 
     async def _attach(self) -> "AsyncSession | None":
         try:
-            self._session = await self._opened()
+            session = await self._opened()
         except CannotAttach as why:
             self._rule.failed(why, time.monotonic())
             return None
+        if self._has_left:
+            session.leave()
+            raise Cancelled("the client was closed")
+        self._session = session
         self._rule.attached()
         return self._session
 
@@ -91,12 +99,12 @@ class AsyncAccess:
         attach.check_platform()
         from thirdrail.lane.aio_session import AsyncSession
 
-        try:
-            opened = await self._service.OpenSession(
-                sessions_pb2.OpenSessionRequest(worker=self._worker), timeout=attach.OPEN_TIMEOUT_S
-            )
-        except grpc.RpcError as error:
-            raise attach.cannot_open(error, self._address) from None
+        request = sessions_pb2.OpenSessionRequest(worker=self._worker)
+        with rpc_errors(self._address):
+            try:
+                opened = await self._service.OpenSession(request, timeout=attach.OPEN_TIMEOUT_S)
+            except grpc.RpcError as error:
+                raise attach.cannot_open(error, self._address) from None
         self.workers = tuple(opened.workers)
         deadline_s = time.monotonic() + attach.CONNECT_TIMEOUT_S
         while (sock := attach.connect_at_once(self._address, opened)) is None:
