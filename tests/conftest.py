@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from support.models import write_standard_repository
@@ -24,6 +25,10 @@ NEEDS_ALL = (
 )
 
 StartServer = Callable[..., RunningServer]
+
+# How long an example takes says something of what else runs on the machine.
+hypothesis.settings.register_profile("any-machine", deadline=None)
+hypothesis.settings.load_profile("any-machine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
