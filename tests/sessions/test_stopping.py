@@ -37,7 +37,7 @@ def slow(call: int, turns: int) -> Request:
 def test_calls_in_flight_are_answered_before_the_goodbye(
     server: RunningServer, peer: LanePeer
 ) -> None:
-    peer.send(slow(1, 100_000))
+    peer.send(slow(1, 300_000))  # a second and more: the server hears of its end before
     peer.answer(infer(2))
     server.process.terminate()
     # Now or a little later the server refuses new calls, while the slow one runs.
