@@ -23,11 +23,11 @@ from thirdrail.dtypes import BY_NAME
 from thirdrail.tensors import Array, TensorSpec
 from thirdrail_engines import Engine, EngineError
 from thirdrail_engines.engine import EngineSpec
+from thirdrail_engines.expectations import ProofLimits
 from thirdrail_engines.output_figures import OutputFigures, compare
 from thirdrail_engines.plans import Precision, Profile
 from thirdrail_engines.profiles import read_shape_range
 from thirdrail_engines.reference_proof import (
-    ProofLimits,
     ReferenceProof,
     Tolerance,
     prove,

@@ -2,30 +2,30 @@
 """One candidate becomes an engine: its plan is compiled and loaded, and it is proven.
 
 The reference is ONNX Runtime on the CPU with the model as it is; for a PyTorch source that is the
-plan of its ONNX form. A proof is made in the background, and its reference has one thread: nobody
-waits for that as those do who call the other models meanwhile.
+plan of its ONNX form. In a proof it runs in a process of its own (proof_apart.py); here it is only
+loaded to tell the model's inputs, or to serve.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from thirdrail_engines import cuda_engines
-from thirdrail_engines.background import in_background
 from thirdrail_engines.compile_options import CompileOptions, EngineChoice
 from thirdrail_engines.compiling import CompileServices, compile_plan
 from thirdrail_engines.cuda_engines import facts_for
 from thirdrail_engines.engine import Engine, ModelFileError
 from thirdrail_engines.engine_choice import TORCH_SUFFIXES, Candidate, Device
 from thirdrail_engines.engine_report import Attempt, EngineReport, LoadedEngine
+from thirdrail_engines.expectations import ReferenceRequest
 from thirdrail_engines.inspector import Inspector
 from thirdrail_engines.onnxruntime_engine import load_onnx, load_plan
 from thirdrail_engines.onnxruntime_session import CUDA_PROVIDERS
 from thirdrail_engines.options import EngineOptions
 from thirdrail_engines.plan_cache import Plan
-from thirdrail_engines.plan_requests import driver_text, onnxruntime_version
+from thirdrail_engines.plan_requests import driver_text, onnxruntime_version, torch_version
 from thirdrail_engines.plans import (
     Builder,
     BuildError,
@@ -35,11 +35,11 @@ from thirdrail_engines.plans import (
     Profile,
 )
 from thirdrail_engines.profiles import ProfileError, profiles_for
+from thirdrail_engines.proof_apart import prove_apart
 from thirdrail_engines.proof_records import RunsOn, recorded_proof
 from thirdrail_engines.reference_proof import (
     ReferenceProof,
     Tolerance,
-    prove,
     tolerance_for,
 )
 from thirdrail_engines.trials import value_fault
@@ -114,7 +114,7 @@ class EngineLoader:
 
     def _need_reference(self) -> Engine:
         if self._reference is None:
-            self._reference = self._open_reference(self._options)
+            self._reference = self._open_reference()
         return self._reference
 
     def _take_reference(self) -> Engine:
@@ -124,14 +124,19 @@ class EngineLoader:
         self._reference = None
         return engine
 
-    def _open_reference(self, options: EngineOptions) -> Engine:
+    def _open_reference(self) -> Engine:
+        plan = self._reference_plan()
+        if plan is None:
+            return load_onnx(self.path, options=self._options, inspector=self._inspector)
+        return load_plan(plan, self.path, options=self._options)
+
+    def _reference_plan(self) -> memoryview | None:
+        """For a source that ONNX Runtime does not read."""
         if not self._is_torch:
-            return load_onnx(self.path, options=options, inspector=self._inspector)
+            return None
         plan, _ = compile_plan(self._plans.of_onnxruntime(Precision.AS_IS), self._services)
-        try:
-            return load_plan(plan.data, self.path, options=options)
-        finally:
-            self._release(plan)
+        self._release(plan)  # its bytes are ours
+        return plan.data
 
     @property
     def _is_torch(self) -> bool:
@@ -157,12 +162,12 @@ class EngineLoader:
     def _load_plan(
         self, candidate: Candidate, builder: Builder, attempts: tuple[Attempt, ...]
     ) -> LoadedEngine:
-        request = self.request(builder)
+        request = self.request(builder, self._capability(candidate))
         plan, is_hit = compile_plan(request, self._services)
         try:
             self._check_cancelled()
             self._services.tell("loading the engine", 0, 0)
-            engine = self._open_plan(plan, request)
+            engine = self._open_plan(plan, request, candidate.device)
             with _closing_on_error(engine):
                 proof = self._proof_of_plan(candidate, engine, plan, request)
         finally:
@@ -183,9 +188,20 @@ class EngineLoader:
         """See WantedPlans.of."""
         return self._plans.of(builder, capability)
 
-    def _open_plan(self, plan: Plan, request: PlanRequest) -> Engine:
+    def _capability(self, candidate: Candidate) -> str:
+        """See `request`: only AOTInductor has to be told that it is a GPU."""
+        is_told = candidate.builder is Builder.AOT_INDUCTOR and candidate.device is Device.CUDA
+        return facts_for(candidate.engine, self._services).capability_name if is_told else ""
+
+    def _open_plan(self, plan: Plan, request: PlanRequest, device: Device) -> Engine:
         if request.builder is Builder.ONNXRUNTIME:
             return load_plan(plan.data, self.path, options=self._options)
+        if request.builder is Builder.AOT_INDUCTOR:
+            from thirdrail_engines.torch_package import load_package
+
+            return load_package(
+                plan.data, self.path.name, options=self._options, device=device.value
+            )
         return cuda_engines.open_plan(plan, request, self._services, self._options.instances)
 
     def _release(self, plan: Plan) -> None:
@@ -251,22 +267,19 @@ class EngineLoader:
     def _prove(
         self, engine: Engine, precision: Precision, profiles: Sequence[Profile]
     ) -> ReferenceProof:
-        self.close()  # one that told its shapes would use more threads, and memory twice
+        self.close()  # what told the shapes has done so
         self._check_cancelled()
+        request = ReferenceRequest(
+            self.path,
+            None,
+            tuple(profiles),
+            self._wanted.proof_values,
+            threads_max=self._options.threads_max,
+        )
+        plan = self._reference_plan()
         self._services.tell("proving the engine", 0, 0)
-        tolerance, values = self._tolerance(engine, precision), self._wanted.proof_values
-        self._start_inspection()
-
-        def compare() -> ReferenceProof:
-            with closing(self._open_reference(EngineOptions(threads_max=1))) as reference:
-                return prove(engine, reference, profiles, tolerance, values=values)
-
-        return in_background(compare)
-
-    def _start_inspection(self) -> None:
-        """A process that others ask as well: it shall not be one of the background."""
-        if not self._is_torch:
-            self._inspector.begin(self.path).result()
+        tolerance = self._tolerance(engine, precision)
+        return prove_apart(engine, request, plan, tolerance, self._services)
 
     def _tolerance(self, engine: Engine, precision: Precision) -> Tolerance:
         return tolerance_for(precision, engine.spec, self._wanted.tolerance)
@@ -285,6 +298,8 @@ def _runs_on(request: PlanRequest, services: CompileServices) -> RunsOn:
     reference = f"onnxruntime {onnxruntime_version()}"
     if request.builder is Builder.ONNXRUNTIME:
         return RunsOn(request.target, "", reference, reference)
+    if request.builder is Builder.AOT_INDUCTOR:
+        return RunsOn(request.target, "", f"torch {torch_version()}", reference)
     device = facts_for(request.builder, services)
     runtime = f"{request.builder} {request.builder_version}"
     return RunsOn(device.uuid, driver_text(device), runtime, reference)

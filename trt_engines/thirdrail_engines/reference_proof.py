@@ -18,19 +18,25 @@ above 0.9999.
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Self
 
-import numpy as np
-
+from thirdrail.dtypes import dtype_of_array
 from thirdrail.tensors import Array
 from thirdrail_engines.engine import DeviceLost, Engine, EngineError, EngineSpec
-from thirdrail_engines.output_figures import OutputFigures, compare, is_float, worse
+from thirdrail_engines.expectations import (
+    Expectation,
+    Pace,
+    ProofLimits,
+    Skipped,
+    expectations,
+)
+from thirdrail_engines.output_figures import OutputFigures, compare, worse
 from thirdrail_engines.plans import Precision, Profile
 from thirdrail_engines.profiles import config_line, profile_lines, suggested_ranges
-from thirdrail_engines.trials import KINDS, Trial, ValueRange, bytes_of, seeded, trials
+from thirdrail_engines.trials import ValueRange
 
 # Changes when inputs or figures are made in another way: older records then prove nothing.
 PROOF_FORMAT = 1
@@ -50,21 +56,13 @@ class Tolerance:
 
 
 @dataclass(frozen=True, slots=True)
-class ProofLimits:
-    """bytes_max: inputs of one run. seconds_max: after that, no further run is begun."""
-
-    bytes_max: int = 256 << 20
-    seconds_max: float = 30.0
-
-
-@dataclass(frozen=True, slots=True)
 class ReferenceProof:
     """faults: why the engine is not proven, for people; none: it is."""
 
     outputs: tuple[OutputFigures, ...]
     runs: tuple[str, ...]  # "profile 0 best", ...
     skipped: tuple[str, ...] = ()  # with the reason
-    failed: str = ""  # the run that the engine failed, and how
+    failed: str = ""  # the run that the engine failed, and how; or why there was no reference
     faults: tuple[str, ...] = ()
     # What to write where the sizes that were tried do not suit the model; "" where it was said.
     shapes_advice: str = ""
@@ -145,45 +143,84 @@ def prove(
     values: Mapping[str, ValueRange] | None = None,
     limits: ProofLimits | None = None,
 ) -> ReferenceProof:
-    """Run both and compare. What an engine does wrong is in the result; only DeviceLost is raised.
-
-    profiles: those of the plan; without any, sizes are tried until the reference takes one.
-    values: by input, where seeded ones of any kind make no sense to the model.
-    """
+    """Run both here, in turns, and compare. See `expectations` and `compare_runs`."""
     bounds = limits or ProofLimits()
-    names = [tensor.name for tensor in reference.spec.outputs]
+    runs = expectations(reference, profiles, values or {}, bounds)
+    return compare_runs(
+        engine, reference.spec, runs, tolerance, bounds, has_profiles=bool(profiles)
+    )
+
+
+def compare_runs(
+    engine: Engine,
+    spec: EngineSpec,
+    expected: Iterable[Expectation | Skipped],
+    tolerance: Tolerance,
+    limits: ProofLimits,
+    *,
+    has_profiles: bool,
+) -> ReferenceProof:
+    """Run the engine on the same inputs. What it does wrong is in the result; only DeviceLost is
+    raised.
+
+    spec: the reference's. has_profiles: whether the sizes were said, and not tried.
+    """
+    names = [tensor.name for tensor in spec.outputs]
     known = {tensor.name for tensor in engine.spec.outputs}
     lacking = [name for name in names if name not in known]
     if lacking:
-        return _broken(f"the engine has no output {', '.join(map(repr, lacking))}", tolerance)
+        return unproven(f"the engine has no output {', '.join(map(repr, lacking))}", tolerance)
     worst = {name: OutputFigures(name) for name in names}
     runs: list[str] = []
     skipped: list[str] = []
-    started = time.monotonic()
-    run_bytes = 1
-    for trial in trials(reference.spec, profiles):
-        spent_s = time.monotonic() - started
-        if runs and spent_s * (1 + trial.bytes / run_bytes) > bounds.seconds_max:
-            skipped.append(f"{trial.name}: more than {bounds.seconds_max:g} s in all")
+    pace, spent_s = Pace(limits.seconds_max), 0.0
+    for each in expected:
+        if isinstance(each, Skipped):
+            skipped.append(each.reason)
             continue
-        expected = _expected(reference, trial, values or {}, bounds.bytes_max)
-        if isinstance(expected, str):
-            skipped.append(f"{trial.name}: {expected}")
+        run_bytes = sum(array.nbytes for array in each.inputs.values())
+        if refusal := pace.refusal(run_bytes, spent_s):
+            skipped.append(f"{each.run}: {refusal}")
             continue
-        inputs, wanted = expected
+        if fault := _input_fault(engine.spec, each.inputs):
+            return unproven(f"{each.run}: {fault}", tolerance, tuple(runs), tuple(skipped))
+        began_s = time.monotonic()
         try:
-            got = engine.run(inputs, names, {})
+            got = engine.run(each.inputs, names, {})
         except DeviceLost:  # it is about more than this engine
             raise
         except EngineError as error:
-            return _broken(f"{trial.name}: {error}", tolerance, tuple(runs), tuple(skipped))
+            return unproven(f"{each.run}: {error}", tolerance, tuple(runs), tuple(skipped))
         for name in names:
-            worst[name] = worse(worst[name], compare(name, got[name], wanted[name]))
-        runs.append(trial.name)
-        run_bytes += trial.bytes
-    advice = "" if profiles else _shapes_advice(reference.spec)
+            worst[name] = worse(worst[name], compare(name, got[name], each.outputs[name]))
+        runs.append(each.run)
+        pace.note(run_bytes)
+        spent_s += time.monotonic() - began_s
+    advice = "" if has_profiles else _shapes_advice(spec)
     proof = ReferenceProof(tuple(worst.values()), tuple(runs), tuple(skipped), shapes_advice=advice)
     return proof.judged(tolerance)
+
+
+def _input_fault(spec: EngineSpec, inputs: Mapping[str, Array]) -> str:
+    """Engines take what they are given for what their spec says: a reference may differ."""
+    for tensor in spec.inputs:
+        array = inputs.get(tensor.name)
+        if array is None:
+            if not tensor.optional:
+                return f"the reference has no input '{tensor.name}'"
+            continue
+        fits = tensor.name in spec.unranked or (
+            len(array.shape) == len(tensor.shape)
+            and all(
+                wanted in (-1, dim) for dim, wanted in zip(array.shape, tensor.shape, strict=True)
+            )
+        )
+        if not fits or dtype_of_array(array) is not tensor.dtype:
+            return (
+                f"input '{tensor.name}' is {tensor.dtype.name} {list(tensor.shape)}, the "
+                f"reference's {dtype_of_array(array).name} {list(array.shape)}"
+            )
+    return ""
 
 
 def _shapes_advice(spec: EngineSpec) -> str:
@@ -194,40 +231,13 @@ def _shapes_advice(spec: EngineSpec) -> str:
     return f"for inputs of certain sizes only, say which: {lines}; "
 
 
-def _expected(
-    reference: Engine, trial: Trial, values: Mapping[str, ValueRange], bytes_max: int
-) -> tuple[dict[str, Array], dict[str, Array]] | str:
-    """Inputs that the reference takes and what it makes of them, or why there are none."""
-    names = [tensor.name for tensor in reference.spec.outputs]
-    refusal = ""
-    unfinished: tuple[dict[str, Array], dict[str, Array]] | None = None
-    for shapes in trial.alternatives:
-        if bytes_of(shapes) > bytes_max:
-            refusal = refusal or f"inputs of more than {bytes_max} bytes"
-            continue
-        for whole_max, is_positive in KINDS:
-            inputs = seeded(shapes, values, whole_max, is_positive=is_positive)
-            try:
-                results = reference.run(inputs, names, {})
-            except EngineError as error:
-                refusal = refusal or f"the reference refuses seeded inputs: {error}"
-                continue
-            if all(_says_something(array) for array in results.values()):
-                return inputs, results
-            unfinished = unfinished or (inputs, results)
-    return unfinished or refusal
-
-
-def _says_something(result: Array) -> bool:
-    return not is_float(result) or not result.size or bool(np.isfinite(result).any())
-
-
-def _broken(
+def unproven(
     failed: str,
     tolerance: Tolerance,
     runs: tuple[str, ...] = (),
     skipped: tuple[str, ...] = (),
 ) -> ReferenceProof:
+    """failed: why there is nothing to judge."""
     return ReferenceProof((), runs, skipped, failed).judged(tolerance)
 
 

@@ -23,6 +23,7 @@ from thirdrail_engines.builds.deaths import describe_end, kernel_oom_kills, last
 from thirdrail_engines.builds.environment import build_environment
 from thirdrail_engines.builds.limits import BuildLimits
 from thirdrail_engines.builds.result import BuiltPlan
+from thirdrail_engines.expectations import ReferenceRequest
 from thirdrail_engines.plans import BuildError, BuildFault, PlanRequest, TellProgress
 
 _log = logging.getLogger(__name__)
@@ -58,17 +59,35 @@ def run_build(
     """
     with _turn(limits.builds_at_once_max, tell, cancelled):
         tell("starting the build", 0, 0)
-        home = folder / "home"
-        home.mkdir(mode=0o700)
-        build = _Build(request.builder.value, limits, tell, cancelled)
-        return build.run([*command, str(os.getpid()), str(limits.niceness)], request, folder, home)
+        build = _Build(f"{request.builder} build", limits, tell, cancelled)
+        return build.run(command, request, folder)
+
+
+def run_reference(
+    request: ReferenceRequest,
+    folder: Path,
+    limits: BuildLimits,
+    cancelled: threading.Event,
+    *,
+    command: Sequence[str] = _COMMAND,
+) -> BuiltPlan:
+    """Compute what a reference expects, under the same limits as a build, which it does not wait
+    for. The "plan" of the result is the file that `read_expectations` reads.
+
+    folder: private; a plan of the request may lie in it. Raises BuildError, as `run_build` does.
+    """
+    return _Build("reference run", limits, _tell_nobody, cancelled).run(command, request, folder)
+
+
+def _tell_nobody(phase: str, done: int, steps: int) -> None:
+    pass
 
 
 class _Build:
     def __init__(
-        self, builder: str, limits: BuildLimits, tell: TellProgress, cancelled: threading.Event
+        self, what: str, limits: BuildLimits, tell: TellProgress, cancelled: threading.Event
     ) -> None:
-        self._builder = builder
+        self._what = what  # in words for errors
         self._limits = limits
         self._tell = tell
         self._cancelled = cancelled
@@ -80,11 +99,13 @@ class _Build:
         self._peak_bytes = 0
 
     def run(
-        self, command: Sequence[str], request: PlanRequest, folder: Path, home: Path
+        self, command: Sequence[str], request: PlanRequest | ReferenceRequest, folder: Path
     ) -> BuiltPlan:
         kills_before = kernel_oom_kills()
         order = wire.write_order(wire.Order(request, folder.absolute()))
-        process = _start(command, folder, home)
+        home = folder / "home"
+        home.mkdir(mode=0o700)
+        process = _start([*command, str(os.getpid()), str(self._limits.niceness)], folder, home)
         try:
             with memory_group.of(process.pid, self._limits.memory_bytes_max) as group:
                 _hand_over(process, order)
@@ -146,7 +167,7 @@ class _Build:
         if is_late:
             raise BuildError(
                 BuildFault.OUT_OF_TIME,
-                f"the {self._builder} build took longer than {self._limits.seconds_max:g} s"
+                f"the {self._what} took longer than {self._limits.seconds_max:g} s"
                 f"{last_words(self._output)}",
             )
         held_bytes = process_tree.memory_bytes(pid)
@@ -157,7 +178,7 @@ class _Build:
     def _too_large(self, what: str) -> BuildError:
         return BuildError(
             BuildFault.OUT_OF_MEMORY,
-            f"the {self._builder} build {what} of memory, and may take "
+            f"the {self._what} {what} of memory, and may take "
             f"{self._limits.memory_bytes_max // _MIB} MiB{last_words(self._output)}",
         )
 
@@ -196,7 +217,7 @@ class _Build:
     def _nonsense(self, what: str) -> BuildError:
         return BuildError(
             BuildFault.CRASHED,
-            f"the process of the {self._builder} build made no sense: it sent {what}"
+            f"the process of the {self._what} made no sense: it sent {what}"
             f"{last_words(self._output)}",
         )
 
@@ -206,12 +227,12 @@ class _Build:
         if status == -9 and was_kernel:
             raise BuildError(
                 BuildFault.OUT_OF_MEMORY,
-                f"the system ended the {self._builder} build because memory ran out; "
+                f"the system ended the {self._what} because memory ran out; "
                 f"it was last seen with {self._peak_bytes // _MIB} MiB",
             )
         raise BuildError(
             BuildFault.CRASHED,
-            f"the process of the {self._builder} build {describe_end(status)} "
+            f"the process of the {self._what} {describe_end(status)} "
             f"without a result{last_words(self._output)}",
         )
 

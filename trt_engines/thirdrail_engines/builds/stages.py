@@ -13,16 +13,27 @@ from typing import Any
 from thirdrail_engines.builds import wire
 from thirdrail_engines.builds.result import Built
 from thirdrail_engines.engine import ModelFileError
-from thirdrail_engines.plans import Builder, BuildError, BuildFault, Precision, TellProgress
+from thirdrail_engines.expectations import ReferenceRequest
+from thirdrail_engines.plans import (
+    Builder,
+    BuildError,
+    BuildFault,
+    PlanRequest,
+    Precision,
+    TellProgress,
+)
 
 # Imported by name and only when their turn comes: each needs packages that may not be installed.
 _TORCH_SOURCES = "thirdrail_engines.torch_sources"
 _PRECISION = "thirdrail_engines.precision"
+_REFERENCE = "thirdrail_engines.builders.reference"
 _BUILDERS = {
     Builder.ONNXRUNTIME: "thirdrail_engines.builders.onnxruntime_builder",
     Builder.TENSORRT: "thirdrail_engines.tensorrt.builder",
     Builder.TENSORRT_RTX: "thirdrail_engines.tensorrt.builder",
+    Builder.AOT_INDUCTOR: "thirdrail_engines.builders.aot_inductor_builder",
 }
+_TAKES_TORCH = (Builder.AOT_INDUCTOR,)  # and the others ONNX
 # What to install for a package that is missing.
 _INSTALLED_BY = {
     "onnx": "thirdrail[server]",
@@ -36,18 +47,26 @@ _PHASE_CHARS_MAX = 100
 _PROBE_BYTES = 1 << 20
 
 
-def build(order: wire.Order, tell: TellProgress) -> wire.Result:
+def carry_out(order: wire.Order, tell: TellProgress) -> wire.Result:
     """Raises BuildError, and whatever the libraries raise."""
-    request, onnx = order.request, order.request.source
+    if isinstance(order.request, ReferenceRequest):
+        expected: Path = _module(_REFERENCE).compute(order.request, order.folder)
+        return wire.Result(expected.name, {}, {}, (), None, ())
+    return _build(order.request, order.folder, tell)
+
+
+def _build(request: PlanRequest, folder: Path, tell: TellProgress) -> wire.Result:
+    model = request.source
     conversion: Mapping[str, object] | None = None
-    if request.source.suffix in (".pt2", ".pt"):
-        onnx = _module(_TORCH_SOURCES).to_onnx(request.source, order.folder, tell, request.profiles)
+    is_torch = model.suffix in (".pt2", ".pt")
+    if is_torch and request.builder not in _TAKES_TORCH:
+        model = _module(_TORCH_SOURCES).to_onnx(model, folder, tell, request.profiles)
     if request.precision is not Precision.AS_IS:
         converted = _module(_PRECISION).convert(
-            onnx, request.precision, order.folder, tell, request.profiles
+            model, request.precision, folder, tell, request.profiles
         )
-        onnx, conversion = converted.path, converted.report
-    built: Built = _module(_BUILDERS[request.builder]).build(request, onnx, order.folder, tell)
+        model, conversion = converted.path, converted.report
+    built: Built = _module(_BUILDERS[request.builder]).build(request, model, folder, tell)
     return wire.Result(
         built.plan.name,
         built.layers,

@@ -6,6 +6,7 @@ that builds runs strangers' models, so what comes up is read as untrusted input:
 type and a bound, and whatever fits none is a ValueError.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from thirdrail_engines.builds.result import PlanTensor
+from thirdrail_engines.expectations import ProofLimits, ReferenceRequest
 from thirdrail_engines.plans import (
     Builder,
     BuildFault,
@@ -21,6 +23,7 @@ from thirdrail_engines.plans import (
     Profile,
     ShapeRange,
 )
+from thirdrail_engines.trials import ValueRange
 
 LINE_BYTES_MAX = 1 << 20
 NAME_CHARS_MAX = 1000
@@ -33,9 +36,9 @@ _CONVERSION_CHARS_MAX = 256 << 10
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What the child is told. folder: its own, for the plan and all else that it writes."""
+    """What the child is told. folder: its own, for its result and all else that it writes."""
 
-    request: PlanRequest
+    request: PlanRequest | ReferenceRequest
     folder: Path
 
 
@@ -48,7 +51,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    plan_name: str  # a file in the build's folder
+    plan_name: str  # a file in the child's folder: the plan, or what a reference expects
     layers: Mapping[str, int]
     source_layers: Mapping[str, int]
     tensors: tuple[PlanTensor, ...]
@@ -67,6 +70,8 @@ Answer = Progress | Result | Refusal
 
 def write_order(order: Order) -> bytes:
     request = order.request
+    if isinstance(request, ReferenceRequest):
+        return _line({"reference": _plain_reference(request), "folder": str(order.folder)})
     return _line(
         {
             "source": str(request.source.absolute()),
@@ -93,6 +98,8 @@ def read_order(line: bytes) -> Order:
     """From our own parent, hence unchecked."""
     fields: dict[str, Any] = json.loads(line)
     folder = Path(fields.pop("folder"))
+    if "reference" in fields:
+        return Order(_reference(fields["reference"]), folder)
     fields["source"] = Path(fields["source"])
     fields["builder"] = Builder(fields["builder"])
     fields["precision"] = Precision(fields["precision"])
@@ -155,6 +162,28 @@ def _plain_profile(profile: Profile) -> dict[str, list[list[int]]]:
 def _profile(plain: Mapping[str, list[list[int]]]) -> Profile:
     return Profile(
         {name: ShapeRange(*(tuple(shape) for shape in shapes)) for name, shapes in plain.items()}
+    )
+
+
+def _plain_reference(request: ReferenceRequest) -> dict[str, object]:
+    return {
+        "source": str(request.source.absolute()),
+        "plan": str(request.plan.absolute()) if request.plan else None,
+        "profiles": [_plain_profile(profile) for profile in request.profiles],
+        "values": {name: [each.lowest, each.highest] for name, each in request.values.items()},
+        "limits": dataclasses.asdict(request.limits),
+        "threads_max": request.threads_max,
+    }
+
+
+def _reference(fields: Mapping[str, Any]) -> ReferenceRequest:
+    return ReferenceRequest(
+        Path(fields["source"]),
+        Path(fields["plan"]) if fields["plan"] else None,
+        tuple(_profile(profile) for profile in fields["profiles"]),
+        {name: ValueRange(*ends) for name, ends in fields["values"].items()},
+        ProofLimits(**fields["limits"]),
+        fields["threads_max"],
     )
 
 

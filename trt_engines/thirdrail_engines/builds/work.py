@@ -19,7 +19,7 @@ def work(warnings: Iterable[str]) -> None:
     progress = stages.Throttle(lambda answer: _say(answers, wire.write_answer(answer)))
     answer: wire.Answer
     try:
-        result = stages.build(order, progress.tell)
+        result = stages.carry_out(order, progress.tell)
         answer = dataclasses.replace(result, warnings=(*warnings, *result.warnings))
     except Exception as error:  # of whatever libraries met in a stranger's model
         answer = stages.refusal_of(error, order.folder)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A proof whose reference runs in a process of its own.
+
+So the calls of other models meet no more of a proof than the runs of the engine itself: the
+reference computes as slowly as others leave it time for, holds no lock of this process, and has a
+memory of its own. Whatever it does to itself makes an engine that is not proven, and no more.
+"""
+
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from thirdrail_engines.builds import run_reference
+from thirdrail_engines.compiling import CompileServices
+from thirdrail_engines.engine import Engine
+from thirdrail_engines.expectation_file import NoExpectations, read_expectations
+from thirdrail_engines.expectations import Expectation, ReferenceRequest, Skipped
+from thirdrail_engines.plans import BuildError, BuildFault
+from thirdrail_engines.reference_proof import ReferenceProof, Tolerance, compare_runs, unproven
+
+_log = logging.getLogger(__name__)
+
+_PLAN_NAME = "reference.plan"
+
+
+def prove_apart(
+    engine: Engine,
+    request: ReferenceRequest,
+    plan: memoryview | None,
+    tolerance: Tolerance,
+    services: CompileServices,
+) -> ReferenceProof:
+    """Compare the engine with what a process computes on request.
+
+    plan: for `request.plan`, which is set here. Raises BuildError CANCELLED, and DeviceLost.
+    """
+    try:
+        with _workspace(services) as folder:
+            if plan is not None:
+                request = dataclasses.replace(request, plan=folder / _PLAN_NAME)
+                (folder / _PLAN_NAME).write_bytes(plan)
+            return _compared(engine, request, folder, tolerance, services)
+    except BuildError as error:
+        if error.fault is BuildFault.CANCELLED:
+            raise _cancelled(request) from None
+        reason = str(error)
+    except OSError as error:
+        reason = f"a file cannot be written or read: {error.strerror}"
+    except NoExpectations as error:
+        reason = f"its process made no sense: it left {error}"
+    return unproven(f"there is no reference to compare with: {reason}", tolerance)
+
+
+def _compared(
+    engine: Engine,
+    request: ReferenceRequest,
+    folder: Path,
+    tolerance: Tolerance,
+    services: CompileServices,
+) -> ReferenceProof:
+    computed = run_reference(request, folder, services.limits, services.cancelled)
+    for warning in computed.warnings:
+        _log.warning("%s: for its proof, %s", request.source.name, warning)
+    with computed.plan.open("rb") as file:
+        spec, runs = read_expectations(file)
+        return compare_runs(
+            engine,
+            spec,
+            _unless_cancelled(runs, request, services),
+            tolerance,
+            request.limits,
+            has_profiles=bool(request.profiles),
+        )
+
+
+def _unless_cancelled(
+    runs: Iterable[Expectation | Skipped], request: ReferenceRequest, services: CompileServices
+) -> Iterator[Expectation | Skipped]:
+    for run in runs:
+        if services.cancelled.is_set():
+            raise _cancelled(request)
+        yield run
+
+
+def _cancelled(request: ReferenceRequest) -> BuildError:
+    return BuildError(BuildFault.CANCELLED, f"the load of {request.source.name} was cancelled")
+
+
+@contextmanager
+def _workspace(services: CompileServices) -> Iterator[Path]:
+    """Private, and removed at the end; what a killed worker left in a cache is removed later."""
+    if services.cache is not None:
+        with services.cache.workspace() as folder:
+            yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="thirdrail-proof-") as name:
+        yield Path(name)
