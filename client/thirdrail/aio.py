@@ -4,31 +4,28 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from thirdrail import health, models
+from thirdrail import models
 from thirdrail.aio_connection import AsyncConnection, require_no_fork
+from thirdrail.aio_server_calls import AsyncServerCalls
 from thirdrail.aio_stream import AsyncStream
 from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_aio_channel
-from thirdrail.client import READY_POLL_SECONDS
 from thirdrail.discovery import find_address
 from thirdrail.dtypes import extent
 from thirdrail.errors import FailedPrecondition, NotFound, ThirdrailError, Unavailable
-from thirdrail.failures import not_ready, rpc_errors, with_note
+from thirdrail.failures import rpc_errors, with_note
 from thirdrail.lane.aio_lane_stream import AsyncLaneStream
 from thirdrail.lane.calls import NotSent, timed_out
 from thirdrail.lane.encoding import Encoder
 from thirdrail.models import (
     DescriptionCache,
-    ModelChange,
     ModelDescription,
-    ModelStatus,
-    OnProgress,
 )
 from thirdrail.requests import (
     InferOptions,
@@ -49,7 +46,7 @@ from thirdrail.transport import (
     TransportChoice,
     needs_lane,
 )
-from thirdrail.v1 import inference_pb2, metrics_pb2, models_pb2
+from thirdrail.v1 import inference_pb2
 
 if TYPE_CHECKING:  # needs Linux
     from thirdrail.lane.aio_exports import AsyncExport
@@ -57,7 +54,7 @@ if TYPE_CHECKING:  # needs Linux
     from thirdrail.lane.exports import SharedTensor
 
 
-class AsyncClient:
+class AsyncClient(AsyncServerCalls):
     """Calls the models of a Thirdrail server from asyncio.
 
     Takes the arguments of `Client`, and raises what it raises. Use it in one event loop at a time,
@@ -190,84 +187,6 @@ class AsyncClient:
     def transport(self) -> Transport:
         """What calls travel on, and why not on the lane."""
         return NOTHING_YET if self._connection is None else self._connection.lanes.transport
-
-    async def models(self, *, ready_only: bool = False) -> list[ModelStatus]:
-        """The state of every version of every model."""
-        connection = self._connected()
-        with rpc_errors(connection.address):
-            response = await connection.models.List(models_pb2.ListRequest(ready_only=ready_only))
-        return [models.status_of_message(status) for status in response.models]
-
-    async def describe(self, model: str, *, version: int = 0) -> ModelDescription:
-        """A model's inputs, outputs and configuration; of the newest ready version by default."""
-        connection = self._connected()
-        request = models_pb2.DescribeRequest(name=model, version=version)
-        with rpc_errors(connection.address):
-            response = await connection.models.Describe(request)
-        return models.description_of_message(response)
-
-    async def load(
-        self, model: str, *, config_pbtxt: str = "", progress: OnProgress | None = None
-    ) -> list[int]:
-        """Loads or reloads a model and returns its ready versions. `progress` hears of each step.
-
-        config_pbtxt: used in place of the repository's.
-        """
-        connection = self._connected()
-        versions: list[int] = []
-        request = models_pb2.LoadRequest(name=model, config_pbtxt=config_pbtxt)
-        with rpc_errors(connection.address):
-            async for message in connection.models.Load(request):
-                if progress is not None:
-                    progress(models.progress_of_message(message))
-                versions.extend(message.versions)
-        return versions
-
-    async def unload(self, model: str) -> None:
-        """Unloads a model; requests that are running finish first."""
-        connection = self._connected()
-        with rpc_errors(connection.address):
-            await connection.models.Unload(models_pb2.UnloadRequest(name=model))
-
-    async def watch(self, *names: str) -> AsyncIterator[ModelChange]:
-        """The state of every version now, then each change, until the iterator is closed."""
-        connection = self._connected()
-        call: Any = connection.models.Watch(models_pb2.WatchRequest(names=names))
-        try:
-            with rpc_errors(connection.address):
-                async for message in call:
-                    yield models.change_of_message(message)
-        finally:
-            call.cancel()
-
-    async def health(self, model: str = "") -> bool:
-        """Whether the server, or a model, can serve now. Raises NotFound for an unknown model."""
-        connection = self._connected()
-        with rpc_errors(connection.address):
-            return bool(await connection.check(model) == health.SERVING)
-
-    async def metrics(self) -> str:
-        """The server's metrics as Prometheus text."""
-        connection = self._connected()
-        with rpc_errors(connection.address):
-            return (await connection.metrics.Scrape(metrics_pb2.ScrapeRequest())).text
-
-    async def snapshot(self) -> metrics_pb2.SnapshotResponse:
-        """The same figures as numbers: sums since the server started, and its workers."""
-        connection = self._connected()
-        with rpc_errors(connection.address):
-            return await connection.metrics.Snapshot(metrics_pb2.SnapshotRequest())
-
-    async def wait_ready(self, timeout: float = 60.0, *, model: str = "") -> None:
-        """Waits until the server, or a model, can serve; also for one that is yet to be started.
-
-        timeout: seconds. Raises TimedOut with the last reason.
-        """
-        deadline = time.monotonic() + timeout
-        while (fault := await self._ready_fault(model)) is not None:
-            if time.monotonic() >= deadline:
-                raise not_ready(timeout, fault)
-            await asyncio.sleep(READY_POLL_SECONDS)
 
     async def close(self) -> None:
         """Closes the connection; calls in flight end with Cancelled. May be called twice."""
@@ -420,9 +339,3 @@ class AsyncClient:
             models.require_declaration(description)
             self._descriptions.put(model, version, description, now_ns)
         return description
-
-    async def _ready_fault(self, model: str) -> str | None:
-        try:
-            return None if await self.health(model) else "it says that it is not serving"
-        except (Unavailable, NotFound) as error:
-            return str(error)

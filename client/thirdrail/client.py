@@ -5,7 +5,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from thirdrail import health, models
+from thirdrail import models
 from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_channel
 from thirdrail.connection import Connection
 from thirdrail.discovery import find_address
@@ -25,16 +25,13 @@ from thirdrail.errors import (
     ThirdrailError,
     Unavailable,
 )
-from thirdrail.failures import not_ready, rpc_errors, with_note
+from thirdrail.failures import rpc_errors, with_note
 from thirdrail.lane.busy_poll import LONGEST_US, BusyWindow
 from thirdrail.lane.calls import NotSent
 from thirdrail.lane.encoding import Encoder
 from thirdrail.models import (
     DescriptionCache,
-    ModelChange,
     ModelDescription,
-    ModelStatus,
-    OnProgress,
 )
 from thirdrail.requests import (
     InferOptions,
@@ -45,6 +42,7 @@ from thirdrail.requests import (
     outcome_of_response,
     write_request,
 )
+from thirdrail.server_calls import ServerCalls
 from thirdrail.stream import IN_FLIGHT_MAX, Stream
 from thirdrail.tensors import Array
 from thirdrail.transport import (
@@ -56,7 +54,7 @@ from thirdrail.transport import (
     needs_lane,
 )
 from thirdrail.unary import future_of_call
-from thirdrail.v1 import inference_pb2, metrics_pb2, models_pb2
+from thirdrail.v1 import inference_pb2
 from thirdrail.worker_streams import WorkerStreams
 
 if TYPE_CHECKING:  # needs Linux
@@ -64,12 +62,10 @@ if TYPE_CHECKING:  # needs Linux
     from thirdrail.lane.blocking_exports import Export
     from thirdrail.lane.exports import SharedTensor
 
-READY_POLL_SECONDS = 0.05
-
 T = TypeVar("T")
 
 
-class Client:
+class Client(ServerCalls):
     """Calls the models of a Thirdrail server.
 
     url: `host:port`, `unix:/path/of/the.sock` or a socket's path. None: the local server is found
@@ -245,84 +241,6 @@ class Client:
         connection = self._connection
         return NOTHING_YET if connection is None else connection.lanes.transport
 
-    def models(self, *, ready_only: bool = False) -> list[ModelStatus]:
-        """The state of every version of every model."""
-        connection = self._connected()
-        with rpc_errors(connection.address):
-            response = connection.models.List(models_pb2.ListRequest(ready_only=ready_only))
-        return [models.status_of_message(status) for status in response.models]
-
-    def describe(self, model: str, *, version: int = 0) -> ModelDescription:
-        """A model's inputs, outputs and configuration; of the newest ready version by default."""
-        connection = self._connected()
-        request = models_pb2.DescribeRequest(name=model, version=version)
-        with rpc_errors(connection.address):
-            response = connection.models.Describe(request)
-        return models.description_of_message(response)
-
-    def load(
-        self, model: str, *, config_pbtxt: str = "", progress: OnProgress | None = None
-    ) -> list[int]:
-        """Loads or reloads a model and returns its ready versions. `progress` hears of each step.
-
-        config_pbtxt: used in place of the repository's.
-        """
-        connection = self._connected()
-        versions: list[int] = []
-        request = models_pb2.LoadRequest(name=model, config_pbtxt=config_pbtxt)
-        with rpc_errors(connection.address):
-            for message in connection.models.Load(request):
-                if progress is not None:
-                    progress(models.progress_of_message(message))
-                versions.extend(message.versions)
-        return versions
-
-    def unload(self, model: str) -> None:
-        """Unloads a model; requests that are running finish first."""
-        connection = self._connected()
-        with rpc_errors(connection.address):
-            connection.models.Unload(models_pb2.UnloadRequest(name=model))
-
-    def watch(self, *names: str) -> Iterator[ModelChange]:
-        """The state of every version now, then each change, until the iterator is closed."""
-        connection = self._connected()
-        call: Any = connection.models.Watch(models_pb2.WatchRequest(names=names))
-        try:
-            with rpc_errors(connection.address):
-                for message in call:
-                    yield models.change_of_message(message)
-        finally:
-            call.cancel()
-
-    def health(self, model: str = "") -> bool:
-        """Whether the server, or a model, can serve now. Raises NotFound for an unknown model."""
-        connection = self._connected()
-        with rpc_errors(connection.address):
-            return bool(connection.check(model) == health.SERVING)
-
-    def metrics(self) -> str:
-        """The server's metrics as Prometheus text."""
-        connection = self._connected()
-        with rpc_errors(connection.address):
-            return connection.metrics.Scrape(metrics_pb2.ScrapeRequest()).text
-
-    def snapshot(self) -> metrics_pb2.SnapshotResponse:
-        """The same figures as numbers: sums since the server started, and its workers."""
-        connection = self._connected()
-        with rpc_errors(connection.address):
-            return connection.metrics.Snapshot(metrics_pb2.SnapshotRequest())
-
-    def wait_ready(self, timeout: float = 60.0, *, model: str = "") -> None:
-        """Waits until the server, or a model, can serve; also for one that is yet to be started.
-
-        timeout: seconds. Raises TimedOut with the last reason.
-        """
-        deadline = time.monotonic() + timeout
-        while (fault := self._ready_fault(model)) is not None:
-            if time.monotonic() >= deadline:
-                raise not_ready(timeout, fault)
-            time.sleep(READY_POLL_SECONDS)
-
     def close(self) -> None:
         """Closes the connection; calls in flight end with Cancelled. May be called twice."""
         self._is_closed = True
@@ -482,9 +400,3 @@ class Client:
             models.require_declaration(description)
             self._descriptions.put(model, version, description, now_ns)
         return description
-
-    def _ready_fault(self, model: str) -> str | None:
-        try:
-            return None if self.health(model) else "it says that it is not serving"
-        except (Unavailable, NotFound) as error:
-            return str(error)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server can be asked besides running models; a part of `aio.AsyncClient`."""
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from typing import Any
+
+from thirdrail import health, models
+from thirdrail.aio_connection import AsyncConnection
+from thirdrail.errors import NotFound, Unavailable
+from thirdrail.failures import not_ready, rpc_errors
+from thirdrail.models import ModelChange, ModelDescription, ModelStatus, OnProgress
+from thirdrail.server_calls import READY_POLL_SECONDS
+from thirdrail.v1 import metrics_pb2, models_pb2
+
+
+class AsyncServerCalls(ABC):
+    """The twin of `server_calls.ServerCalls`."""
+
+    @abstractmethod
+    def _connected(self) -> AsyncConnection: ...
+
+    async def models(self, *, ready_only: bool = False) -> list[ModelStatus]:
+        """The state of every version of every model."""
+        connection = self._connected()
+        with rpc_errors(connection.address):
+            response = await connection.models.List(models_pb2.ListRequest(ready_only=ready_only))
+        return [models.status_of_message(status) for status in response.models]
+
+    async def describe(self, model: str, *, version: int = 0) -> ModelDescription:
+        """A model's inputs, outputs and configuration; of the newest ready version by default."""
+        connection = self._connected()
+        request = models_pb2.DescribeRequest(name=model, version=version)
+        with rpc_errors(connection.address):
+            response = await connection.models.Describe(request)
+        return models.description_of_message(response)
+
+    async def load(
+        self, model: str, *, config_pbtxt: str = "", progress: OnProgress | None = None
+    ) -> list[int]:
+        """Loads or reloads a model and returns its ready versions. `progress` hears of each step.
+
+        config_pbtxt: used in place of the repository's.
+        """
+        connection = self._connected()
+        versions: list[int] = []
+        request = models_pb2.LoadRequest(name=model, config_pbtxt=config_pbtxt)
+        with rpc_errors(connection.address):
+            async for message in connection.models.Load(request):
+                if progress is not None:
+                    progress(models.progress_of_message(message))
+                versions.extend(message.versions)
+        return versions
+
+    async def unload(self, model: str) -> None:
+        """Unloads a model; requests that are running finish first."""
+        connection = self._connected()
+        with rpc_errors(connection.address):
+            await connection.models.Unload(models_pb2.UnloadRequest(name=model))
+
+    async def watch(self, *names: str) -> AsyncIterator[ModelChange]:
+        """The state of every version now, then each change, until the iterator is closed."""
+        connection = self._connected()
+        call: Any = connection.models.Watch(models_pb2.WatchRequest(names=names))
+        try:
+            with rpc_errors(connection.address):
+                async for message in call:
+                    yield models.change_of_message(message)
+        finally:
+            call.cancel()
+
+    async def health(self, model: str = "") -> bool:
+        """Whether the server, or a model, can serve now. Raises NotFound for an unknown model."""
+        connection = self._connected()
+        with rpc_errors(connection.address):
+            return bool(await connection.check(model) == health.SERVING)
+
+    async def metrics(self) -> str:
+        """The server's metrics as Prometheus text."""
+        connection = self._connected()
+        with rpc_errors(connection.address):
+            return (await connection.metrics.Scrape(metrics_pb2.ScrapeRequest())).text
+
+    async def snapshot(self) -> metrics_pb2.SnapshotResponse:
+        """The same figures as numbers: sums since the server started, and its workers."""
+        connection = self._connected()
+        with rpc_errors(connection.address):
+            return await connection.metrics.Snapshot(metrics_pb2.SnapshotRequest())
+
+    async def wait_ready(self, timeout: float = 60.0, *, model: str = "") -> None:
+        """Waits until the server, or a model, can serve; also for one that is yet to be started.
+
+        timeout: seconds. Raises TimedOut with the last reason.
+        """
+        deadline = time.monotonic() + timeout
+        while (fault := await self._ready_fault(model)) is not None:
+            if time.monotonic() >= deadline:
+                raise not_ready(timeout, fault)
+            await asyncio.sleep(READY_POLL_SECONDS)
+
+    async def _ready_fault(self, model: str) -> str | None:
+        try:
+            return None if await self.health(model) else "it says that it is not serving"
+        except (Unavailable, NotFound) as error:
+            return str(error)
