@@ -224,6 +224,10 @@ def _bare_call(
     context.prepare(0, {"x": x.shape}, stream)
     context.bind("x", memory)
     context.bind("y", memory + x.nbytes)
+    if program.activation_bytes:
+        activations = device.allocate(program.activation_bytes)
+        stack.callback(device.free, activations)
+        context.use_activations(activations)
 
     def call() -> None:
         context.enqueue(stream)

@@ -165,15 +165,17 @@ class WorkerMemory:
 
     residents: list[Resident]
     leaving_bytes: int  # of engines that were replaced or unloaded and still finish requests
+    shared_bytes: int = 0  # which models on a device compute in
 
     @property
     def total(self) -> int:
-        return self.leaving_bytes + sum(each.size for each in self.residents)
+        return self.leaving_bytes + self.shared_bytes + sum(each.size for each in self.residents)
 
     def to_fields(self) -> Fields:
         return {
             "residents": [dataclasses.astuple(each) for each in self.residents],
             "leaving_bytes": self.leaving_bytes,
+            "shared_bytes": self.shared_bytes,
         }
 
     @classmethod
@@ -184,7 +186,7 @@ class WorkerMemory:
                 Resident(str(name), int(size), int(used_ms), bool(is_busy))
                 for name, size, used_ms, is_busy in fields["residents"]
             ]
-            return cls(residents, int(fields["leaving_bytes"]))
+            return cls(residents, int(fields["leaving_bytes"]), int(fields["shared_bytes"]))
         except (KeyError, TypeError, ValueError) as error:
             raise Internal(f"figures of memory that cannot be read: {error!r}") from None
 

@@ -7,6 +7,7 @@ checks. No plan ran on a GPU.
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from support.plan_runs import (
     test_graphs_are_recorded_by_the_runtime_or_by_us,
     test_results_whose_size_only_the_run_tells,
 )
-from support.twin_tensorrt import Engine, RuntimeConfig, member, twin_api
+from support.twin_tensorrt import ACTIVATION_BYTES, Engine, RuntimeConfig, member, twin_api
 from support.twins import any_size
 from thirdrail_engines import EngineError, Inspector, ModelFileError
 from thirdrail_engines.cuda.engine import CudaEngine, CudaOptions
@@ -198,25 +199,61 @@ def test_finished_kernels_are_kept_for_the_next_process(double: Path, load: Load
 @pytest.mark.parametrize(
     ("profiles", "is_rtx", "graphs_max", "expected"),
     [
-        (TWO_PROFILES, False, 8, RuntimeChoices(False, False, 8)),
-        ((), False, 0, RuntimeChoices(False, False, 0)),
-        (TWO_PROFILES, True, 8, RuntimeChoices(False, True, 0)),
-        ((), True, 8, RuntimeChoices(True, True, 0)),
-        ((), True, 0, RuntimeChoices(True, False, 0)),
+        (TWO_PROFILES, False, 8, RuntimeChoices(False, False, 8, True)),
+        ((), False, 0, RuntimeChoices(False, False, 0, True)),
+        (TWO_PROFILES, True, 8, RuntimeChoices(False, True, 0, False)),
+        ((), True, 8, RuntimeChoices(True, True, 0, False)),
+        ((), True, 0, RuntimeChoices(True, False, 0, True)),
         (
             (Profile({"x": ShapeRange((4,), (4,), (4,))}),),
             True,
             8,
-            RuntimeChoices(True, True, 0),
+            RuntimeChoices(True, True, 0, False),
         ),
     ],
 )
 def test_graphs_are_recorded_by_one_of_the_two(
     profiles: tuple[Profile, ...], is_rtx: bool, graphs_max: int, expected: RuntimeChoices
 ) -> None:
-    found = choose(profiles, prepares_at_run_time=is_rtx, graphs_max=graphs_max)
+    found = choose(profiles, prepares_at_run_time=is_rtx, can_share=True, graphs_max=graphs_max)
     assert found == expected
     assert not (found.records_graphs and found.our_graphs_max)
+    assert not (found.records_graphs and found.shares_memory)
+    older = choose(profiles, prepares_at_run_time=is_rtx, can_share=False, graphs_max=graphs_max)
+    assert older == replace(expected, shares_memory=False)
+
+
+# Memory to compute in
+
+
+def test_plans_compute_in_memory_that_they_share(
+    double: Path, fixed: Path, load: Load, device: TwinDevice
+) -> None:
+    for path in (double, fixed, double):
+        engine = load(path)
+        for value in range(4):
+            x = np.full(4, value, np.float32)
+            engine.run({"x": x}, ["y"], {})
+    assert device.activations.nbytes == 2 * ACTIVATION_BYTES
+
+
+def test_where_the_runtime_records_graphs_contexts_have_memory_of_their_own(
+    double: Path, load: Load, device: TwinDevice
+) -> None:
+    load(double, is_rtx=True)
+    assert device.activations.nbytes == 0
+    load(double, is_rtx=True, graphs_max=0)
+    assert device.activations.nbytes == ACTIVATION_BYTES
+
+
+def test_a_runtime_without_names_for_it_has_memory_of_its_own(
+    double: Path, load: Load, device: TwinDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT 10.0."""
+    monkeypatch.delattr(Engine, "device_memory_size_v2")
+    engine = load(double)
+    assert device.activations.nbytes == 0
+    assert engine.run({"x": np.ones(2, np.float32)}, ["y"], {})["y"].tolist() == [2, 2]
 
 
 # The real package, as far as it goes without a GPU

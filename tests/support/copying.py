@@ -18,6 +18,8 @@ class CopyProgram:
         profile = Profile({"x": ShapeRange((0,), (1,), (count_max,))})
         self._spec = ProgramSpec((tensors[0],), (tensors[1],), (profile,))
 
+    activation_bytes = 0
+
     @property
     def spec(self) -> ProgramSpec:
         return self._spec
@@ -46,6 +48,9 @@ class CopyContext:
 
     def bind_open(self, output: str, room: OpenOutput) -> None:
         raise AssertionError("it has no open outputs")
+
+    def use_activations(self, address: int) -> None:
+        raise AssertionError("it needs none")
 
     def can_record(self, stream: Stream) -> bool:
         return self._bytes > 0

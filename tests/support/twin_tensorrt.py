@@ -17,6 +17,7 @@ from thirdrail_engines.cuda.twin_program import TwinContext, TwinProgram
 from thirdrail_engines.plans import Builder, Profile, Shape
 from thirdrail_engines.tensorrt.api import Api
 
+ACTIVATION_BYTES = 4096  # of any plan
 TYPES = {"FP32": "FLOAT", "FP16": "HALF"}
 
 
@@ -42,6 +43,8 @@ def twin_api(
         TensorLocation=SimpleNamespace(DEVICE=member("DEVICE"), HOST=member("HOST")),
         TensorFormat=SimpleNamespace(LINEAR=member("LINEAR"), CHW32=member("CHW32")),
     )
+    trt.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="ours", STATIC="its own")
+    trt.ICudaEngine, trt.IExecutionContext = Engine, Context
     trt.Runtime = lambda logger: Runtime(trt, logger, device, inspector, profiles)
     if is_rtx:
         trt.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager", NONE="none")
@@ -68,13 +71,20 @@ class Runtime:
         if not path.is_file():
             self.logger.log(member("ERROR"), f"no plan: {path}")
             return None
-        return Engine(self, TwinProgram(path, self.device, self._profiles(path), self._inspector))
+        profiles = self._profiles(path)
+        return Engine(
+            self, TwinProgram(path, self.device, profiles, self._inspector, ACTIVATION_BYTES)
+        )
 
 
 class RuntimeConfig:
     def __init__(self) -> None:
+        self.allocation_strategy = ""
         self.cuda_graph_strategy = self.dynamic_shapes_kernel_specialization_strategy = ""
         self.cache: RuntimeCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.allocation_strategy = strategy
 
     def create_runtime_cache(self) -> "RuntimeCache":
         return RuntimeCache()
@@ -100,6 +110,8 @@ class RuntimeCache:
 
 
 class Engine:
+    device_memory_size_v2 = ACTIVATION_BYTES
+
     def __init__(self, runtime: Runtime, program: TwinProgram) -> None:
         self.runtime, self.program, self._trt = runtime, program, runtime.trt
         self._tensors = {t.name: t for t in (*program.spec.inputs, *program.spec.outputs)}
@@ -137,17 +149,24 @@ class Engine:
         self.config = RuntimeConfig()
         return self.config
 
-    def create_execution_context(self, config: RuntimeConfig | None = None) -> "Context":
-        assert config is self.config
-        if config is not None and config.cache is not None and not config.cache.data:
-            config.cache.data += b"k"
-        return Context(self)
+    def create_execution_context(self, how: "RuntimeConfig | str") -> "Context":
+        if isinstance(how, str):
+            assert self.config is None
+            return Context(self, how)
+        assert how is self.config
+        if how.cache is not None and not how.cache.data:
+            how.cache.data += b"k"
+        return Context(self, how.allocation_strategy)
 
 
 class Context:
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, whose_memory: str) -> None:
         self._engine, self._runtime = engine, engine.runtime
+        self._has_own = whose_memory == "its own"
+        self._lent = 0
         self._inner = TwinContext(engine.program, engine.runtime.device)
+        if self._has_own:
+            self._inner.activation_bytes = 0
         self._profile = 0
         spec = engine.program.spec
         self._fixed = {t.name: t.shape for t in spec.inputs if -1 not in t.shape}
@@ -188,6 +207,11 @@ class Context:
         self._addresses[name] = address
         return True
 
+    def set_device_memory(self, address: int, nbytes: int) -> None:
+        assert not self._has_own
+        assert nbytes >= ACTIVATION_BYTES
+        self._lent = address
+
     def set_output_allocator(self, name: str, allocator: Any) -> bool:
         self._allocators[name] = allocator
         return True
@@ -200,6 +224,7 @@ class Context:
         for name, shape in self._outputs.items():
             if -1 in shape:
                 self._inner.bind_open(name, AskedRoom(name, self._allocators[name], handle))
+        self._inner.use_activations(self._lent)
         try:
             self._inner.enqueue(stream)
         except Exception as error:

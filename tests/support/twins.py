@@ -20,13 +20,14 @@ def twin_engine(
     *,
     profiles: tuple[Profile, ...] | None = None,
     elements_max: int = 1_200_000,
+    activation_bytes: int = 0,
     **options: Any,
 ) -> CudaEngine:
     """profiles: None for one that takes every open dimension from 0 on, and `elements_max`
     elements."""
     if profiles is None:
         profiles = any_size(path, inspector, elements_max)
-    program = TwinProgram(path, device, profiles, inspector)
+    program = TwinProgram(path, device, profiles, inspector, activation_bytes)
     return CudaEngine(program, device, "tensorrt_plan", CudaOptions(**options))
 
 

@@ -45,6 +45,7 @@ class Loaders:
         self._cores = config.threads_max or len(os.sched_getaffinity(0))
         self._inspector = Inspector()
         device = WorkerDevice(config.device)
+        self.shared_bytes = device.shared_bytes
         self._scale = Scale(device.taken_bytes) if config.device else Scale()
         self._plans = Plans(config.compiling, device.opened)
         self._threads = ThreadPoolExecutor(config.loads_at_once_max, thread_name_prefix="loader")

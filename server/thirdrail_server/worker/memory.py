@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much memory a model version takes: the growth of the process's heap while it was loaded, or
-for a worker with a device of its own, of what that has in use.
+for a worker with a device of its own, of what that has in use beside the memory that all models
+compute in.
 
 From before the load to after its warm-up, but never less than its files: weights that the engine
 maps from there are not on the heap. Seen for models of 1 to 128 MiB: within 0.2 MiB of their

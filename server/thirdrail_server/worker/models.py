@@ -222,7 +222,7 @@ class ModelTable:
             )
             for name, model in sorted(self._models.items())
         ]
-        return WorkerMemory(residents, self._leaving_bytes)
+        return WorkerMemory(residents, self._leaving_bytes, self._loaders.shared_bytes())
 
     async def close(self) -> None:
         """End the builds that are under way, and whatever they have started."""

@@ -20,21 +20,28 @@ class WorkerDevice:
 
     def __init__(self, uuid: str) -> None:
         self._uuid = uuid
+        self._device: Device | None = None
 
     def opened(self) -> Device | None:
         """None where there is none, which is logged: engines that need it then say so."""
         if not self._uuid:
             return None
         try:
-            return cuda_engines.own_device(self._uuid)
+            self._device = cuda_engines.own_device(self._uuid)
         except (BuildError, CudaError) as error:
             _log.error("the device of this worker cannot be used: %s", error)
             return None
+        return self._device
+
+    def shared_bytes(self) -> int:
+        """What models compute in, none of them alone."""
+        return self._device.activations.nbytes if self._device is not None else 0
 
     def taken_bytes(self) -> int:
-        """Of the device's memory, in its own figures; 0 where it does not tell."""
+        """Of the device's memory, in its own figures, without what is shared; 0 where it does not
+        tell."""
         device = self.opened()
         if device is None:
             return 0
         figures = device.memory()
-        return figures.total_bytes - figures.free_bytes
+        return figures.total_bytes - figures.free_bytes - self.shared_bytes()

@@ -12,10 +12,13 @@ All methods may be called from any thread. Blocking ones let other Python thread
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from thirdrail.tensors import Array
 from thirdrail_engines.cuda.identity import DeviceFacts
+
+if TYPE_CHECKING:
+    from thirdrail_engines.cuda.activations import Activations
 
 # The driver gives no allocation a smaller alignment (CUDA programming guide: "at least 256 bytes").
 ALIGNMENT_BYTES = 256
@@ -186,6 +189,11 @@ class Device(Protocol):
 
     @property
     def capabilities(self) -> Capabilities: ...
+
+    @property
+    def activations(self) -> "Activations":
+        """What all engines of this process on it compute in."""
+        ...
 
     def memory(self) -> MemoryFigures:
         """As the driver sees it now, other processes counted."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from thirdrail.tensors import Array
+from thirdrail_engines.cuda.activations import Activations
 from thirdrail_engines.cuda.device import (
     Capabilities,
     Event,
@@ -158,6 +159,7 @@ class DriverDevice:
         self._context: Any = api("cuDevicePrimaryCtxRetain", handle)
         self._entered = threading.local()
         self._capabilities = _capabilities(api, handle)
+        self.activations = Activations(self)
 
     @property
     def facts(self) -> DeviceFacts:

@@ -11,7 +11,8 @@ is the snapshot: nobody can change what is computed with. Where pinned memory is
 copies from and to the caller's memory itself.
 
 All device memory but that of open outputs is taken when the engine is made, for the largest shapes
-of the profiles: a request does not fail for lack of it.
+of the profiles: a request does not fail for lack of it. What is computed in between lies in
+memory that all engines on the device share (activations.py).
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from thirdrail.tensors import Array
+from thirdrail_engines.cuda.activations import Share
 from thirdrail_engines.cuda.device import Device
 from thirdrail_engines.cuda.errors import OutOfDeviceMemory
 from thirdrail_engines.cuda.graph_cache import GraphFigures
@@ -65,9 +67,12 @@ class CudaEngine:
         )
         self._pool = PinnedPool(device, options.staging_bytes_max)
         self._instances: list[Instance] = []
+        self._share: Share | None = None
         try:
+            self._share = device.activations.join(program.activation_bytes, options.instances)
             for _ in range(options.instances):
-                self._instances.append(Instance(program, device, self._pool, options))
+                instance = Instance(program, device, self._pool, self._share, options)
+                self._instances.append(instance)
         except OutOfDeviceMemory:
             raise self._no_room(options) from None
         except EngineError as error:
@@ -138,6 +143,8 @@ class CudaEngine:
             for instance in self._instances:
                 instance.close()
             self._instances.clear()
+            if self._share is not None:
+                self._share.close()
             self._pool.close()
             self._program.close()
 
@@ -145,10 +152,12 @@ class CudaEngine:
         self._give_back()
         free = self._device.memory().free_bytes
         needed = options.instances * options.overlapped_runs * slot_bytes(self._program)
+        activations = self._program.activation_bytes
+        more = f", and a run computes in {activations} more" if activations else ""
         return ModelFileError(
             f"the model does not fit on {self._device.facts.uuid}: {free} bytes are free, the "
             f"largest inputs alone take {needed} in {options.instances} instances of "
-            f"{options.overlapped_runs} overlapped runs each"
+            f"{options.overlapped_runs} overlapped runs each{more}"
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from thirdrail.tensors import Array
+from thirdrail_engines.cuda.activations import Share
 from thirdrail_engines.cuda.device import Device, Graph, Stream
 from thirdrail_engines.cuda.graph_cache import GraphCache, Way
 from thirdrail_engines.cuda.layout import Layout, lay_out
@@ -38,11 +39,17 @@ class Instance:
     """
 
     def __init__(
-        self, program: Program, device: Device, pool: PinnedPool, options: CudaOptions
+        self,
+        program: Program,
+        device: Device,
+        pool: PinnedPool,
+        share: Share,
+        options: CudaOptions,
     ) -> None:
         self._spec = program.spec
         self._device = device
         self._pool = pool
+        self._share = share
         self._options = options
         self._lock = threading.Lock()
         self.graphs: GraphCache[_Recording] = GraphCache(options.graphs_max)
@@ -78,7 +85,8 @@ class Instance:
                     copy_in(compute)
                 else:
                     compute.wait(slot.is_in)
-                shapes = self._calculate(slot, request, layout)
+                with self._share.lent(compute) as memory:
+                    shapes = self._calculate(slot, request, layout, memory)
                 if out_of_device is not compute:
                     compute.record(slot.is_computed)
                     out_of_device.wait(slot.is_computed)
@@ -115,7 +123,10 @@ class Instance:
                     if tensor.nbytes:
                         target = slot.input_block + layout.offsets[name]
                         stream.copy(target, tensor.address, tensor.nbytes)
-                shapes, is_copied = self._calculate_placed(slot, request, inputs, layout, placement)
+                with self._share.lent(stream) as memory:
+                    shapes, is_copied = self._calculate_placed(
+                        slot, request, inputs, layout, placement, memory
+                    )
                 sources = slot.sources(specs.outputs, shapes)
                 fetched = None
                 if host.wanted:
@@ -134,7 +145,13 @@ class Instance:
             transfers.close()
 
     def _calculate_placed(
-        self, slot: Slot, request: Request, inputs: Inputs, layout: Layout, placement: Placement
+        self,
+        slot: Slot,
+        request: Request,
+        inputs: Inputs,
+        layout: Layout,
+        placement: Placement,
+        memory: int,
     ) -> tuple[dict[str, Shape], bool]:
         """Give the run to the device. Returns the outputs' shapes, and whether results were copied
         to where they stay: where only the run tells how large one is. Never by a graph, which would
@@ -151,7 +168,7 @@ class Instance:
         if on_device and not is_copied:
             for name, address in placement.place(sizes_of(specs, outputs, on_device)).items():
                 context.bind(name, address)
-        self._enqueue(context, rooms)
+        self._enqueue(context, rooms, memory)
         shapes = outputs | {name: room.shape for name, room in rooms.items()}
         if is_copied:
             sources, sizes = slot.sources(specs, shapes), sizes_of(specs, shapes, on_device)
@@ -185,9 +202,12 @@ class Instance:
             outputs = max(outputs, lay_out(self._spec.outputs, _closed(found)).total_bytes)
         return inputs, outputs
 
-    def _calculate(self, slot: Slot, request: Request, layout: Layout) -> dict[str, Shape]:
+    def _calculate(
+        self, slot: Slot, request: Request, layout: Layout, memory: int
+    ) -> dict[str, Shape]:
         """Give the run to the device. Returns the outputs' shapes."""
-        key = (slot.input_block, request.profile, tuple(request.shapes.values()))
+        # A graph holds the addresses of all memory that it was recorded with.
+        key = (slot.input_block, memory, request.profile, tuple(request.shapes.values()))
         slot.begin()
         way = self.graphs.way(key)
         if way is Way.LAUNCH:
@@ -198,9 +218,9 @@ class Instance:
         assert context is not None
         outputs = context.prepare(request.profile, request.shapes, self._compute)
         rooms = self._bind(context, slot, layout, outputs)
-        self._enqueue(context, rooms)
+        self._enqueue(context, rooms, memory)
         if way is Way.RECORD:
-            self._record(context, key, outputs)
+            self._record(context, key, outputs, memory)
         return outputs | {name: room.shape for name, room in rooms.items()}
 
     def _bind(
@@ -224,9 +244,9 @@ class Instance:
             context.bind_open(name, rooms[name])
         return rooms
 
-    def _enqueue(self, context: Context, rooms: Mapping[str, GrowingOutput]) -> None:
+    def _enqueue(self, context: Context, rooms: Mapping[str, GrowingOutput], memory: int) -> None:
         try:
-            context.enqueue(self._compute)
+            self._give(context, memory)
         except EngineError:
             self._device.check()  # the cause, if that is it
             for name, room in rooms.items():
@@ -234,19 +254,26 @@ class Instance:
                     raise EngineError(f"output '{name}': {room.fault}") from None
             raise
 
-    def _record(self, context: Context, key: object, outputs: dict[str, Shape]) -> None:
+    def _give(self, context: Context, memory: int) -> None:
+        if memory:
+            context.use_activations(memory)
+        context.enqueue(self._compute)
+
+    def _record(
+        self, context: Context, key: object, outputs: dict[str, Shape], memory: int
+    ) -> None:
         """Record what has just run. A failure costs the graph and not the run."""
         if -1 in {dim for shape in outputs.values() for dim in shape} or not context.can_record(
             self._compute
         ):
             return self.graphs.refuse(key)
-        graph = self._captured(context)
+        graph = self._captured(context, memory)
         if graph is None:
             return self.graphs.refuse(key)
         for recording in self.graphs.keep(key, _Recording(graph, outputs)):
             recording.graph.close()  # one that is under way is freed when it is done
 
-    def _captured(self, context: Context) -> Graph | None:
+    def _captured(self, context: Context, memory: int) -> Graph | None:
         """None: it cannot be captured. Raises DeviceLost."""
         try:
             self._compute.begin_capture()
@@ -254,7 +281,7 @@ class Instance:
             return None
         is_enqueued = True
         try:
-            context.enqueue(self._compute)
+            self._give(context, memory)
         except EngineError:
             is_enqueued = False
         try:

@@ -38,6 +38,11 @@ class Context(Protocol):
 
     def bind_open(self, output: str, room: OpenOutput) -> None: ...
 
+    def use_activations(self, address: int) -> None:
+        """Memory of Program.activation_bytes, for what is enqueued next, until that is done. Not
+        called where there are none."""
+        ...
+
     def can_record(self, stream: Stream) -> bool:
         """Whether `enqueue` can be captured into a graph, with what was set."""
         ...
@@ -65,6 +70,12 @@ class ProgramSpec:
 class Program(Protocol):
     @property
     def spec(self) -> ProgramSpec: ...
+
+    @property
+    def activation_bytes(self) -> int:
+        """What a run of any context needs beside inputs and outputs, and is to be given; 0 where
+        contexts have it themselves."""
+        ...
 
     def new_context(self, stream: Stream) -> Context:
         """stream: where it will run. Raises EngineError, OutOfDeviceMemory."""

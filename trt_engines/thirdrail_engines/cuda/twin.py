@@ -10,6 +10,7 @@ import itertools
 
 from thirdrail.device.twin import TwinMemory
 from thirdrail.tensors import Array
+from thirdrail_engines.cuda.activations import Activations
 from thirdrail_engines.cuda.device import Capabilities, MemoryFigures, PinnedMemory
 from thirdrail_engines.cuda.errors import STICKY, error_of
 from thirdrail_engines.cuda.identity import DeviceFacts
@@ -70,6 +71,7 @@ class TwinDevice:
         self._next_failures: dict[str, str] = {}
         self._handles = itertools.count(1)
         self._streams: set[TwinStream] = set()
+        self.activations = Activations(self)
 
     @property
     def facts(self) -> DeviceFacts:

@@ -7,7 +7,9 @@ shapes do not tell is an open one. A run that ONNX Runtime fails is an illegal a
 eyes: it takes the device.
 """
 
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,16 @@ class TwinProgram:
     """See Program."""
 
     def __init__(
-        self, path: Path, device: TwinDevice, profiles: tuple[Profile, ...], inspector: Inspector
+        self,
+        path: Path,
+        device: TwinDevice,
+        profiles: tuple[Profile, ...],
+        inspector: Inspector,
+        activation_bytes: int = 0,
     ) -> None:
-        """Raises ModelFileError for what no plan could be made of."""
+        """activation_bytes: what a run writes beside its results. Raises ModelFileError for what no
+        plan could be made of."""
+        self.activation_bytes = activation_bytes
         self._engine = load_onnx(path, options=EngineOptions(), inspector=inspector)
         self._device = device
         spec = self._engine.spec
@@ -87,6 +96,8 @@ class TwinContext:
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
         self._rooms: dict[str, OpenOutput] = {}
+        self.activation_bytes = program.activation_bytes
+        self._activations = 0
         self.enqueued = 0
 
     def prepare(
@@ -104,6 +115,9 @@ class TwinContext:
     def bind_open(self, output: str, room: OpenOutput) -> None:
         self._rooms[output] = room
 
+    def use_activations(self, address: int) -> None:
+        self._activations = address
+
     def can_record(self, stream: Stream) -> bool:
         return not self._rooms
 
@@ -115,7 +129,8 @@ class TwinContext:
             raise EngineError(f"no address was set for {sorted(missing)}")
         places = {name: (address, self._shapes[name]) for name, address in self._addresses.items()}
         results: dict[str, Array] = {}
-        stream.give(lambda: self._kernel(places, results))
+        activations, self._activations = self._activations, 0
+        stream.give(lambda: self._kernel(places, activations, results))
         if self._rooms:
             assert not stream.is_capturing
             stream.synchronize()  # TensorRT has to wait as well before it can tell sizes
@@ -123,15 +138,30 @@ class TwinContext:
 
     def close(self) -> None: ...
 
-    def _kernel(self, places: Kernel, results: dict[str, Array]) -> None:
+    def _kernel(self, places: Kernel, activations: int, results: dict[str, Array]) -> None:
         feed = {
             name: self._memory(tensor, *places[name]).copy()
             for name, tensor in self._inputs.items()
         }
-        results.update(self._program.compute(feed))
+        with self._computing_in(activations):
+            results.update(self._program.compute(feed))
         for name, tensor in self._outputs.items():
             if name in places:
                 self._memory(tensor, *places[name])[...] = results[name]
+
+    @contextmanager
+    def _computing_in(self, address: int) -> Iterator[None]:
+        """As kernels do: what they wrote there they read again."""
+        if not self.activation_bytes:
+            yield
+            return
+        memory = self._device.memory_at(address, self.activation_bytes, "cuLaunchKernel")
+        mark = np.frombuffer(uuid.uuid4().bytes, np.uint8)
+        written = np.resize(mark, self.activation_bytes)
+        memory[:] = written
+        yield
+        if not (memory == written).all():
+            raise EngineError("somebody else wrote to the memory that a run computed in")
 
     def _memory(self, tensor: TensorSpec, address: int, shape: Shape) -> Array:
         assert tensor.dtype.numpy is not None

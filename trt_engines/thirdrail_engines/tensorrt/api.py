@@ -31,12 +31,15 @@ OPTIONAL = frozenset(
         "DynamicShapesKernelSpecializationStrategy.EAGER",
         "DynamicShapesKernelSpecializationStrategy.NONE",
         "ICudaEngine.create_runtime_config",
+        "ICudaEngine.device_memory_size_v2",
+        "IExecutionContext.set_device_memory",
         "IExecutionContext.is_stream_capturable",
         "IRuntimeCache.deserialize",
         "IRuntimeCache.serialize",
         "IRuntimeConfig.create_runtime_cache",
         "IRuntimeConfig.cuda_graph_strategy",
         "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+        "IRuntimeConfig.set_execution_context_allocation_strategy",
         "IRuntimeConfig.set_runtime_cache",
     }
 )
@@ -154,6 +157,36 @@ class Api:
     def runtime_cache_bytes(self, cache: t.IRuntimeCache) -> bytes:
         memory: t.IHostMemory = cache.serialize()
         return bytes(memory)
+
+    @property
+    def can_share_memory(self) -> bool:
+        """Whether contexts compute in memory that we give them, of a size that the engine tells.
+        10.0 has older names for it, which later versions have not."""
+        has_size = hasattr(self.trt.ICudaEngine, "device_memory_size_v2")
+        return has_size and hasattr(self.trt.IExecutionContext, "set_device_memory")
+
+    def memory_size(self, engine: t.ICudaEngine) -> int:
+        """In bytes, for any profile. 0 is for a model that needs none."""
+        nbytes: int = engine.device_memory_size_v2
+        return nbytes
+
+    def new_context(
+        self, engine: t.ICudaEngine, config: t.IRuntimeConfig | None, *, shares_memory: bool
+    ) -> t.IExecutionContext | None:
+        """None: it failed, and the log says why."""
+        strategies = self.trt.ExecutionContextAllocationStrategy
+        strategy = strategies.USER_MANAGED if shares_memory else strategies.STATIC
+        context: t.IExecutionContext | None
+        if config is None:
+            context = engine.create_execution_context(strategy)
+        else:
+            config.set_execution_context_allocation_strategy(strategy)
+            context = engine.create_execution_context(config)
+        return context
+
+    def use_memory(self, context: t.IExecutionContext, address: int, nbytes: int) -> None:
+        """For what is enqueued next, until the device is done with it."""
+        context.set_device_memory(address, nbytes)
 
     def can_capture(self, context: t.IExecutionContext, stream: int) -> bool:
         """True where the package cannot say: then the attempt shows."""

@@ -63,8 +63,10 @@ class PlanProgram:
         self.choices = choose(
             self._spec.profiles,
             prepares_at_run_time=api.prepares_at_run_time,
+            can_share=api.can_share_memory,
             graphs_max=graphs_max,
         )
+        self.activation_bytes = api.memory_size(engine) if self.choices.shares_memory else 0
         self._config: t.IRuntimeConfig | None = None
         self._cache: t.IRuntimeCache | None = None
         if api.prepares_at_run_time:
@@ -80,11 +82,9 @@ class PlanProgram:
         return self._spec
 
     def new_context(self, stream: Stream) -> "PlanContext":
-        context: t.IExecutionContext | None
-        if self._config is None:
-            context = self._engine.create_execution_context()
-        else:
-            context = self._engine.create_execution_context(self._config)
+        context: t.IExecutionContext | None = self._api.new_context(
+            self._engine, self._config, shares_memory=self.choices.shares_memory
+        )
         if context is None:
             raise EngineError(f"no execution context: {self.take_errors()}")
         return PlanContext(self, self._api, context)
@@ -210,6 +210,9 @@ class PlanContext:
             is_set: bool = self._context.set_output_allocator(output, self._allocator)
             self._check(is_set, f"an allocator for '{output}'")
             self._allocated.add(output)
+
+    def use_activations(self, address: int) -> None:
+        self._api.use_memory(self._context, address, self._program.activation_bytes)
 
     def can_record(self, stream: Stream) -> bool:
         return not self._rooms.bound and self._api.can_capture(self._context, stream.handle)

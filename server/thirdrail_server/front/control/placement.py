@@ -54,7 +54,7 @@ def decide(
     now_ms: int,
 ) -> Room | NoRoom:
     """residents: `need.model` is among them if it serves. taken_bytes: what others have, which are
-    loads under way and engines that were replaced and still finish requests.
+    loads under way, engines that were replaced and still finish requests, and what models share.
     """
     in_use = taken_bytes + sum(each.size for each in residents)
     own = sum(each.size for each in residents if each.name == need.model)

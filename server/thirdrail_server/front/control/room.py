@@ -91,7 +91,7 @@ class RoomMaker:
             replace(each, is_busy=each.is_busy or self._is_held(each.name))
             for each in memory.residents
         ]
-        taken = memory.leaving_bytes + sum(self._reserved.values())
+        taken = memory.leaving_bytes + memory.shared_bytes + sum(self._reserved.values())
         decision = decide(need, residents, taken, budget, time.time_ns() // MS)
         if isinstance(decision, NoRoom):
             raise ResourceExhausted(
