@@ -13,6 +13,7 @@ from thirdrail_engines.compile_options import (
     CompileOptions,
     EngineChoice,
     OnFailure,
+    TorchCompile,
     is_compile_key,
     read_compile_options,
 )
@@ -38,6 +39,7 @@ VALID = {
     "timing_cache": "false",
     "plugins": "a.so, /b.so",
     "keep_optimised": "true",
+    "torch_compile": "aot_inductor",
     "tolerance.max_abs": "0.5",
     "tolerance.mean_abs": "1e-3",
     "tolerance.max_rel": "2",
@@ -70,6 +72,7 @@ def test_every_key_is_read() -> None:
         uses_timing_cache=False,
         plugins=(Path("a.so"), Path("/b.so")),
         keeps_optimised=True,
+        torch_compile=TorchCompile.AOT_INDUCTOR,
         tolerance=Tolerance(0.5, 1e-3, 2.0, 0.0, 0.9, 1.0, 2),
         proof_values={"rate": ValueRange(16000, 16000), "a.b": ValueRange(-0.5, 7)},
     )
@@ -90,6 +93,7 @@ def test_nothing_given_is_the_default_and_keys_of_others_are_passed_over() -> No
         ("on_compile_failure", "", "is '', expected fallback or fail"),
         ("serve_while_compiling", "1", "is '1', expected true or false"),
         ("version_compatible", "yes", "expected true or false"),
+        ("torch_compile", "true", "is 'true', expected eager or aot_inductor"),
         ("workspace_mib", "0", "expected a whole number of MiB from 1 to 1048576"),
         ("workspace_mib", "-1", "expected a whole number of MiB"),
         ("builder_optimization_level", "6", "expected a level from 0 to 5"),

@@ -17,6 +17,7 @@ GPU = Host(
 )
 ONNX, EXPORTED = ".onnx", ".pt2"
 KEPT = {"keep_optimised": "true"}
+COMPILED = {"torch_compile": "aot_inductor"}
 
 NAMES = {
     "source": "onnxruntime",
@@ -26,6 +27,8 @@ NAMES = {
     "rtx": "tensorrt_rtx on cuda",
     "torch": "torch",
     "torch_gpu": "torch on cuda",
+    "aot": "torch aot_inductor",
+    "aot_gpu": "torch aot_inductor on cuda",
 }
 
 
@@ -38,6 +41,13 @@ NAMES = {
         (EXPORTED, {}, CPU, "plan"),
         (EXPORTED, {}, CPU_WITH_TORCH, "plan torch"),
         (EXPORTED, {"engine": "torch"}, CPU_WITH_TORCH, "torch plan"),
+        # Compiled first, then operator by operator; TorchScript and ONNX are neither.
+        (EXPORTED, COMPILED, CPU_WITH_TORCH, "plan aot torch"),
+        (EXPORTED, {"engine": "torch", **COMPILED}, CPU_WITH_TORCH, "aot torch plan"),
+        (EXPORTED, COMPILED, GPU, "trt rtx aot_gpu torch_gpu plan aot torch"),
+        (EXPORTED, COMPILED, CPU, "plan"),
+        (".pt", COMPILED, CPU_WITH_TORCH, "plan torch"),
+        (ONNX, COMPILED, CPU_WITH_TORCH, "source"),
         (ONNX, {}, GPU, "trt rtx onnx_gpu source"),
         (ONNX, KEPT, GPU, "trt rtx onnx_gpu plan source"),
         (EXPORTED, {}, GPU, "trt rtx torch_gpu plan torch"),

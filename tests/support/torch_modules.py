@@ -60,6 +60,23 @@ class Tokens(torch.nn.Module):
         return {"low": y.amin(1), "high": y.amax(1)}
 
 
+class ManyKinds(torch.nn.Module):
+    """Types, sizes and memory of all kinds: computed, moved, an input as it is, a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Convolutions()
+
+    def forward(self, image: Any, counts: Any, flags: Any) -> dict[str, Any]:
+        return {
+            "classes": self.body(image) + counts.sum(1, keepdim=True),
+            "moved": counts.t(),
+            "same": counts,
+            "no": ~flags,
+            "weight": self.body.body[6].weight,
+        }
+
+
 class Counting(torch.nn.Module):
     """Has state that each run changes."""
 

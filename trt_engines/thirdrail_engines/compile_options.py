@@ -39,6 +39,13 @@ class EngineChoice(StrEnum):
     TORCH = "torch"
 
 
+class TorchCompile(StrEnum):
+    """How PyTorch runs a program, where it is the engine."""
+
+    EAGER = "eager"  # operator by operator
+    AOT_INDUCTOR = "aot_inductor"  # as native code, compiled before
+
+
 class OnFailure(StrEnum):
     """What becomes of a model whose first engine cannot be had, or is not proven."""
 
@@ -71,6 +78,7 @@ class CompileOptions:
     # pays where optimising takes long: thousands of nodes, large constants to be folded. Where
     # weights are most of the model, reading and checking a plan takes longer than optimising.
     keeps_optimised: bool = False
+    torch_compile: TorchCompile = TorchCompile.EAGER
 
 
 def read_compile_options(
@@ -199,6 +207,9 @@ _KEYS: dict[str, _Key] = {
     "timing_cache": _Key("uses_timing_cache", _flag, *_FLAG),
     "plugins": _Key("plugins", _files, "files with commas between them", "/opt/plugins/libroi.so"),
     "keep_optimised": _Key("keeps_optimised", _flag, *_FLAG),
+    "torch_compile": _Key(
+        "torch_compile", TorchCompile, " or ".join(TorchCompile), TorchCompile.AOT_INDUCTOR
+    ),
     "tolerance.max_abs": _Key("max_abs", *_DISTANCE),
     "tolerance.mean_abs": _Key("mean_abs", *_DISTANCE),
     "tolerance.max_rel": _Key("max_rel", *_DISTANCE),

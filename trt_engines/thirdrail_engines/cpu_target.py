@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which CPU a plan of ONNX Runtime belongs to, by the instruction sets that its kernels ask for."""
+"""Which CPU a plan belongs to.
 
+One of ONNX Runtime, by the instruction sets that its kernels ask for. Code of a compiler that may
+use all there is, by all that the system names.
+"""
+
+import hashlib
 import platform
 from pathlib import Path
 
@@ -17,6 +22,13 @@ def cpu_target() -> str:
     does not tell the rest."""
     asked_for = {*_X86.split(), *_ARM.split()}
     return " ".join([platform.machine(), *sorted(_flags(_cpuinfo()) & asked_for)])
+
+
+def native_target() -> str:
+    """For PlanRequest.target of code that is compiled for exactly this CPU and C library: the same
+    words, and a digest of all the CPU's features."""
+    digest = hashlib.sha256(" ".join(sorted(_flags(_cpuinfo()))).encode()).hexdigest()
+    return f"{cpu_target()}, all features {digest[:16]}, {' '.join(platform.libc_ver())}"
 
 
 def _flags(cpuinfo: str) -> frozenset[str]:

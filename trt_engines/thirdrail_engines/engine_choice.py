@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from thirdrail_engines.compile_options import CompileOptions, EngineChoice
+from thirdrail_engines.compile_options import CompileOptions, EngineChoice, TorchCompile
 from thirdrail_engines.plans import Builder, Precision
 
 TORCH_SUFFIXES = (".pt2", ".pt")
+_EXPORTED = ".pt2"  # the one of them that PyTorch itself runs, and compiles
 
 
 class Device(StrEnum):
@@ -37,8 +38,12 @@ class Candidate:
     def name(self) -> str:
         """As reports have it."""
         device = " on cuda" if self.device is Device.CUDA else ""
-        plan = " plan" if self.engine is EngineChoice.ONNXRUNTIME and self.builder else ""
+        plan = _PLANS.get(self.engine, "") if self.builder else ""
         return f"{self.engine}{plan}{device}"
+
+
+# What engines are called that run a plan, and could do without.
+_PLANS = {EngineChoice.ONNXRUNTIME: " plan", EngineChoice.TORCH: " aot_inductor"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +94,22 @@ def _usual_order(
         for builder in host.tensorrts:
             yield Candidate(EngineChoice(builder), Device.CUDA, builder)
         if is_torch and host.has_torch:
-            yield Candidate(EngineChoice.TORCH, Device.CUDA)
+            yield from _torch(suffix, options, Device.CUDA)
         if host.has_onnxruntime_cuda and not is_torch:
             yield Candidate(EngineChoice.ONNXRUNTIME, Device.CUDA)
     if is_torch or _pays(options, keeps_plans):
         yield Candidate(EngineChoice.ONNXRUNTIME, Device.CPU, Builder.ONNXRUNTIME)
     if is_torch and host.has_torch:
-        yield Candidate(EngineChoice.TORCH, Device.CPU)
+        yield from _torch(suffix, options, Device.CPU)
     if not is_torch:
         yield Candidate(EngineChoice.ONNXRUNTIME, Device.CPU)
+
+
+def _torch(suffix: str, options: CompileOptions, device: Device) -> Iterator[Candidate]:
+    """Compiled first, where that is wanted; operator by operator in any case."""
+    if options.torch_compile is TorchCompile.AOT_INDUCTOR and suffix == _EXPORTED:
+        yield Candidate(EngineChoice.TORCH, device, Builder.AOT_INDUCTOR)
+    yield Candidate(EngineChoice.TORCH, device)
 
 
 def _pays(options: CompileOptions, keeps_plans: bool) -> bool:

@@ -2,12 +2,20 @@
 """What to build, from what the owner wants and what the host is."""
 
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from thirdrail_engines.compile_options import CompileOptions
-from thirdrail_engines.cpu_target import cpu_target
+from thirdrail_engines.cpu_target import cpu_target, native_target
 from thirdrail_engines.cuda.identity import DeviceFacts
-from thirdrail_engines.plans import Builder, PlanRequest, Precision, Profile
+from thirdrail_engines.plans import (
+    Builder,
+    BuildError,
+    BuildFault,
+    PlanRequest,
+    Precision,
+    Profile,
+)
 
 _TORCHSCRIPT = ".pt"
 # Of our own conversion, in precision/. Raised when it decides differently: a plan that was made by
@@ -30,6 +38,16 @@ def tensorrt_version(builder: Builder) -> str:
     return dict(installed_builders()).get(builder) or load_api(builder).version
 
 
+def torch_version() -> str:
+    """Without importing it. Raises BuildError MISSING with the line that installs it."""
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        raise BuildError(
+            BuildFault.MISSING, "torch is not installed: pip install 'thirdrail[torch]'"
+        ) from None
+
+
 def onnxruntime_request(
     path: Path, wanted: CompileOptions, *, precision: Precision, threads_max: int
 ) -> PlanRequest:
@@ -43,6 +61,30 @@ def onnxruntime_request(
         converter=_converter(precision),
         profiles=tuple(Profile(inputs) for inputs in profiles),
         target=cpu_target(),
+        threads_max=threads_max,
+    )
+
+
+def aot_inductor_request(
+    path: Path, wanted: CompileOptions, device: DeviceFacts | None, *, threads_max: int
+) -> PlanRequest:
+    """A plan for this CPU, or for the GPU at hand; it takes the shapes that the program does.
+
+    Which C++ compiler made it is no part of it: where a plan is loaded, there need not be one.
+    Raises BuildError: MISSING without PyTorch, REFUSED for another precision than the program's.
+    """
+    if wanted.precision is not Precision.AS_IS:
+        raise BuildError(
+            BuildFault.REFUSED,
+            f"{path.name}: PyTorch compiles a program in the precision in which it was exported, "
+            f"and precision is {wanted.precision}: export it in that, and leave precision out",
+        )
+    return PlanRequest(
+        source=path,
+        builder=Builder.AOT_INDUCTOR,
+        builder_version=torch_version(),
+        compute_capabilities=(device.capability_name,) if device else (),
+        target=f"{native_target()}, {_gpu(device)}" if device else native_target(),
         threads_max=threads_max,
     )
 

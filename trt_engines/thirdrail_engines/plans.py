@@ -19,11 +19,13 @@ TellProgress = Callable[[str, int, int], None]
 
 
 class Builder(StrEnum):
-    """Who makes plans. The value is also the name of the engine that runs them."""
+    """Who makes plans. But for AOTInductor, whose plans PyTorch runs, the value is also the name of
+    the engine that runs them."""
 
     ONNXRUNTIME = "onnxruntime"  # the graph after ONNX Runtime's optimisations, for this CPU
     TENSORRT = "tensorrt"
     TENSORRT_RTX = "tensorrt_rtx"  # TensorRT for RTX
+    AOT_INDUCTOR = "aot_inductor"  # native code that PyTorch generates, for this CPU or GPU
 
 
 class Precision(StrEnum):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine on PyTorch itself: runs a torch.export program, operator by operator.
+"""The engine on PyTorch itself: runs a torch.export program, operator by operator, or a package
+that AOTInductor has compiled from one (torch_package.py).
 
 It serves what cannot be written as ONNX, and runs on any GPU that PyTorch knows. Importing this
 module imports torch, some hundred MB: a worker does so only for a model that is served by it.
@@ -13,6 +14,7 @@ On CUDA this was not yet run on a GPU.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,26 +68,53 @@ def load_torch(path: Path, *, options: EngineOptions, device: str = "cpu") -> "T
     except Exception as error:  # its parts raise whatever they happen to
         raise refusal(path, f"PyTorch cannot load it: {tidy(error)}") from None
     return_free_memory()
-    return TorchEngine(module, exported, options, torch.device(device))
+    return TorchEngine(_eager(module, exported), options, torch.device(device))
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What the engine runs. outputs: with the place of each among all that `call` returns.
+
+    call: from tensors on the device, by name, to all that is returned, results and others.
+    constants: the addresses of memory that is the program's own, and may be returned.
+    check: raises EngineError for shapes that it does not take, of inputs by name; called before
+        any run.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[tuple[int, TensorSpec], ...]
+    call: Callable[[Mapping[str, Any]], Sequence[Any]]
+    constants: frozenset[int] = frozenset()
+    check: Callable[[Mapping[str, Sequence[int]]], None] = lambda _: None
+
+
+def _eager(module: Any, exported: Exported) -> Program:
+    arguments = _arguments(exported.program, [spec.name for spec in exported.inputs])
+    own = (*module.parameters(), *module.buffers(), *exported.program.constants.values())
+
+    def call(tensors: Mapping[str, Any]) -> Sequence[Any]:
+        positional, named = arguments(tensors)
+        returned = module(*positional, **named)
+        leaves: list[Any] = pytree.tree_leaves(returned, is_leaf=lambda leaf: leaf is None)
+        return leaves
+
+    return Program(exported.inputs, exported.outputs, call, frozenset(_storages(own)))
 
 
 class TorchEngine:
-    """See Engine. Build it with `load_torch`."""
+    """See Engine. Build it with `load_torch` or `load_package`."""
 
-    def __init__(
-        self, module: Any, exported: Exported, options: EngineOptions, device: Any
-    ) -> None:
-        self._module: Any = module
+    def __init__(self, program: Program, options: EngineOptions, device: Any) -> None:
+        self._call: Any = program.call
+        self._check_shapes = program.check
         self._device = device
         self._threads = options.threads_max
-        self._inputs = {spec.name: spec for spec in exported.inputs}
-        self._outputs = {spec.name: (place, spec) for place, spec in exported.outputs}
-        self._arguments = _arguments(exported.program, list(self._inputs))
-        self._constants = frozenset(_storages((*module.parameters(), *module.buffers())))
-        self._constants |= frozenset(_storages(exported.program.constants.values()))
+        self._inputs = {spec.name: spec for spec in program.inputs}
+        self._outputs = {spec.name: (place, spec) for place, spec in program.outputs}
+        self._constants = program.constants
         self._spec = EngineSpec(
-            exported.inputs,
-            tuple(spec for _, spec in exported.outputs),
+            program.inputs,
+            tuple(spec for _, spec in program.outputs),
             _PLATFORM,
             # Nothing was found out about how its operators read: every input is copied first.
             positional_inputs=frozenset(),
@@ -107,6 +136,7 @@ class TorchEngine:
         self._check_names(inputs, wanted)
         for name, array in inputs.items():
             self._check_input(name, array)
+        self._check_shapes({name: array.shape for name, array in inputs.items()})
         for name, array in into.items():
             self._check_target(name, array)
         if not wanted:
@@ -116,11 +146,8 @@ class TorchEngine:
             torch.set_num_threads(self._threads)
         try:
             tensors = {name: self._tensor(name, array) for name, array in inputs.items()}
-            positional, named = self._arguments(tensors)
             with torch.inference_mode():
-                returned = pytree.tree_leaves(
-                    self._module(*positional, **named), is_leaf=lambda leaf: leaf is None
-                )
+                returned = self._call(tensors)
                 foreign = self._constants.union(_storages(tensors.values()))
                 return {name: self._fetch(name, returned, foreign, into) for name in wanted}
         except EngineError:
@@ -131,7 +158,7 @@ class TorchEngine:
 
     def close(self) -> None:
         """See Engine.close. Results that were handed out stay valid."""
-        self._module = None
+        self._call = None
         return_free_memory()
 
     def _raise_if_lost(self) -> None:

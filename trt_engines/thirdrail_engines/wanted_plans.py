@@ -17,6 +17,7 @@ from thirdrail_engines.engine import EngineSpec, ModelFileError
 from thirdrail_engines.inputs_on_record import inputs_on_record
 from thirdrail_engines.plan_cache import key_of
 from thirdrail_engines.plan_requests import (
+    aot_inductor_request,
     onnxruntime_request,
     tensorrt_request,
     tensorrt_version,
@@ -43,13 +44,19 @@ class WantedPlans:
         self._learn = learn
 
     def of(self, builder: Builder, capability: str = "") -> PlanRequest:
-        """capability: in place of the configured ones, and of the GPU at hand.
+        """capability: in place of the configured ones, and of the GPU at hand. Of AOTInductor, the
+        plan is for the GPU at hand where one is given, else for this CPU.
 
         Raises BuildError (MISSING, REFUSED), and ProfileError; ModelFileError where the model
         cannot be read.
         """
         if builder is Builder.ONNXRUNTIME:
             return self.of_onnxruntime(self._wanted.precision)
+        if builder is Builder.AOT_INDUCTOR:
+            gpu = facts_for("torch", self._services) if capability else None
+            return aot_inductor_request(
+                self._path, self._wanted, gpu, threads_max=self._threads_max
+            )
         names = (capability,) if capability else self._wanted.compute_capabilities
         is_named = builder is Builder.TENSORRT_RTX and names
         version = tensorrt_version(builder)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AOTInductor's builder: a torch.export program as native code, for this CPU or the GPU at hand.
+
+Its time goes to the C++ compiler. By default it compiles PyTorch's headers for later files first,
+and a build has two; and it tries each instruction set with a program of its own, in a new process.
+Both are left out. (Seen for two layers: 23 to 34 s with them, 10 s without.)
+
+On CUDA this was not yet run on a GPU.
+"""
+
+import os
+import shutil
+import subprocess
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thirdrail.tensors import TensorSpec
+from thirdrail_engines.builds.result import Built, PlanTensor
+from thirdrail_engines.plans import BuildError, BuildFault, PlanRequest, TellProgress
+from thirdrail_engines.torch_plan import write_plan
+from thirdrail_engines.torch_sources.exported import (
+    Exported,
+    changes_itself,
+    load_exported,
+    refusal,
+    tidy,
+)
+from thirdrail_engines.torch_sources.quiet import quiet_exporter
+from thirdrail_engines.torch_sources.sizes import sizes_of
+
+_STEPS = 3
+_COMPILER = "g++"
+_COMPILER_S_MAX = 60.0
+_COMPILER_ADVICE = "install one, as in: apt install g++"
+_WORDS_CHARS_MAX = 500
+
+# A C++ program with what the generated code asks of its compiler.
+_TRIAL = """
+#include <memory>
+#include <span>
+extern "C" int trial(std::span<int> all) {
+  int sum = 0;
+  #pragma omp parallel for reduction(+:sum)
+  for (std::size_t i = 0; i < all.size(); ++i) sum += all[i];
+  return *std::make_unique<int>(sum);
+}
+"""
+
+_OPTIONS: dict[str, Any] = {
+    "aot_inductor.precompile_headers": False,
+    "aot_inductor.enable_line_tables": False,
+    "cpp.vec_isa_ok": True,
+    # Else the number of threads is fixed by the machine and moment of the build.
+    "cpp.dynamic_threads": True,
+    "compile_threads": 1,
+    "freezing": True,  # weights are laid out for their kernels now, and not in each run
+}
+
+
+def build(request: PlanRequest, model: Path, folder: Path, tell: TellProgress) -> Built:
+    """model: the `.pt2` file. compute_capabilities of the request: that of the GPU at hand; without
+    any, it is for this CPU.
+
+    Raises BuildError: MISSING without a C++ compiler that works, REFUSED for a program that cannot
+    be compiled or whose demands compiled code would not check.
+    """
+    check_compiler(folder)
+    tell("reading", 0, _STEPS)
+    exported = load_exported(model)
+    _check_program(model, exported)
+    sizes = sizes_of(model, exported)
+    outputs = [spec for _, spec in exported.outputs]
+    tell("compiling", 1, _STEPS)
+    package = _compile(model, exported, folder, is_for_gpu=bool(request.compute_capabilities))
+    tell("writing", 2, _STEPS)
+    plan = folder / "model.plan"
+    write_plan(plan, package, exported.inputs, outputs, sizes)
+    layers = Counter(
+        str(node.target) for node in exported.program.graph.nodes if node.op == "call_function"
+    )
+    tensors = (*_tensors(exported.inputs, is_input=True), *_tensors(outputs, is_input=False))
+    return Built(plan, {}, dict(layers.most_common()), tensors)
+
+
+def check_compiler(folder: Path) -> None:
+    """Whether there is a C++ compiler, and a small program can be compiled by it.
+
+    Raises BuildError MISSING.
+    """
+    found = shutil.which(_COMPILER)
+    if found is None:
+        raise BuildError(
+            BuildFault.MISSING,
+            f"AOTInductor needs a C++ compiler, and there is no {_COMPILER}: {_COMPILER_ADVICE}",
+        )
+    source, target = folder / "trial.cpp", folder / "trial.so"
+    source.write_text(_TRIAL)
+    command = [found, "-std=c++20", "-fopenmp", "-fPIC", "-shared", str(source), "-o", str(target)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=_COMPILER_S_MAX, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(
+            BuildFault.MISSING, f"the C++ compiler {found} does not work: {error}"
+        ) from None
+    if done.returncode != 0:
+        words = " ".join(done.stderr.decode(errors="replace").split())[:_WORDS_CHARS_MAX]
+        raise BuildError(
+            BuildFault.MISSING,
+            f"the C++ compiler {found} does not compile C++20 with OpenMP ({words}): "
+            f"{_COMPILER_ADVICE}",
+        )
+
+
+def _check_program(path: Path, exported: Exported) -> None:
+    if exported.changed:
+        raise refusal(path, changes_itself(exported.changed))
+    returned = exported.program.call_spec.out_spec.num_leaves
+    if len(exported.outputs) != returned:
+        raise refusal(
+            path,
+            f"{returned - len(exported.outputs)} of its {returned} outputs are no tensors, which "
+            "compiled code does not return: return tensors only",
+        )
+
+
+def _compile(path: Path, exported: Exported, folder: Path, *, is_for_gpu: bool) -> Path:
+    package = folder / "package.pt2"
+    # It would be named after the user, and users need no name.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    program = exported.program
+    try:
+        with quiet_exporter():
+            if is_for_gpu:
+                program = torch.export.passes.move_to_device_pass(program, "cuda")
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(package), inductor_configs=_OPTIONS
+            )
+    except Exception as error:  # its parts raise whatever they happen to
+        raise refusal(path, f"AOTInductor cannot compile it: {tidy(error)}") from None
+    _check_package(path, package)
+    return package
+
+
+def _check_package(path: Path, package: Path) -> None:
+    """Raises BuildError REFUSED when there is nothing in it to be loaded."""
+    with zipfile.ZipFile(package) as archive:
+        names = archive.namelist()
+    if not any(name.endswith(".so") for name in names):
+        raise refusal(path, "AOTInductor made no library of it")
+
+
+def _tensors(specs: Any, *, is_input: bool) -> Iterator[PlanTensor]:
+    spec: TensorSpec
+    for spec in specs:
+        yield PlanTensor(spec.name, spec.dtype.name, spec.shape, is_input)
