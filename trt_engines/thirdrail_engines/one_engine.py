@@ -25,7 +25,7 @@ from thirdrail_engines.onnxruntime_engine import load_onnx, load_plan
 from thirdrail_engines.onnxruntime_session import CUDA_PROVIDERS
 from thirdrail_engines.options import EngineOptions
 from thirdrail_engines.plan_cache import Plan
-from thirdrail_engines.plan_requests import driver_text, onnxruntime_version
+from thirdrail_engines.plan_requests import driver_text, onnxruntime_version, torch_version
 from thirdrail_engines.plans import (
     Builder,
     BuildError,
@@ -162,12 +162,12 @@ class EngineLoader:
     def _load_plan(
         self, candidate: Candidate, builder: Builder, attempts: tuple[Attempt, ...]
     ) -> LoadedEngine:
-        request = self.request(builder)
+        request = self.request(builder, self._capability(candidate))
         plan, is_hit = compile_plan(request, self._services)
         try:
             self._check_cancelled()
             self._services.tell("loading the engine", 0, 0)
-            engine = self._open_plan(plan, request)
+            engine = self._open_plan(plan, request, candidate.device)
             with _closing_on_error(engine):
                 proof = self._proof_of_plan(candidate, engine, plan, request)
         finally:
@@ -188,9 +188,20 @@ class EngineLoader:
         """See WantedPlans.of."""
         return self._plans.of(builder, capability)
 
-    def _open_plan(self, plan: Plan, request: PlanRequest) -> Engine:
+    def _capability(self, candidate: Candidate) -> str:
+        """See `request`: only AOTInductor has to be told that it is a GPU."""
+        is_told = candidate.builder is Builder.AOT_INDUCTOR and candidate.device is Device.CUDA
+        return facts_for(candidate.engine, self._services).capability_name if is_told else ""
+
+    def _open_plan(self, plan: Plan, request: PlanRequest, device: Device) -> Engine:
         if request.builder is Builder.ONNXRUNTIME:
             return load_plan(plan.data, self.path, options=self._options)
+        if request.builder is Builder.AOT_INDUCTOR:
+            from thirdrail_engines.torch_package import load_package
+
+            return load_package(
+                plan.data, self.path.name, options=self._options, device=device.value
+            )
         return cuda_engines.open_plan(plan, request, self._services, self._options.instances)
 
     def _release(self, plan: Plan) -> None:
@@ -287,6 +298,8 @@ def _runs_on(request: PlanRequest, services: CompileServices) -> RunsOn:
     reference = f"onnxruntime {onnxruntime_version()}"
     if request.builder is Builder.ONNXRUNTIME:
         return RunsOn(request.target, "", reference, reference)
+    if request.builder is Builder.AOT_INDUCTOR:
+        return RunsOn(request.target, "", f"torch {torch_version()}", reference)
     device = facts_for(request.builder, services)
     runtime = f"{request.builder} {request.builder_version}"
     return RunsOn(device.uuid, driver_text(device), runtime, reference)

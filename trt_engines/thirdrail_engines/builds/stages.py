@@ -31,7 +31,9 @@ _BUILDERS = {
     Builder.ONNXRUNTIME: "thirdrail_engines.builders.onnxruntime_builder",
     Builder.TENSORRT: "thirdrail_engines.tensorrt.builder",
     Builder.TENSORRT_RTX: "thirdrail_engines.tensorrt.builder",
+    Builder.AOT_INDUCTOR: "thirdrail_engines.builders.aot_inductor_builder",
 }
+_TAKES_TORCH = (Builder.AOT_INDUCTOR,)  # and the others ONNX
 # What to install for a package that is missing.
 _INSTALLED_BY = {
     "onnx": "thirdrail[server]",
@@ -56,7 +58,8 @@ def carry_out(order: wire.Order, tell: TellProgress) -> wire.Result:
 def _build(request: PlanRequest, folder: Path, tell: TellProgress) -> wire.Result:
     model = request.source
     conversion: Mapping[str, object] | None = None
-    if model.suffix in (".pt2", ".pt"):
+    is_torch = model.suffix in (".pt2", ".pt")
+    if is_torch and request.builder not in _TAKES_TORCH:
         model = _module(_TORCH_SOURCES).to_onnx(model, folder, tell, request.profiles)
     if request.precision is not Precision.AS_IS:
         converted = _module(_PRECISION).convert(
