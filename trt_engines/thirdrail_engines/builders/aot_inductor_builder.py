@@ -60,6 +60,8 @@ _OPTIONS: dict[str, Any] = {
     "compile_threads": 1,
     "freezing": True,  # weights are laid out for their kernels now, and not in each run
 }
+# The files beside a library are gone when it runs.
+_OPTIONS_OF_GPU = {**_OPTIONS, "aot_inductor.embed_kernel_binary": True}
 
 
 def build(request: PlanRequest, model: Path, folder: Path, tell: TellProgress) -> Built:
@@ -137,8 +139,9 @@ def _compile(path: Path, exported: Exported, folder: Path, *, is_for_gpu: bool) 
         with quiet_exporter():
             if is_for_gpu:
                 program = torch.export.passes.move_to_device_pass(program, "cuda")
+            options = _OPTIONS_OF_GPU if is_for_gpu else _OPTIONS
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(package), inductor_configs=_OPTIONS
+                program, package_path=str(package), inductor_configs=options
             )
     except Exception as error:  # its parts raise whatever they happen to
         raise refusal(path, f"AOTInductor cannot compile it: {tidy(error)}") from None
@@ -147,11 +150,21 @@ def _compile(path: Path, exported: Exported, folder: Path, *, is_for_gpu: bool) 
 
 
 def _check_package(path: Path, package: Path) -> None:
-    """Raises BuildError REFUSED when there is nothing in it to be loaded."""
+    """Raises BuildError REFUSED for what cannot run as a library by itself."""
     with zipfile.ZipFile(package) as archive:
-        names = archive.namelist()
-    if not any(name.endswith(".so") for name in names):
+        names = [Path(name) for name in archive.namelist()]
+        others = [
+            name for name in names if name.suffix == ".json" and _lists_operators(archive, name)
+        ]
+    if sum(name.suffix == ".so" for name in names) != 1:
         raise refusal(path, "AOTInductor made no library of it")
+    if others:
+        raise refusal(path, "AOTInductor leaves some of its operators to PyTorch, by their name")
+
+
+def _lists_operators(archive: zipfile.ZipFile, member: Path) -> bool:
+    """Whether it is the list of those that the library has somebody else call."""
+    return b'"nodes"' in archive.read(str(member))
 
 
 def _tensors(specs: Any, *, is_input: bool) -> Iterator[PlanTensor]:
