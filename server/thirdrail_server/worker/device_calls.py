@@ -25,6 +25,7 @@ from thirdrail_server.worker.session_device import DeviceCall
 from thirdrail_server.worker.session_memory import SessionMemory
 
 LOOK_S = 0.0005  # between two looks at events that somebody waits for
+WATCH_S = 0.5  # between two looks at runs that may never end
 NOT_ATTACHED = (
     "the request has an event_place, and this session has no device: send a DeviceRequest first"
 )
@@ -74,6 +75,7 @@ class DeviceCalls:
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[int, Waiting] = {}  # by call
         self._timer: asyncio.TimerHandle | None = None
+        self._watch: asyncio.TimerHandle | None = None
         self._is_closed = False
 
     def take(self, infer: pb.InferRequest, served: ServedVersion, flow: int, now_ns: int) -> None:
@@ -118,7 +120,9 @@ class DeviceCalls:
             for action in device.tick(now_ns):
                 if isinstance(action, Enqueue):
                     waiting = self._waiting.pop(action.call)  # type: ignore[call-overload]
-                    self._calls.run_on_device(waiting, device.begin(waiting.infer))
+                    call = device.begin(waiting.infer, waiting.served.run_s_max)
+                    self._calls.run_on_device(waiting, call)
+                    self._watch_works()
                 elif isinstance(action, Expire):
                     self._expire(self._waiting.pop(action.call), now_ns)  # type: ignore[call-overload]
         except DeviceLost as error:
@@ -126,6 +130,24 @@ class DeviceCalls:
         except EngineError as error:
             return self._calls.give_up(Internal(f"the session's events cannot be read: {error}"))
         self._look_later()
+
+    def _watch_works(self) -> None:
+        if self._watch is None and not self._is_closed:
+            self._watch = self._loop.call_later(WATCH_S, self._check_works)
+
+    def _check_works(self) -> None:
+        """Whether the device has done in time what its clients were told it has."""
+        self._watch = None
+        device = self._memory.device
+        if device is None or not device.has_works:
+            return None
+        try:
+            device.check_works(time.monotonic_ns())
+        except DeviceLost as error:
+            return self._on_device_lost(error)
+        except EngineError as error:
+            return self._calls.give_up(Internal(f"the session's events cannot be read: {error}"))
+        self._watch_works()
 
     def _expire(self, waiting: Waiting, now_ns: int) -> None:
         passed_ms = (now_ns - waiting.arrived_ns) / 1e6
@@ -151,5 +173,6 @@ class DeviceCalls:
         """Nobody waits any more."""
         self._is_closed = True
         self._waiting.clear()
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._watch):
+            if timer is not None:
+                timer.cancel()

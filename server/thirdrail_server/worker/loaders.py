@@ -30,7 +30,10 @@ from thirdrail_server.worker.worker_device import WorkerDevice
 
 WAITING = "waiting to build"  # the phase that is told
 
+LOOK_S = 1.0  # between two looks at runs of loads
+
 Building = Callable[[], AbstractContextManager[None]]
+Prepare = Callable[[Callable[[Weighing], Building]], PreparedVersion]
 
 
 class _BuildNeeded(Exception):
@@ -46,6 +49,7 @@ class Loaders:
         self._inspector = Inspector()
         device = WorkerDevice(config.device)
         self.shared_bytes = device.shared_bytes
+        self._check_runs = device.check_runs
         self._scale = Scale(device.taken_bytes) if config.device else Scale()
         self._plans = Plans(config.compiling, device.opened)
         self._threads = ThreadPoolExecutor(config.loads_at_once_max, thread_name_prefix="loader")
@@ -89,13 +93,25 @@ class Loaders:
                 )
                 return replace(prepared, weight=weighing.end(path.parent))
 
-        run = asyncio.get_running_loop().run_in_executor
         try:
-            return await run(self._threads, prepare, lambda _: _not_here)
+            return await self._watched(self._threads, prepare, lambda _: _not_here)
         except _BuildNeeded:
             tell(WAITING, 0, 0)
             threads = self._builders if command.takes_stopgap else self._improvers
-            return await run(threads, prepare, lambda weighing: weighing.aside)
+            return await self._watched(threads, prepare, lambda weighing: weighing.aside)
+
+    async def _watched(
+        self,
+        threads: ThreadPoolExecutor,
+        prepare: Prepare,
+        building_of: Callable[[Weighing], Building],
+    ) -> PreparedVersion:
+        """A run that never ends holds its thread for ever, and with it the load."""
+        running = asyncio.get_running_loop().run_in_executor(threads, prepare, building_of)
+        while not running.done():
+            await asyncio.wait((running,), timeout=LOOK_S)
+            self._check_runs()
+        return running.result()
 
     def close(self) -> None:
         """No load is under way any more."""

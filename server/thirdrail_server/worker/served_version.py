@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable
 
 from thirdrail.errors import ThirdrailError
 from thirdrail.v1 import metrics_pb2
+from thirdrail_engines.cuda.runs_under_way import stuck
 from thirdrail_engines.engine import DeviceLost, Engine
 from thirdrail_server.worker.alarm import Alarm
 from thirdrail_server.worker.calls import Call, Ending
@@ -73,6 +74,11 @@ class ServedVersion:
     @property
     def runs_on_loop(self) -> bool:
         return self._place.on_loop
+
+    @property
+    def run_s_max(self) -> float:
+        """See EngineSpec."""
+        return self._engine.spec.run_s_max
 
     @property
     def is_idle(self) -> bool:
@@ -228,7 +234,7 @@ class ServedVersion:
         if run_s_max:
             runs_max = 1 + len(batch.members)  # together, and after a failure one by one
             self._watched[batch] = self._loop.call_later(
-                run_s_max * runs_max, self._on_device_lost, _stuck(run_s_max)
+                run_s_max * runs_max, self._on_device_lost, stuck(run_s_max)
             )
 
     def _run_on_loop(self, batch: Batch, members: list[Member]) -> None:
@@ -343,10 +349,6 @@ def _ending(outcome: Outcome, execution: Execution, batch_rows: int, queue_ns: i
         execution.output_copy_ns,
         batch_rows,
     )
-
-
-def _stuck(run_s_max: float) -> DeviceLost:
-    return DeviceLost(f"the device was lost: a run has not ended within {run_s_max:g} s")
 
 
 def _finish(future: asyncio.Future[None]) -> None:

@@ -16,11 +16,15 @@ from dataclasses import dataclass, field
 from thirdrail.v1 import inference_pb2, lane_pb2, tensor_pb2
 from thirdrail_engines.cuda.device import Device, Event, Stream
 from thirdrail_engines.cuda.event_ring import Action, EventRing, Kind, Reuse, State
+from thirdrail_engines.cuda.runs_under_way import stuck
 from thirdrail_engines.engine import DeviceLost
 from thirdrail_server.config import DeviceLimits
 from thirdrail_server.worker.chunks import Charge
 from thirdrail_server.worker.device_arenas import DeviceInput, DeviceOutput
 from thirdrail_server.worker.device_tensors import DeviceBytes
+
+NS_PER_S = 1_000_000_000
+NEVER_NS = 1 << 62
 
 Refs = dict[str, tuple[tensor_pb2.ArenaRef, DeviceBytes]]
 
@@ -44,6 +48,8 @@ class DeviceCall:
         """All that this call is for the device was given to the stream. Before the answer."""
         done = self.device.new_event()
         self.work.done = done
+        if self.work.run_s_max:
+            self.work.end_ns = time.monotonic_ns() + round(self.work.run_s_max * NS_PER_S)
         stream.record(done)
         stream.record(self.out_done)
 
@@ -55,6 +61,8 @@ class _Work:
     reads: Sequence[int]
     call: "weakref.ref[DeviceCall] | None" = None
     done: Event | None = None
+    end_ns: int = NEVER_NS  # of time.monotonic_ns(): when it must be over
+    run_s_max: float = 0.0
 
     def is_over(self) -> bool:
         """Raises DeviceLost, CudaError."""
@@ -116,12 +124,15 @@ class SessionDevice:
         """A request that was found good came. Raises InvalidArgument for a place that is taken."""
         self._ring.arrive(infer.event_place, infer.call, deadline_ns)
 
-    def begin(self, infer: inference_pb2.InferRequest) -> DeviceCall:
-        """A request whose inputs are ready is about to be given to the device."""
+    def begin(self, infer: inference_pb2.InferRequest, run_s_max: float = 0.0) -> DeviceCall:
+        """A request whose inputs are ready is about to be given to the device.
+
+        run_s_max: see EngineSpec.
+        """
         place = infer.event_place
         refs = [tensor.ref for tensor in infer.inputs if tensor.HasField("ref")]
         reads = sorted({ref.slot for ref in refs if ref.epoch == self.output.epoch})
-        work = _Work(reads)
+        work = _Work(reads, run_s_max=run_s_max)
         call = DeviceCall(
             self.device, self._stream, place, work, self.events.out_done[place - 1],
             self.output.lease,
@@ -172,6 +183,17 @@ class SessionDevice:
             if isinstance(action, Reuse):
                 self._on_free(action.index)
         return actions
+
+    @property
+    def has_works(self) -> bool:
+        return bool(self._works)
+
+    def check_works(self, now_ns: int) -> None:
+        """Raises DeviceLost when the device has not done one in time, whoever waits for it; or when
+        it is lost; CudaError."""
+        for work in self._works.values():
+            if work.end_ns < now_ns and work.done is not None and not work.done.is_done():
+                raise stuck(work.run_s_max)
 
     def _is_done(self, place: int, kind: Kind) -> bool:
         if kind is Kind.IN_READY:

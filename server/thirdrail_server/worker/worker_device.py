@@ -6,6 +6,7 @@ looks for a device finds this one.
 """
 
 import logging
+import time
 
 from thirdrail_engines import cuda_engines
 from thirdrail_engines.cuda.device import Device
@@ -36,6 +37,11 @@ class WorkerDevice:
     def shared_bytes(self) -> int:
         """What models compute in, none of them alone."""
         return self._device.activations.nbytes if self._device is not None else 0
+
+    def check_runs(self) -> None:
+        """Raises DeviceLost when a run has not ended in time."""
+        if self._device is not None:
+            self._device.runs.check(time.monotonic())
 
     def taken_bytes(self) -> int:
         """Of the device's memory, in its own figures, without what is shared; 0 where it does not

@@ -19,6 +19,7 @@ from thirdrail_engines.cuda.identity import DeviceFacts
 
 if TYPE_CHECKING:
     from thirdrail_engines.cuda.activations import Activations
+    from thirdrail_engines.cuda.runs_under_way import RunsUnderWay
 
 # The driver gives no allocation a smaller alignment (CUDA programming guide: "at least 256 bytes").
 ALIGNMENT_BYTES = 256
@@ -193,6 +194,11 @@ class Device(Protocol):
     @property
     def activations(self) -> "Activations":
         """What all engines of this process on it compute in."""
+        ...
+
+    @property
+    def runs(self) -> "RunsUnderWay":
+        """Of all engines of this process on it."""
         ...
 
     def memory(self) -> MemoryFigures:

@@ -29,6 +29,7 @@ from thirdrail_engines.cuda.device import (
 )
 from thirdrail_engines.cuda.errors import CudaError, DeviceFault, error_of
 from thirdrail_engines.cuda.identity import DeviceFacts, choose_device, uuid_text
+from thirdrail_engines.cuda.runs_under_way import RunsUnderWay
 from thirdrail_engines.plans import BuildError, BuildFault
 
 _NAME_BYTES_MAX = 256
@@ -160,6 +161,7 @@ class DriverDevice:
         self._entered = threading.local()
         self._capabilities = _capabilities(api, handle)
         self.activations = Activations(self)
+        self.runs = RunsUnderWay()
 
     @property
     def facts(self) -> DeviceFacts:

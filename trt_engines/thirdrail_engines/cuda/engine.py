@@ -97,7 +97,7 @@ class CudaEngine:
         if not wanted:
             return {}
         request = self._checked(inputs, wanted, into)
-        with self._slots.taken() as slot:
+        with self._slots.taken() as slot, self._device.runs.one(self._spec.run_s_max):
             return slot.instance.run(slot, request)
 
     def _checked(
@@ -121,7 +121,7 @@ class CudaEngine:
         where nothing is on the host, this does not wait for it.
         """
         request = self._checked(inputs, wanted, {})
-        with self._slots.taken() as slot:
+        with self._slots.taken() as slot, self._device.runs.one(self._spec.run_s_max):
             return slot.instance.run_placed(slot, request, placement)
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from thirdrail_engines.cuda.activations import Activations
 from thirdrail_engines.cuda.device import Capabilities, MemoryFigures, PinnedMemory
 from thirdrail_engines.cuda.errors import STICKY, error_of
 from thirdrail_engines.cuda.identity import DeviceFacts
+from thirdrail_engines.cuda.runs_under_way import RunsUnderWay
 from thirdrail_engines.cuda.sharing import chunk_bytes
 from thirdrail_engines.cuda.twin_events import TwinEvents
 from thirdrail_engines.cuda.twin_memory import Room
@@ -72,6 +73,7 @@ class TwinDevice:
         self._handles = itertools.count(1)
         self._streams: set[TwinStream] = set()
         self.activations = Activations(self)
+        self.runs = RunsUnderWay()
 
     @property
     def facts(self) -> DeviceFacts:
