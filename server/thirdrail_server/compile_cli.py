@@ -32,6 +32,7 @@ from thirdrail_server.repository.errors import RepositoryError
 MIB = 1 << 20
 _NICENESS = 0  # nobody is served by this process, so its builds are its work
 _DEFAULTS = CompileConfig()
+_FOR_THIS_CPU = {EngineChoice.ONNXRUNTIME: "ONNX Runtime", EngineChoice.TORCH: "PyTorch"}
 _NUMBERS = ("VERSION", "SECONDS", "MIB")
 
 
@@ -72,7 +73,8 @@ def compile(  # noqa: A001 the command's name
         typer.Option(
             "--engine",
             help="Whose plans. auto: as the model is configured, else TensorRT for "
-            "RTX where GPUs are named, else ONNX Runtime for this CPU.",
+            "RTX where GPUs are named, else ONNX Runtime for this CPU. torch: AOTInductor's for "
+            "this CPU, which servers look for with torch_compile.",
         ),
     ] = EngineChoice.AUTO,
     precision: Annotated[
@@ -125,11 +127,10 @@ def compile(  # noqa: A001 the command's name
     kept, and when there are no models.
     """
     asked = tuple(filter(None, map(str.strip, capabilities.split(","))))
-    if engine is EngineChoice.TORCH:
-        raise typer.BadParameter("PyTorch runs its programs without plans", param_hint="--engine")
-    if engine is EngineChoice.ONNXRUNTIME and asked:
+    whose = _FOR_THIS_CPU.get(engine)
+    if whose and asked:
         raise typer.BadParameter(
-            "ONNX Runtime's plans are for this CPU; for GPUs name tensorrt_rtx or tensorrt",
+            f"{whose}'s plans are for this CPU; for GPUs name tensorrt_rtx or tensorrt",
             param_hint="--engine",
         )
     try:

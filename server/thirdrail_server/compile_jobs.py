@@ -6,7 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from thirdrail.errors import InvalidArgument
-from thirdrail_engines.compile_options import CompileOptions, EngineChoice, OnFailure
+from thirdrail_engines.compile_options import (
+    CompileOptions,
+    EngineChoice,
+    OnFailure,
+    TorchCompile,
+)
 from thirdrail_engines.host import cuda_devices
 from thirdrail_engines.plans import Builder, Precision, ShapeRange
 from thirdrail_engines.profiles import PROFILES_MAX, GivenProfile, read_shape_range
@@ -17,6 +22,8 @@ from thirdrail_server.repository.errors import RepositoryError
 from thirdrail_server.repository.layout import MODEL_FILENAMES, scan
 
 SUFFIXES = (".onnx", ".pt2", ".pt")
+_EXPORTED = ".pt2"
+_FOR_THIS_CPU = (Builder.ONNXRUNTIME, Builder.AOT_INDUCTOR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +56,7 @@ class Job:
         """Of one of its targets, for people."""
         if target:
             return target
-        if self.builder is Builder.ONNXRUNTIME:
+        if self.builder in _FOR_THIS_CPU:
             return "this CPU"
         return ",".join(self.options.compute_capabilities) or "this GPU"
 
@@ -140,7 +147,7 @@ def _of_model(repository: Path, name: str, wish: Wish) -> Iterator[Job]:
 def _broken(name: str, version: int, path: Path, wish: Wish) -> Job:
     """One of which no more is known: as the command line alone would have it."""
     builder = _builder(wish, CompileOptions())
-    targets = () if builder is Builder.ONNXRUNTIME else wish.capabilities
+    targets = () if builder in _FOR_THIS_CPU else wish.capabilities
     return Job(name, version, path, CompileOptions(), builder, targets or ("",))
 
 
@@ -159,7 +166,7 @@ def _of_version(
     if wish.precision is not None:
         options = replace(options, precision=wish.precision)
     builder = _builder(wish, options)
-    if wish.profiles and builder is Builder.ONNXRUNTIME and path.suffix != ".pt":
+    if wish.profiles and builder in _FOR_THIS_CPU and path.suffix != ".pt":
         raise InvalidArgument(
             "--profile changes nothing in a plan for this CPU, which takes every shape: leave it "
             "out, or name GPUs, as in --for sm86"
@@ -168,8 +175,11 @@ def _of_version(
     if path.suffix not in SUFFIXES:
         yield replace(job, fault=f"{path.name} is a plan already")
         return
+    if builder is Builder.AOT_INDUCTOR and path.suffix != _EXPORTED:
+        yield replace(job, fault=NO_PROGRAM)
+        return
     # A model that names its GPUs is one plan for all of them, and every server asks for that one.
-    if builder is Builder.ONNXRUNTIME or options.compute_capabilities:
+    if builder in _FOR_THIS_CPU or options.compute_capabilities:
         yield job
     else:
         targets = wish.capabilities or ("",)
@@ -178,13 +188,17 @@ def _of_version(
         yield replace(job, targets=targets, fault=fault)
 
 
+NO_PROGRAM = "PyTorch compiles programs of torch.export alone (model.pt2)"
 NO_TARGET = "there is no GPU here, and none is named: say which, as in --for sm86,sm89,sm120"
 
 
 def _builder(wish: Wish, options: CompileOptions) -> Builder:
     """Whose plan it is. Without a word, TensorRT for RTX: it needs no GPU to build for one."""
-    for choice in (wish.engine, options.engine):
-        if choice in (EngineChoice.ONNXRUNTIME, EngineChoice.TENSORRT, EngineChoice.TENSORRT_RTX):
-            return Builder(choice.value)
+    choice = options.engine if wish.engine is EngineChoice.AUTO else wish.engine
+    if choice in (EngineChoice.ONNXRUNTIME, EngineChoice.TENSORRT, EngineChoice.TENSORRT_RTX):
+        return Builder(choice.value)
+    is_compiled = choice is wish.engine or options.torch_compile is TorchCompile.AOT_INDUCTOR
+    if choice is EngineChoice.TORCH and is_compiled:
+        return Builder.AOT_INDUCTOR
     is_for_gpus = bool(wish.capabilities or options.compute_capabilities)
     return Builder.TENSORRT_RTX if is_for_gpus else Builder.ONNXRUNTIME

@@ -20,7 +20,7 @@ from thirdrail_engines.compile_options import EngineChoice
 from thirdrail_engines.plans import Builder, Precision
 from thirdrail_engines.profiles import write_shape_range
 from thirdrail_server.compile_cli import NOT_KEPT
-from thirdrail_server.compile_jobs import NO_TARGET, Job, Wish, jobs_at, read_profiles
+from thirdrail_server.compile_jobs import NO_PROGRAM, NO_TARGET, Job, Wish, jobs_at, read_profiles
 from thirdrail_server.config import GIB
 
 BATCHES = "max_batch_size: 8\n"
@@ -145,7 +145,7 @@ def test_shapes_that_cannot_be_say_what_could(text: str, says: str) -> None:
         (("--profile=x=1,4,8",), "is none: write profile.0.INPUT into its config.pbtxt"),
         (("--profile=x",), "names no input"),
         (("--engine=onnxruntime", "--for=sm86"), "plans are for this CPU"),
-        (("--engine=torch",), "without plans"),
+        (("--engine=torch", "--for=sm86"), "PyTorch's plans are for this CPU"),
         (("--build-minutes-max=0",), "--build-minutes-max"),
     ],
 )
@@ -155,6 +155,23 @@ def test_wishes_that_cannot_be_are_refused(
     status, _, error = thirdrail(str(repository), *arguments)
     assert status == 2
     assert says in " ".join(error.replace("│", " ").split())
+
+
+def test_pytorch_compiles_its_own_programs_alone(repository: Path) -> None:
+    [onnx] = jobs(repository / "open/1/model.onnx", engine=EngineChoice.TORCH)
+    assert (onnx.builder, onnx.fault) == (Builder.AOT_INDUCTOR, NO_PROGRAM)
+    path = repository / "program/1/model.pt2"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"PK")
+    [program] = jobs(path, engine=EngineChoice.TORCH)
+    assert (program.builder, program.fault, program.title("")) == (
+        Builder.AOT_INDUCTOR, "", "this CPU",
+    )  # fmt: skip
+    wanted = {"engine": "torch", "torch_compile": "aot_inductor"}
+    (path.parents[1] / "config.pbtxt").write_text(parameters(**wanted))
+    assert [each.builder for each in jobs(path.parents[1])] == [Builder.AOT_INDUCTOR]
+    (path.parents[1] / "config.pbtxt").write_text(parameters(engine="torch"))
+    assert [each.builder for each in jobs(path.parents[1])] == [Builder.ONNXRUNTIME]
 
 
 def test_shapes_for_a_plan_that_takes_all_are_refused(repository: Path) -> None:
