@@ -243,6 +243,29 @@ def test_an_engine_that_fails_is_not_proven(open_model: OpenModel) -> None:
     assert proof.faults == ("trial sizes: out of device memory",)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        (("FP16", (-1,)), "input 'x' is FP16 [-1], the reference's FP32 [32]"),
+        (("FP32", (8,)), "input 'x' is FP32 [8], the reference's FP32 [32]"),
+        (("FP32", (-1, -1)), "input 'x' is FP32 [-1, -1], the reference's FP32 [32]"),
+    ],
+)
+def test_an_engine_that_takes_other_inputs_is_not_run(
+    open_model: OpenModel, inputs: tuple[str, tuple[int, ...]], expected: str
+) -> None:
+    reference = open_model(double())
+    dtype, shape = inputs
+    tensors = (TensorSpec("x", BY_NAME[dtype], shape),)
+    failing: Engine = Failing(dataclasses.replace(reference.spec, inputs=tensors))
+    assert prove(failing, reference, (), TIGHT).faults == (f"trial sizes: {expected}",)
+    more = (*reference.spec.inputs, TensorSpec("more", BY_NAME["FP32"], (1,)))
+    failing = Failing(dataclasses.replace(reference.spec, inputs=more))
+    assert prove(failing, reference, (), TIGHT).faults == (
+        "trial sizes: the reference has no input 'more'",
+    )
+
+
 def test_bytes_and_time_are_bounded(open_model: OpenModel) -> None:
     reference = open_model(two_layers())
     few_bytes = prove(
