@@ -59,7 +59,7 @@ def test_every_type_arrives(tmp_path: Path, dtype: str, shape: tuple[int, ...]) 
 
 def test_runs_keep_their_order_and_what_has_no_room_says_so(tmp_path: Path) -> None:
     large, small = np.ones(300, np.float32), np.ones(1, np.float32)
-    runs = [
+    runs: list[Expectation | Skipped] = [
         Expectation("large", {"x": small}, {"y": large}),
         Skipped("none: it \x1b[2Jwas refused"),
         Expectation("small", {"x": small, "o": small}, {"y": small}),

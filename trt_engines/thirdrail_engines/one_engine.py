@@ -25,7 +25,6 @@ from thirdrail_engines.onnxruntime_engine import load_onnx, load_plan
 from thirdrail_engines.onnxruntime_session import CUDA_PROVIDERS
 from thirdrail_engines.options import EngineOptions
 from thirdrail_engines.plan_cache import Plan
-from thirdrail_engines.plan_requests import driver_text, onnxruntime_version, torch_version
 from thirdrail_engines.plans import (
     Builder,
     BuildError,
@@ -36,7 +35,7 @@ from thirdrail_engines.plans import (
 )
 from thirdrail_engines.profiles import ProfileError, profiles_for
 from thirdrail_engines.proof_apart import prove_apart
-from thirdrail_engines.proof_records import RunsOn, recorded_proof
+from thirdrail_engines.proof_records import recorded_proof, runs_on
 from thirdrail_engines.reference_proof import (
     ReferenceProof,
     Tolerance,
@@ -255,7 +254,7 @@ class EngineLoader:
         profiles = request.profiles or self._profiles(engine)
         proof = recorded_proof(
             plan,
-            _runs_on(request, self._services),
+            runs_on(request, self._services),
             profiles,
             self._wanted.proof_values,
             self._tolerance(engine, request.precision),
@@ -292,17 +291,6 @@ def _closing_on_error(engine: Engine) -> Iterator[None]:
     except BaseException:
         engine.close()
         raise
-
-
-def _runs_on(request: PlanRequest, services: CompileServices) -> RunsOn:
-    reference = f"onnxruntime {onnxruntime_version()}"
-    if request.builder is Builder.ONNXRUNTIME:
-        return RunsOn(request.target, "", reference, reference)
-    if request.builder is Builder.AOT_INDUCTOR:
-        return RunsOn(request.target, "", f"torch {torch_version()}", reference)
-    device = facts_for(request.builder, services)
-    runtime = f"{request.builder} {request.builder_version}"
-    return RunsOn(device.uuid, driver_text(device), runtime, reference)
 
 
 def _accepted(candidate: Candidate, proof: ReferenceProof) -> ReferenceProof:

@@ -9,8 +9,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from thirdrail_engines.compiling import CompileServices
+from thirdrail_engines.cuda_engines import facts_for
 from thirdrail_engines.plan_cache import Plan, PlanCache
-from thirdrail_engines.plans import Profile
+from thirdrail_engines.plan_requests import driver_text, onnxruntime_version, torch_version
+from thirdrail_engines.plans import Builder, PlanRequest, Profile
 from thirdrail_engines.profiles import write_shape_range
 from thirdrail_engines.reference_proof import PROOF_FORMAT, ReferenceProof, Tolerance
 from thirdrail_engines.trials import ValueRange
@@ -26,9 +29,21 @@ class RunsOn:
     reference: str
 
 
+def runs_on(request: PlanRequest, services: CompileServices) -> RunsOn:
+    """For the plan of this request. Raises BuildError for a device that is not here."""
+    reference = f"onnxruntime {onnxruntime_version()}"
+    if request.builder is Builder.ONNXRUNTIME:
+        return RunsOn(request.target, "", reference, reference)
+    if request.builder is Builder.AOT_INDUCTOR:
+        return RunsOn(request.target, "", f"torch {torch_version()}", reference)
+    device = facts_for(request.builder, services)
+    runtime = f"{request.builder} {request.builder_version}"
+    return RunsOn(device.uuid, driver_text(device), runtime, reference)
+
+
 def recorded_proof(
     plan: Plan,
-    runs_on: RunsOn,
+    where: RunsOn,
     profiles: Sequence[Profile],
     values: Mapping[str, ValueRange],
     tolerance: Tolerance,
@@ -39,7 +54,7 @@ def recorded_proof(
 
     A run that the engine failed is not recorded: memory may have been short for a moment.
     """
-    name = _record_name(runs_on, profiles, values)
+    name = _record_name(where, profiles, values)
     known = _read(cache.notes(plan, name)) if cache else None
     if known is not None:
         return known.judged(tolerance)
@@ -50,14 +65,14 @@ def recorded_proof(
 
 
 def _record_name(
-    runs_on: RunsOn, profiles: Sequence[Profile], values: Mapping[str, ValueRange]
+    where: RunsOn, profiles: Sequence[Profile], values: Mapping[str, ValueRange]
 ) -> str:
     circumstances = {
         "format": PROOF_FORMAT,
-        "device": runs_on.device,
-        "driver": runs_on.driver,
-        "runtime": runs_on.runtime,
-        "reference": runs_on.reference,
+        "device": where.device,
+        "driver": where.driver,
+        "runtime": where.runtime,
+        "reference": where.reference,
         "profiles": [
             {name: write_shape_range(shapes) for name, shapes in profile.inputs.items()}
             for profile in profiles

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A build, seen from the process that wants it: start it, watch it, hear it, bury it.
+"""A build, or the run of a reference, seen from the process that wants it: start it, watch it, hear
+it, bury it.
 
 One thread does it all in turns of at most _TURN_S: read what came, then see whether the build is
 cancelled, late or too large. The process is never waited for without a bound, and whatever ends
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from thirdrail_engines.builds import memory_group, process_tree, wire
@@ -23,6 +24,7 @@ from thirdrail_engines.builds.deaths import describe_end, kernel_oom_kills, last
 from thirdrail_engines.builds.environment import build_environment
 from thirdrail_engines.builds.limits import BuildLimits
 from thirdrail_engines.builds.result import BuiltPlan
+from thirdrail_engines.builds.turns import cancelled_error, turn
 from thirdrail_engines.expectations import ReferenceRequest
 from thirdrail_engines.plans import BuildError, BuildFault, PlanRequest, TellProgress
 
@@ -57,7 +59,7 @@ def run_build(
 
     Raises BuildError, at the latest a fifth of a second after `cancelled` is set.
     """
-    with _turn(limits.builds_at_once_max, tell, cancelled):
+    with turn(limits.builds_at_once_max, tell, cancelled):
         tell("starting the build", 0, 0)
         build = _Build(f"{request.builder} build", limits, tell, cancelled)
         return build.run(command, request, folder)
@@ -163,7 +165,7 @@ class _Build:
 
     def _check_limits(self, pid: int, is_late: bool) -> None:
         if self._cancelled.is_set():
-            raise _cancelled_error()
+            raise cancelled_error()
         if is_late:
             raise BuildError(
                 BuildFault.OUT_OF_TIME,
@@ -235,39 +237,6 @@ class _Build:
             f"the process of the {self._what} {describe_end(status)} "
             f"without a result{last_words(self._output)}",
         )
-
-
-class _Running:
-    """How many builds this process has under way."""
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.count = 0
-
-
-_running = _Running()
-
-
-@contextlib.contextmanager
-def _turn(at_once_max: int, tell: TellProgress, cancelled: threading.Event) -> Iterator[None]:
-    with _running.changed:
-        if _running.count >= at_once_max:
-            tell("waiting for another build", 0, 0)
-        while _running.count >= at_once_max:  # ends: every build does, or by a cancel
-            if cancelled.is_set():
-                raise _cancelled_error()
-            _running.changed.wait(_TURN_S)
-        _running.count += 1
-    try:
-        yield
-    finally:
-        with _running.changed:
-            _running.count -= 1
-            _running.changed.notify_all()
-
-
-def _cancelled_error() -> BuildError:
-    return BuildError(BuildFault.CANCELLED, "the build was cancelled")
 
 
 def _start(command: Sequence[str], folder: Path, home: Path) -> subprocess.Popen[bytes]:
