@@ -6,7 +6,8 @@ for its thread when the device has it. For any other, inputs are copied to the h
 to the device; each way counts as a copy.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,29 @@ from thirdrail_server.worker.device_tensors import DeviceTensor
 from thirdrail_server.worker.members import Member, Outcome
 from thirdrail_server.worker.results import Slot
 from thirdrail_server.worker.session_device import DeviceCall, Refs
+
+
+def bind_regions(
+    engine: Engine, members: Sequence[Member], holding: contextlib.ExitStack
+) -> list[dict[str, Any]]:
+    """Each member's inputs, of which those in memory of others are DeviceTensors where the engine
+    reads them there: held until `holding` ends. Not booleans: any other byte than 0 and 1 is
+    undefined to a device.
+
+    Raises InvalidArgument for a region that is closed.
+    """
+    tensors: list[dict[str, Any]] = [dict(member.request.inputs) for member in members]
+    if not isinstance(engine, CudaEngine):
+        return tensors
+    for member, inputs in zip(members, tensors, strict=True):
+        parts = {id(array): part for part, array in member.request.fetches}
+        for name, array in member.request.inputs.items():
+            part = parts.get(id(array))
+            if part is None or not part.is_on(engine.device_uuid) or array.dtype == np.bool_:
+                continue
+            address = holding.enter_context(part.held())
+            inputs[name] = DeviceTensor(address, array.dtype, array.shape)
+    return tensors
 
 
 def run_with_device(

@@ -104,6 +104,7 @@ class _Region:
         """Takes `memory` over."""
         self._device = device
         self._memory = memory
+        self.uuid = device.facts.uuid
         self.size = size
         self._lock = threading.Lock()
         self._idle_streams: list[Stream] = []  # as many as there were copies at once
@@ -145,6 +146,17 @@ class RegionPart:
     _region: _Region
     _offset: int
     size: int
+
+    def is_on(self, uuid: str) -> bool:
+        """Whether that device is where it lies."""
+        return self._region.uuid == uuid
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[int]:
+        """Where it is, for work that is done when this ends. Raises InvalidArgument when the region
+        is closed."""
+        with self._region.copying() as (address, _):
+            yield address + self._offset
 
     def read_into(self, target: Array) -> None:
         """target: contiguous, of `size` bytes. Raises InvalidArgument when the region is closed,

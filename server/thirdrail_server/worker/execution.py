@@ -9,19 +9,23 @@ The copies of tensor bytes, all of them: a batch of several requests is gathered
 the snapshot); a single request is bound where it lies, except inputs that must be snapshotted
 first; large results whose shape is known beforehand are written by the engine straight into the
 caller's slot when the request runs alone; all others are copied out once. What an engine makes of
-elements that it cannot take as they are (text, booleans) is a conversion and not counted.
+elements that it cannot take as they are (text, booleans) is a conversion and not counted. The
+engine for devices gathers and scatters by itself, in copies that a single request takes as well.
 """
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from thirdrail.errors import ThirdrailError
 from thirdrail.tensors import Array
+from thirdrail_engines.cuda.engine import CudaEngine
 from thirdrail_engines.engine import DeviceLost, Engine, EngineError
-from thirdrail_server.worker.device_execution import run_with_device
+from thirdrail_server.worker.device_execution import bind_regions, run_with_device
 from thirdrail_server.worker.members import Member, Outcome
 from thirdrail_server.worker.requests import VersionSpec
 from thirdrail_server.worker.results import Slot, error_for_caller, scatter, slots_in_place
@@ -62,27 +66,52 @@ def execute(engine: Engine, spec: VersionSpec, members: Sequence[Member]) -> Exe
 
 
 def _execute_together(engine: Engine, spec: VersionSpec, members: Sequence[Member]) -> Execution:
+    if not any(member.request.fetches for member in members):
+        return _run_together(engine, spec, members, None)
+    with contextlib.ExitStack() as holding:  # until the run is over
+        return _run_together(engine, spec, members, holding)
+
+
+def _run_together(
+    engine: Engine,
+    spec: VersionSpec,
+    members: Sequence[Member],
+    holding: contextlib.ExitStack | None,
+) -> Execution:
+    """holding: for inputs in memory of others; None: there are none."""
     outcomes = [Outcome(member.arena) for member in members]
     started = gathered = computed = time.monotonic_ns()
     has_failed = is_fetched = False
     device_lost = None
-    try:
-        _fetch(members, outcomes)
-        is_fetched = True
-        inputs = _gather(members, outcomes)
-        device = members[0].device  # whose requests share a batch with nobody
-        slots = {}
-        if len(members) == 1 and device is None:
-            slots = slots_in_place(members[0], spec, outcomes[0])
-        gathered = computed = time.monotonic_ns()
-        if device is not None:
-            results = run_with_device(engine, members[0], device, inputs, slots, outcomes[0])
-        elif len(members) == 1:
-            results = _run_alone(engine, spec, members[0], inputs, slots, outcomes[0])
-        else:
-            results = engine.run(inputs, _wanted_names(members, spec), {})
+    slots: dict[str, Slot] = {}
+
+    def receive(results: Mapping[str, Any]) -> None:
+        nonlocal computed
         computed = time.monotonic_ns()
         scatter(members, spec, results, slots, outcomes)
+
+    try:
+        tensors: Sequence[Mapping[str, Any]] = [member.request.inputs for member in members]
+        if holding is not None:
+            tensors = bind_regions(engine, members, holding)
+            _fetch(members, tensors, outcomes)
+        is_fetched = True
+        device = members[0].device  # whose requests share a batch with nobody
+        if len(members) > 1 and isinstance(engine, CudaEngine):
+            parts = {name: [each[name] for each in tensors] for name in tensors[0]}
+            gathered = computed = time.monotonic_ns()
+            engine.run_batch(parts, _wanted_names(members, spec), receive)
+        else:
+            inputs = _gather(members, tensors, outcomes)
+            if len(members) == 1 and device is None:
+                slots.update(slots_in_place(members[0], spec, outcomes[0]))
+            gathered = computed = time.monotonic_ns()
+            if device is not None:
+                receive(run_with_device(engine, members[0], device, inputs, slots, outcomes[0]))
+            elif len(members) == 1:
+                receive(_run_alone(engine, spec, members[0], inputs, slots, outcomes[0]))
+            else:
+                receive(engine.run(inputs, _wanted_names(members, spec), {}))
     except Exception as error:
         has_failed = not isinstance(error, ThirdrailError) or not is_fetched
         device_lost = error if isinstance(error, DeviceLost) else None
@@ -133,29 +162,34 @@ def _run_alone(
 # Gathering
 
 
-def _fetch(members: Sequence[Member], outcomes: Sequence[Outcome]) -> None:
-    """From memory of others on the device. It may be gone, which its owner alone answers for."""
-    for member, outcome in zip(members, outcomes, strict=True):
-        for part, array in member.request.fetches:
+def _fetch(
+    members: Sequence[Member], tensors: Sequence[Mapping[str, Any]], outcomes: Sequence[Outcome]
+) -> None:
+    """From memory of others on the device. It may be gone, which its owner alone answers for.
+
+    tensors: of each member; arrays are to be filled, all else is read where it is.
+    """
+    for member, inputs, outcome in zip(members, tensors, outcomes, strict=True):
+        arrays = {id(tensor) for tensor in inputs.values()}
+        wanted = [fetch for fetch in member.request.fetches if id(fetch[1]) in arrays]
+        for part, array in wanted:
             part.read_into(array)
-        outcome.copies += bool(member.request.fetches)
+        outcome.copies += bool(wanted)
 
 
-def _gather(members: Sequence[Member], outcomes: Sequence[Outcome]) -> Mapping[str, Array]:
-    first = members[0].request
+def _gather(
+    members: Sequence[Member], tensors: Sequence[Mapping[str, Any]], outcomes: Sequence[Outcome]
+) -> Mapping[str, Any]:
+    first = tensors[0]
     if len(members) > 1:
         for outcome in outcomes:
             outcome.copies += 1
-        return {
-            name: np.concatenate([m.request.inputs[name] for m in members]) for name in first.inputs
-        }
-    if not first.copy_first:
-        return first.inputs
+        return {name: np.concatenate([each[name] for each in tensors]) for name in first}
+    copy_first = members[0].request.copy_first
+    if not copy_first:
+        return first
     outcomes[0].copies += 1
-    return {
-        name: array.copy() if name in first.copy_first else array
-        for name, array in first.inputs.items()
-    }
+    return {name: array.copy() if name in copy_first else array for name, array in first.items()}
 
 
 def _wanted_names(members: Sequence[Member], spec: VersionSpec) -> list[str]:

@@ -7,8 +7,9 @@ of another. A run takes one of the instance's slots, which holds its memory on t
 waits on its own thread until the last copy is done; other threads run meanwhile.
 
 Copies of a tensor's bytes: caller -> pinned memory -> device -> pinned memory -> result. The first
-is the snapshot: nobody can change what is computed with. Where pinned memory is short, the driver
-copies from and to the caller's memory itself.
+is the snapshot: nobody can change what is computed with. A batch is gathered by it, and scattered
+from the second pinned memory, so it takes no copy more than a request alone. Where pinned memory is
+short, the driver copies from and to the caller's memory itself.
 
 All device memory but that of open outputs is taken when the engine is made, for the largest shapes
 of the profiles: a request does not fail for lack of it. What is computed in between lies in
@@ -17,6 +18,7 @@ memory that all engines on the device share (activations.py).
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from thirdrail.tensors import Array
@@ -27,6 +29,7 @@ from thirdrail_engines.cuda.graph_cache import GraphFigures
 from thirdrail_engines.cuda.instance import Instance
 from thirdrail_engines.cuda.layout import lay_out
 from thirdrail_engines.cuda.options import CudaOptions
+from thirdrail_engines.cuda.parts import Parts
 from thirdrail_engines.cuda.placed import Placement
 from thirdrail_engines.cuda.program import Program, choose_profile, largest_shapes, refusal
 from thirdrail_engines.cuda.request import Request, check_request
@@ -89,19 +92,35 @@ class CudaEngine:
 
     def run(
         self,
-        inputs: Mapping[str, Array],
+        inputs: Mapping[str, Any],
         wanted: Sequence[str],
         into: Mapping[str, Array],
     ) -> dict[str, Array]:
-        """See Engine.run."""
+        """See Engine.run. Inputs may be Placed as well: they are copied on the device, and nobody
+        may write them meanwhile."""
         if not wanted:
             return {}
         request = self._checked(inputs, wanted, into)
         with self._slots.taken() as slot, self._device.runs.one(self._spec.run_s_max):
             return slot.instance.run(slot, request)
 
+    def run_batch(
+        self,
+        inputs: Mapping[str, Sequence[Any]],
+        wanted: Sequence[str],
+        receive: Callable[[Mapping[str, Array]], None],
+    ) -> None:
+        """As `run`, of several requests together: each input is their parts of it, arrays or
+        Placed, which are copied to where the program reads the whole. The results are given to
+        `receive`, for whom they are valid until it returns; what it raises is raised.
+        """
+        whole = {name: Parts.of(name, parts) for name, parts in inputs.items()}
+        request = replace(self._checked(whole, wanted, {}), receive=receive)
+        with self._slots.taken() as slot, self._device.runs.one(self._spec.run_s_max):
+            slot.instance.run(slot, request)
+
     def _checked(
-        self, inputs: Mapping[str, Array], wanted: Sequence[str], into: Mapping[str, Array]
+        self, inputs: Mapping[str, Any], wanted: Sequence[str], into: Mapping[str, Array]
     ) -> Request:
         shapes = check_request(self._spec, inputs, wanted, into)
         profile = choose_profile(self._program.spec.profiles, shapes)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One call of an engine on a device, checked before anything is copied. Pure code."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +14,17 @@ from thirdrail_engines.plans import Shape
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """shapes: of the inputs, in the model's order."""
+    """inputs: arrays; Placed or Parts may stand for them. shapes: of the inputs, in the model's
+    order. receive: given the results, which are valid until it returns; None: they are arrays of
+    their own.
+    """
 
-    inputs: Mapping[str, Array]
+    inputs: Mapping[str, Any]
     shapes: Mapping[str, Shape]
     profile: int
     wanted: Sequence[str]
     into: Mapping[str, Array]
+    receive: Callable[[Mapping[str, Array]], None] | None = None
 
     def check_results(self, outputs: Mapping[str, Shape]) -> None:
         """Raises EngineError when a result has another shape than the array that it is to go to."""
@@ -38,7 +43,7 @@ class Request:
 
 def check_request(
     spec: EngineSpec,
-    inputs: Mapping[str, Array],
+    inputs: Mapping[str, Any],
     wanted: Sequence[str],
     into: Mapping[str, Array],
 ) -> dict[str, Shape]:
@@ -54,7 +59,7 @@ def check_request(
     return {tensor.name: _checked_shape(tensor, inputs) for tensor in spec.inputs}
 
 
-def _checked_shape(tensor: TensorSpec, inputs: Mapping[str, Array]) -> Shape:
+def _checked_shape(tensor: TensorSpec, inputs: Mapping[str, Any]) -> Shape:
     array = inputs.get(tensor.name)
     if array is None:
         raise EngineError(f"input '{tensor.name}' is missing")
@@ -71,7 +76,8 @@ def _checked_shape(tensor: TensorSpec, inputs: Mapping[str, Array]) -> Shape:
             f"input '{tensor.name}' has the shape {list(array.shape)}, "
             f"expected {list(tensor.shape)}"
         )
-    return array.shape
+    shape: Shape = array.shape
+    return shape
 
 
 def _check_target(output: TensorSpec, array: Array) -> None:

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's tensors between the caller's arrays and the device, by way of pinned memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from thirdrail.tensors import Array, TensorSpec
 from thirdrail_engines.cuda.device import PinnedMemory, Stream
 from thirdrail_engines.cuda.layout import Layout, lay_out
+from thirdrail_engines.cuda.parts import parts_of
 from thirdrail_engines.cuda.request import Request
 from thirdrail_engines.cuda.staging import PinnedPool
 from thirdrail_engines.plans import Shape
@@ -24,16 +27,23 @@ class Transfers:
     def stage(
         self, inputs: tuple[TensorSpec, ...], layout: Layout, target: int
     ) -> Callable[[Stream], None]:
-        """Copy the inputs into pinned memory. Returns what copies them on, to `target` on the
-        device."""
-        block = self._lend(layout.total_bytes)
+        """Copy the inputs into pinned memory, except for what is on the device. Returns what copies
+        them on, to `target` on the device."""
+        pieces = [
+            _Piece(tensor, layout.offsets[tensor.name] + offset, part)
+            for tensor in inputs
+            for offset, part in parts_of(self._request.inputs[tensor.name])
+        ]
+        on_host = [piece for piece in pieces if isinstance(piece.source, np.ndarray)]
+        block = self._lend(layout.total_bytes) if on_host else None
         if block is None:
-            return lambda stream: self._copy_directly(layout, target, stream)
-        for tensor in inputs:
-            source = self._request.inputs[tensor.name]
-            place = _view(block, tensor, layout.offsets[tensor.name], source.shape)
-            np.copyto(place, _sound(source))
-        return lambda stream: stream.copy_in(target, block.address, layout.total_bytes)
+            return lambda stream: _copy_directly(pieces, target, stream)
+        for piece in on_host:
+            place = _view(block, piece.tensor, piece.offset, piece.source.shape)
+            np.copyto(place, _sound(piece.source))
+        if len(on_host) == len(pieces):
+            return lambda stream: stream.copy_in(target, block.address, layout.total_bytes)
+        return lambda stream: _copy_mixed(pieces, block, target, stream)
 
     def fetch(
         self,
@@ -43,23 +53,27 @@ class Transfers:
         stream: Stream,
     ) -> Callable[[], dict[str, Array]]:
         """Begin to copy the wanted results from where they are on the device. Returns what makes
-        arrays of them when that is done. Raises EngineError when one does not fit its array."""
+        arrays of them when that is done: views of pinned memory where the request receives them.
+        Raises EngineError when one does not fit its array."""
         self._request.check_results(shapes)
         wanted = [tensor for tensor in outputs if tensor.name in self._request.wanted]
         layout = lay_out(wanted, shapes)
         block = self._lend(layout.total_bytes)
         results: dict[str, Array] = {}
         for tensor in wanted:
-            target = self._request.target(tensor, shapes[tensor.name])
+            offset, shape = layout.offsets[tensor.name], shapes[tensor.name]
+            if block is not None and self._request.receive is not None:
+                target = _view(block, tensor, offset, shape)
+            else:
+                target = self._request.target(tensor, shape)
             results[tensor.name] = target
-            place = _address(target)
-            if block is not None:
-                place = block.address + layout.offsets[tensor.name]
+            place = _address(target) if block is None else block.address + offset
             if target.nbytes:
                 stream.copy_out(place, sources[tensor.name], target.nbytes)
 
         def collect() -> dict[str, Array]:
-            for tensor in wanted if block is not None else ():
+            is_there = block is None or self._request.receive is not None
+            for tensor in () if is_there else wanted:
                 assert block is not None
                 array = results[tensor.name]
                 np.copyto(array, _view(block, tensor, layout.offsets[tensor.name], array.shape))
@@ -77,14 +91,42 @@ class Transfers:
             self._blocks.append(block)
         return block
 
-    def _copy_directly(self, layout: Layout, target: int, stream: Stream) -> None:
-        inputs = self._request.inputs
-        kept = {name: _sound(array) for name, array in inputs.items()}
-        for name, array in kept.items():
-            if array.nbytes:
-                stream.copy_in(target + layout.offsets[name], _address(array), array.nbytes)
-        if any(kept[name] is not array for name, array in inputs.items()):
-            stream.synchronize()  # before what was made here is gone
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Of an input. offset: in the block of all inputs, in bytes. source: Array, or Placed."""
+
+    tensor: TensorSpec
+    offset: int
+    source: Any
+
+
+def _copy_mixed(pieces: Sequence[_Piece], block: PinnedMemory, target: int, stream: Stream) -> None:
+    for piece in pieces:
+        place, nbytes = target + piece.offset, piece.source.nbytes
+        if not nbytes:
+            continue
+        if isinstance(piece.source, np.ndarray):
+            stream.copy_in(place, block.address + piece.offset, nbytes)
+        else:
+            stream.copy(place, piece.source.address, nbytes)
+
+
+def _copy_directly(pieces: Sequence[_Piece], target: int, stream: Stream) -> None:
+    made = []
+    for piece in pieces:
+        place, source = target + piece.offset, piece.source
+        if not source.nbytes:
+            continue
+        if not isinstance(source, np.ndarray):
+            stream.copy(place, source.address, source.nbytes)
+            continue
+        array = _sound(source)
+        if array is not source:
+            made.append(array)
+        stream.copy_in(place, _address(array), array.nbytes)
+    if made:
+        stream.synchronize()  # before what was made here is gone
 
 
 def _sound(array: Array) -> Array:
