@@ -69,6 +69,7 @@ def test_an_order_arrives_whole() -> None:
     order = Order(request, Path("/cache/build"))
     arrived = read_order(write_order(order))
     assert arrived == order
+    assert isinstance(arrived.request, PlanRequest)
     assert not arrived.request.uses_timing_cache  # not compared
     assert arrived.request.threads_max == 3
 

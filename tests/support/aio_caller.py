@@ -21,6 +21,7 @@ from support.worker import RunningWorker
 from thirdrail.errors import ThirdrailError
 from thirdrail.lane.aio_session import AsyncSession
 from thirdrail.lane.encoding import Encoder, LargeInput
+from thirdrail.lane.places import Place
 from thirdrail.lane.results import release_outputs
 from thirdrail.tensors import Array
 from thirdrail.v1 import inference_pb2, metrics_pb2
@@ -29,14 +30,16 @@ from thirdrail.v1 import inference_pb2, metrics_pb2
 class _Session(AsyncSession):
     """Results are what came, before it is made into arrays."""
 
-    async def _result(self, response: inference_pb2.InferResponse, *, borrow: bool) -> Any:
+    async def _result(
+        self, response: inference_pb2.InferResponse, places: list[Place], *, borrow: bool
+    ) -> Any:
         memory = self._memory
         data = [
             memory.output_bytes(tensor.ref).tobytes() if tensor.HasField("ref") else None
             for tensor in response.outputs
         ]
         release_outputs(response, memory)
-        self._returns.flush_soon()
+        self._leave(places)
         return native_outcome(response, data)
 
 
