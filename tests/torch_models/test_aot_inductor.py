@@ -5,6 +5,7 @@ One program with inputs and outputs of several kinds is built once for all tests
 """
 
 import threading
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -162,6 +163,21 @@ def test_threads_share_one_engine(loaded: Any) -> None:
         results = list(pool.map(lambda rows: run(made.engine, rows), [1, 2, 5, 8] * 5))
     for rows, result in zip([1, 2, 5, 8] * 5, results, strict=True):
         assert_same(result, run(eager, rows))
+
+
+def test_operators_that_a_library_does_not_reach_are_refused(tmp_path: Path) -> None:
+    from thirdrail_engines.builders.aot_inductor_builder import check_package
+
+    package = tmp_path / "package.pt2"
+    with zipfile.ZipFile(package, "w") as archive:
+        archive.writestr("p/model.wrapper.so", b"")
+        archive.writestr("p/model.wrapper_metadata.json", b'{"AOTI_DEVICE_KEY": "cpu"}')
+    check_package(tmp_path / "model.pt2", package)
+    with zipfile.ZipFile(package, "a") as archive:
+        archive.writestr("p/model.json", b'{"nodes": [{"name": "buf0"}]}')
+    with pytest.raises(BuildError, match="leaves some of its operators to PyTorch") as caught:
+        check_package(tmp_path / "model.pt2", package)
+    assert caught.value.fault is BuildFault.REFUSED
 
 
 @pytest.fixture

@@ -145,11 +145,11 @@ def _compile(path: Path, exported: Exported, folder: Path, *, is_for_gpu: bool) 
             )
     except Exception as error:  # its parts raise whatever they happen to
         raise refusal(path, f"AOTInductor cannot compile it: {tidy(error)}") from None
-    _check_package(path, package)
+    check_package(path, package)
     return package
 
 
-def _check_package(path: Path, package: Path) -> None:
+def check_package(path: Path, package: Path) -> None:
     """Raises BuildError REFUSED for what cannot run as a library by itself."""
     with zipfile.ZipFile(package) as archive:
         names = [Path(name) for name in archive.namelist()]
