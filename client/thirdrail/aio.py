@@ -23,10 +23,7 @@ from thirdrail.failures import rpc_errors, with_note
 from thirdrail.lane.aio_lane_stream import AsyncLaneStream
 from thirdrail.lane.calls import NotSent, timed_out
 from thirdrail.lane.encoding import Encoder
-from thirdrail.models import (
-    DescriptionCache,
-    ModelDescription,
-)
+from thirdrail.models import DescriptionCache, ModelDescription
 from thirdrail.requests import (
     InferOptions,
     Inputs,

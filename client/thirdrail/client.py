@@ -19,20 +19,12 @@ from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_c
 from thirdrail.connection import Connection
 from thirdrail.discovery import find_address
 from thirdrail.dtypes import extent
-from thirdrail.errors import (
-    FailedPrecondition,
-    NotFound,
-    ThirdrailError,
-    Unavailable,
-)
+from thirdrail.errors import FailedPrecondition, NotFound, ThirdrailError, Unavailable
 from thirdrail.failures import rpc_errors, with_note
 from thirdrail.lane.busy_poll import LONGEST_US, BusyWindow
 from thirdrail.lane.calls import NotSent
 from thirdrail.lane.encoding import Encoder
-from thirdrail.models import (
-    DescriptionCache,
-    ModelDescription,
-)
+from thirdrail.models import DescriptionCache, ModelDescription
 from thirdrail.requests import (
     InferOptions,
     Inputs,
