@@ -34,5 +34,6 @@ class BusySelector(selectors.EpollSelector):
             ready = self._window.look(super().select, started_ns)
         if not ready:
             ready = super().select(timeout)
-        self._window.waited(time.perf_counter_ns() - started_ns)
+        now_ns = time.perf_counter_ns()
+        self._window.waited(now_ns - started_ns, now_ns)
         return list(ready)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from thirdrail import Client
 from thirdrail.lane.blocking_wire import BlockingWire
-from thirdrail.lane.busy_poll import CROWDED_WAITS, SHORTEST_NS, BusyWindow
+from thirdrail.lane.busy_poll import CLOSED_NS_MAX, CLOSED_NS_MIN, SHORTEST_NS, BusyWindow
 from thirdrail.v1 import inference_pb2, lane_pb2
 from thirdrail_server.busy_poll import BusySelector, new_loop
 from thirdrail_server.config import ConfigError, ServerConfig, WorkerConfig
@@ -31,7 +31,7 @@ def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def opened(times: int = 20) -> BusyWindow:
     window = BusyWindow(LONGEST_US)
     for _ in range(times):
-        window.waited(LONGEST_NS)
+        window.waited(LONGEST_NS, 0)
     return window
 
 
@@ -43,7 +43,7 @@ def test_it_opens_up_to_the_longest_while_news_come_soon() -> None:
     window = BusyWindow(LONGEST_US)
     seen = []
     for _ in range(6):
-        window.waited(LONGEST_NS)
+        window.waited(LONGEST_NS, 0)
         seen.append(window.ns)
     assert seen == [10_000, 20_000, 40_000, 80_000, 100_000, 100_000]
 
@@ -51,20 +51,20 @@ def test_it_opens_up_to_the_longest_while_news_come_soon() -> None:
 def test_it_grows_no_longer_than_news_take() -> None:
     window = BusyWindow(LONGEST_US)
     for _ in range(10):
-        window.waited(15_000)
+        window.waited(15_000, 0)
     assert window.ns == 20_000
 
 
 def test_it_closes_where_news_come_late() -> None:
     window = opened()
     for _ in range(5):
-        window.waited(LATE_NS)
+        window.waited(LATE_NS, 0)
     assert window.ns == 0
 
 
 def test_one_late_answer_does_not_close_it() -> None:
     window = opened()
-    window.waited(LATE_NS)
+    window.waited(LATE_NS, 0)
     assert window.ns == LONGEST_NS // 2
 
 
@@ -72,15 +72,15 @@ def test_one_late_answer_does_not_close_it() -> None:
 def test_it_keeps_its_bounds(waits: list[int], longest_us: int) -> None:
     window = BusyWindow(longest_us)
     for waited_ns in waits:
-        window.waited(waited_ns)
+        window.waited(waited_ns, 0)
         longest_ns = longest_us * 1000
         assert window.ns == 0 or min(SHORTEST_NS, longest_ns) <= window.ns <= longest_ns
 
 
 def test_a_longest_of_zero_never_looks() -> None:
     window = BusyWindow(0)
-    window.waited(0)
-    window.waited(1)
+    window.waited(0, 0)
+    window.waited(1, 0)
     assert window.ns == 0
 
 
@@ -89,27 +89,50 @@ def test_a_single_core_never_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert opened().ns == 0
 
 
+class Core:
+    """What else runs on the core, by how long it takes it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_ns = 0
+        self.step_ns = 1000
+        monkeypatch.setattr("thirdrail.lane.busy_poll._after_others", self._after_others)
+
+    def _after_others(self) -> int:
+        self.now_ns += self.step_ns
+        return self.now_ns
+
+    def closes(self, window: BusyWindow) -> int:
+        """Have it meet a crowd. Returns for how long it is closed, to 1 ms."""
+        self.step_ns = 2_000_000
+        assert not window.look(lambda timeout: [], self.now_ns)
+        closed_ns = self.now_ns
+        while not window.ns:
+            self.now_ns += 1_000_000
+            window.waited(SOON_NS, self.now_ns)
+        return self.now_ns - closed_ns
+
+
+def test_alone_on_its_core_it_looks_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    window, core = opened(), Core(monkeypatch)
+    assert not window.look(lambda timeout: [], 0)
+    assert (core.now_ns, window.ns) == (LONGEST_NS, LONGEST_NS)
+
+
 def test_a_crowded_core_closes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    window = opened()
-    now_ns = 0
-
-    def after_others() -> int:
-        nonlocal now_ns
-        now_ns += step_ns
-        return now_ns
-
-    monkeypatch.setattr("thirdrail.lane.busy_poll._after_others", after_others)
-    step_ns = 1_000
-    assert not window.look(lambda timeout: [], 0)
-    assert (now_ns, window.ns) == (LONGEST_NS, LONGEST_NS), "alone, it looks to the end"
-    now_ns, step_ns = 0, 2_000_000
-    assert not window.look(lambda timeout: [], 0)
-    assert (now_ns, window.ns) == (2_000_000, 0)
-    for _ in range(CROWDED_WAITS):
-        window.waited(SOON_NS)
-        assert window.ns == 0
-    window.waited(SOON_NS)
+    window, core = opened(), Core(monkeypatch)
+    assert core.closes(window) == CLOSED_NS_MIN
     assert window.ns == SHORTEST_NS
+
+
+def test_it_stays_closed_longer_each_time_until_the_crowd_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    window, core = opened(), Core(monkeypatch)
+    closed = [core.closes(window) for _ in range(7)]
+    assert closed[:3] == [CLOSED_NS_MIN, 2 * CLOSED_NS_MIN, 4 * CLOSED_NS_MIN]
+    assert closed[-2:] == [CLOSED_NS_MAX, CLOSED_NS_MAX]
+    core.now_ns += 2 * CLOSED_NS_MAX
+    assert core.closes(window) == CLOSED_NS_MIN
 
 
 def test_less_than_nothing_is_refused() -> None:

@@ -77,7 +77,8 @@ class BlockingWire:
                 return None
             packet, fds = self._receive(packet_bytes_max)
             if deadline_s != 0:
-                self._window.waited(time.perf_counter_ns() - started_ns)
+                now_ns = time.perf_counter_ns()
+                self._window.waited(now_ns - started_ns, now_ns)
         except OSError as error:
             raise LaneBroken(f"the worker is gone: {error.strerror}") from None
         except packets.PacketTooLarge as error:

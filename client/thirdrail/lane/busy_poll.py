@@ -7,7 +7,9 @@ it sleeps is there when the answer comes. Looking in vain is wasted, so it adapt
 halt polling does (Documentation/virt/guest-halt-polling): the window doubles while news would have
 come within the longest one, halves while it would not, and so closes where calls are rare or slow.
 Where others take this core for long it closes at once and for a while: the core is awake anyway,
-and they need it.
+and they need it. Each time that this happens again soon it closes for twice as long, for it costs
+3 ms: since Linux 6.18 who yields gives up his turn, also to a process of the lowest priority that
+would never have got the core otherwise.
 """
 
 import os
@@ -23,7 +25,9 @@ SHORTEST_NS = 10_000
 # Who gets the core back after this long has met a process that computes. Shorter absences are the
 # kernel's, or threads of the same call.
 CROWDED_NS = 1_000_000
-CROWDED_WAITS = 50  # so long it then stays closed
+# So long it then stays closed: with calls of 100 us, 1 of 500 meets a crowd, and 1 of 10,000 later.
+CLOSED_NS_MIN = 50_000_000
+CLOSED_NS_MAX = 1_000_000_000
 
 T = TypeVar("T")
 
@@ -31,14 +35,14 @@ T = TypeVar("T")
 class BusyWindow:
     """For one waiter. longest_us: 0 never looks; nor does a process that has one core only."""
 
-    __slots__ = ("_closed_waits", "_longest_ns", "ns")
+    __slots__ = ("_closed_ns", "_closed_until_ns", "_longest_ns", "ns")
 
     def __init__(self, longest_us: int = LONGEST_US) -> None:
         if longest_us < 0:
             raise ValueError(f"a busy poll takes 0 us or more, got {longest_us}")
         self._longest_ns = longest_us * 1000 if _cores() > 1 else 0
         self.ns = 0  # how long to look next time
-        self._closed_waits = 0
+        self._closed_ns = self._closed_until_ns = 0
 
     def look(self, find: Callable[[int], Sequence[T]], now_ns: int) -> Sequence[T]:
         """What `find(0)` finds within the window; empty: nothing.
@@ -49,23 +53,26 @@ class BusyWindow:
         while not (found := find(0)):
             looked_ns, now_ns = now_ns, _after_others()
             if now_ns - looked_ns >= CROWDED_NS:
-                self.ns, self._closed_waits = 0, CROWDED_WAITS
+                self._close(now_ns)
                 return ()
             if now_ns >= until_ns:
                 return ()
         return found
 
-    def waited(self, waited_ns: int) -> None:
+    def waited(self, waited_ns: int, now_ns: int) -> None:
         """News came after this long, looking and sleeping together."""
-        if waited_ns <= self.ns:
-            return
-        if self._closed_waits:
-            self._closed_waits -= 1
+        if waited_ns <= self.ns or now_ns < self._closed_until_ns:
             return
         if waited_ns <= self._longest_ns:
             self.ns = min(max(2 * self.ns, SHORTEST_NS), self._longest_ns)
         elif self.ns:
             self.ns = self.ns // 2 if self.ns >= 2 * SHORTEST_NS else 0
+
+    def _close(self, now_ns: int) -> None:
+        is_relapse = now_ns - self._closed_until_ns < self._closed_ns
+        self._closed_ns = min(2 * self._closed_ns, CLOSED_NS_MAX) if is_relapse else CLOSED_NS_MIN
+        self._closed_until_ns = now_ns + self._closed_ns
+        self.ns = 0
 
 
 def _after_others() -> int:
