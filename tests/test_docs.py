@@ -22,6 +22,7 @@ from support.server import free_port
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+SLOW = ("compile.md", "operations.md", "plan-cache.md", "transport.md")  # 4 to 12 s each
 
 # Blocks that build or test the project itself; the command of CI runs them.
 RUN_BY_CI = {"make demo\n", "make setup\n. .venv/bin/activate\n", "make test\n"}
@@ -55,7 +56,13 @@ def test_every_block_says_what_it_is(page: Path) -> None:
             assert "--gRPC-->" in block.code, "an untagged block other than the picture"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else [], id=page.name)
+        for page in PAGES
+    ],
+)
 def test_the_page_works_word_by_word(page: Path, tmp_path: Path) -> None:
     runnable = [
         b

@@ -5,6 +5,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from conftest import StartServer
 from support.compiled import held_build, until_ready, write_compiled
 from support.models import identity, write
@@ -21,6 +23,7 @@ MANY = WorkerConfig().loads_at_once_max + CompileConfig().loads_at_once_max + 3
 WAIT_S_MAX = 60.0
 
 
+@pytest.mark.slow
 def test_a_load_that_needs_no_build_waits_for_none(
     tmp_path: Path, start_server: StartServer
 ) -> None:

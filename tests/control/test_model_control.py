@@ -238,6 +238,7 @@ async def test_a_worker_that_says_nothing_is_killed_and_tried_again(
         assert not plane.catalog.all_ready()
 
 
+@pytest.mark.slow
 async def test_a_worker_that_falls_silent_is_replaced(repository: Any, open_plane: Any) -> None:
     limits = ControlLimits(worker_silence_s_max=1, restart_delay_ms_min=1)
     repository.write("m")

@@ -26,6 +26,8 @@ import sys, time
 import numpy as np
 from support.device_peer import DevicePeer, on_device
 from support.lane_peer import connect
+
+pytestmark = pytest.mark.slow  # processes that are killed, and start again
 path, token, is_written = sys.argv[1], bytes.fromhex(sys.argv[2]), sys.argv[3] == "written"
 peer = DevicePeer(connect(path))
 peer.attach(token=token, features=["device"])

@@ -18,6 +18,8 @@ from thirdrail.errors import NotFound
 from thirdrail.probing import probe_server
 from thirdrail.v1 import sessions_pb2, sessions_pb2_grpc
 
+pytestmark = pytest.mark.slow  # servers with three workers take long to start
+
 MODELS = {"everywhere": 1.0, "on_cpu": 2.0, "on_other": 3.0}
 
 

@@ -67,6 +67,7 @@ def test_what_cannot_be_read_has_empty_findings(tmp_path: Path, model: Path) -> 
         assert futures[2].result(WAIT_S).positional_inputs == {"x"}
 
 
+@pytest.mark.slow
 def test_a_child_that_takes_too_long_is_killed_and_the_next_in_line_served(
     model: Path, waits_for_ever: Path
 ) -> None:

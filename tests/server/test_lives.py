@@ -176,6 +176,7 @@ def test_sigterm_finishes_what_was_taken_and_exits_with_zero(
     assert "Traceback" not in server.log_text()
 
 
+@pytest.mark.slow
 def test_sigterm_to_every_process_finishes_what_was_taken_as_well(
     small_repository: Path, start_server: StartServer
 ) -> None:
@@ -195,6 +196,7 @@ def test_sigterm_to_every_process_finishes_what_was_taken_as_well(
     assert is_gone(worker)
 
 
+@pytest.mark.slow
 def test_the_second_ctrl_c_ends_at_once(small_repository: Path, start_server: StartServer) -> None:
     server = start_server(small_repository)
     worker = server.worker_pid()

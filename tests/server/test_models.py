@@ -419,6 +419,7 @@ def weighty(megabytes: int) -> onnx.ModelProto:
     return model([node], [tensor("a", "FP32", shape)], [tensor("c", "FP32", shape)], [weights])
 
 
+@pytest.mark.slow
 def test_twenty_loads_and_unloads_leave_no_memory_behind(
     repository: Path, start_server: StartServer
 ) -> None:

@@ -220,6 +220,7 @@ def test_another_servers_socket_is_left_alone(tmp_path: Path) -> None:
     first.close()
 
 
+@pytest.mark.slow
 def test_a_path_longer_than_an_address_is_reached_all_the_same(tmp_path: Path) -> None:
     """The lane's name is longer than the gRPC socket's, which must not decide who can start."""
     name = "x" * (100 - len(str(tmp_path)) - 1)
