@@ -25,9 +25,10 @@ SHORTEST_NS = 10_000
 # Who gets the core back after this long has met a process that computes. Shorter absences are the
 # kernel's, or threads of the same call.
 CROWDED_NS = 1_000_000
-# So long it then stays closed: with calls of 100 us, 1 of 500 meets a crowd, and 1 of 10,000 later.
+# So long it then stays closed: with calls of 100 us, 1 of 500 meets a crowd, and 1 of 2000 later.
+# Not longer, or it would be closed long after the crowd is gone.
 CLOSED_NS_MIN = 50_000_000
-CLOSED_NS_MAX = 1_000_000_000
+CLOSED_NS_MAX = 200_000_000
 
 T = TypeVar("T")
 
