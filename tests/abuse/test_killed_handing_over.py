@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 
 from conftest import StartServer
@@ -125,7 +126,10 @@ def test_the_server_dies(
         first, _ = a.ask(("export_filled", 7.0))
         second, _ = a.ask(("export_filled", 8.0))
         b.ask(("receive", first))
-        os.kill(server.worker_pid() if who == "worker" else server.pid, signal.SIGKILL)
+        worker = psutil.Process(server.worker_pid())
+        os.kill(worker.pid if who == "worker" else server.pid, signal.SIGKILL)
+        # Without its front a worker ends by itself; until then it still hands over.
+        until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
         until(lambda: b.ask(("infer", None)) != 7.0)
         assert b.ask(("infer", None)) in ("Unavailable", "Unreachable", 7.0)
         assert b.ask(("read", None)) == (7.0, True)

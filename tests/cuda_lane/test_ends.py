@@ -16,6 +16,8 @@ from support.lane_peer import Request
 from support.worker import RunningWorker
 from thirdrail.v1 import lane_pb2, sessions_pb2
 
+pytestmark = pytest.mark.slow  # processes that are killed, and start again
+
 X = np.arange(8, dtype=np.float32)
 MIB = 1 << 20
 WAIT_S_MAX = 20
@@ -27,7 +29,6 @@ import numpy as np
 from support.device_peer import DevicePeer, on_device
 from support.lane_peer import connect
 
-pytestmark = pytest.mark.slow  # processes that are killed, and start again
 path, token, is_written = sys.argv[1], bytes.fromhex(sys.argv[2]), sys.argv[3] == "written"
 peer = DevicePeer(connect(path))
 peer.attach(token=token, features=["device"])
