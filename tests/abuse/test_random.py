@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from support.anchored import Anchored
 from support.handover_peer import HandOverPeer
 from support.holdings import Watch
+from support.killable import until
 from support.lane_peer import LanePeer, Request, by_ref, infer
 from support.neighbours import Neighbour
 from support.random_packets import packets
@@ -137,4 +138,5 @@ def test_random_packets(anchored: Anchored, watch: Watch, neighbour: Neighbour) 
 def test_many_more_random_packets(anchored: Anchored, watch: Watch, neighbour: Neighbour) -> None:
     sent, served = throw(anchored, watch, neighbour, 1500)
     print(f"{sent} packets, {served} sessions went on")
-    assert watch.counters("identity").running == 0
+    # A request that never ended would be counted for good; the neighbour's calls come and go.
+    until(lambda: watch.counters("identity").running == 0)
