@@ -129,6 +129,34 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
             {"zero": np.array(0, np.float32)},
         ),
     ),
+    "rows that meet where no result is a number": (
+        "the trial rows prove nothing: all have the same result",
+        (
+            [
+                Node("ReduceMean", ["x", "axis"], ["mean"]),
+                Node("Abs", ["x"], ["size"]),
+                Node("Neg", ["size"], ["negative"]),
+                Node("Log", ["negative"], ["none"]),
+                Node("Add", ["none", "mean"], ["y"]),
+            ],
+            {"x": ROWS},
+            {"y": ROWS},
+            {"axis": np.array([0])},
+        ),
+    ),
+    "rows that meet and differ by less than is forgiven": (
+        "the trial rows prove nothing: all have the same result",
+        (
+            [
+                Node("ReduceMean", ["x", "axis"], ["mean"]),
+                Node("Add", ["x", "mean"], ["sum"]),
+                Node("Add", ["sum", "far"], ["y"]),
+            ],
+            {"x": ROWS},
+            {"y": ROWS},
+            {"axis": np.array([0]), "far": np.array(1e5, np.float32)},
+        ),
+    ),
     "no size works": (
         "no trial input was accepted: MatMul node",
         (

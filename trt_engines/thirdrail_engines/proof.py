@@ -102,7 +102,7 @@ def _trial_shape(shape: Sequence[int], rows: int | None, size: int) -> tuple[int
 
 
 def random_array(
-    random: np.random.Generator, tensor: TensorSpec, shape: tuple[int, ...], whole_max: int
+    random: "np.random.Generator", tensor: TensorSpec, shape: tuple[int, ...], whole_max: int
 ) -> Array:
     """One input, of values as `seeded_inputs` has them."""
     if tensor.dtype in FLOATS:
@@ -130,13 +130,14 @@ def _compare(
     engine: Engine, batch: Mapping[str, Array], singles: Sequence[Mapping[str, Array]]
 ) -> BatchProof:
     rows = len(singles)
-    if all(_is_same(singles[0], single) for single in singles[1:]):
+    outputs = engine.spec.outputs
+    if all(_is_same(outputs, singles[0], single) for single in singles[1:]):
         return BatchProof(False, "the trial rows prove nothing: all have the same result")
     try:
         together = _run(engine, batch)
     except EngineError as error:
         return BatchProof(False, f"a batch of {rows} rows fails: {error}")
-    for tensor in engine.spec.outputs:
+    for tensor in outputs:
         name = tensor.name
         for row, single in enumerate(singles):
             fault = _difference(tensor, together[name], row, rows, single[name])
@@ -145,8 +146,12 @@ def _compare(
     return BatchProof(True)
 
 
-def _is_same(left: Mapping[str, Array], right: Mapping[str, Array]) -> bool:
-    return all(np.array_equal(array, right[name]) for name, array in left.items())
+def _is_same(
+    outputs: Iterable[TensorSpec], left: Mapping[str, Array], right: Mapping[str, Array]
+) -> bool:
+    """Whether two results are one to the comparison: then it would not see the one in the other's
+    place."""
+    return all(_agrees(tensor, left[tensor.name], right[tensor.name]) for tensor in outputs)
 
 
 def _difference(tensor: TensorSpec, together: Array, row: int, rows: int, single: Array) -> str:
@@ -155,12 +160,16 @@ def _difference(tensor: TensorSpec, together: Array, row: int, rows: int, single
         return (
             f"has the shape {list(together.shape)} for {rows} rows and {list(single.shape)} for one"
         )
-    mine, alone = together[row], single[0]
+    agrees = _agrees(tensor, together[row], single[0])
+    return "" if agrees else f"differs in row {row} between a batch and a single run"
+
+
+def _agrees(tensor: TensorSpec, found: Array, expected: Array) -> bool:
+    if found.shape != expected.shape:
+        return False
     tolerance = _TOLERANCE.get(tensor.dtype.name)
     if tolerance is None:
-        agrees = bool((mine == alone).all())
-    else:
-        wide, expected = mine.astype(np.float64), alone.astype(np.float64)
-        scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0))
-        agrees = np.allclose(wide, expected, rtol=0.0, atol=tolerance * scale, equal_nan=True)
-    return "" if agrees else f"differs in row {row} between a batch and a single run"
+        return bool((found == expected).all())
+    wide, exact = found.astype(np.float64), expected.astype(np.float64)
+    scale = float(np.abs(exact[np.isfinite(exact)]).max(initial=0.0))
+    return np.allclose(wide, exact, rtol=0.0, atol=tolerance * scale, equal_nan=True)
