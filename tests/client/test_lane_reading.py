@@ -22,13 +22,16 @@ from thirdrail import errors
 from thirdrail.lane.blocking import POLL_EVERY_CALLS
 from thirdrail.lane.calls import NotSent
 from thirdrail.lane.conversation import READ_AHEAD_CALLS_MIN
+from thirdrail.lane.encoding import Encoder
 from thirdrail.lane.futures import LaneFuture
+from thirdrail.lane.releases import Releases
 from thirdrail.lane.turns import READ_AHEAD_PACKETS_MAX, Ticket, Turns
 from thirdrail.requests import Result
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2
 
 WAIT_S = 20
+OPTIONS = Encoder().options("m", None, {})
 
 
 @pytest.fixture
@@ -245,6 +248,61 @@ def test_a_callback_on_an_ended_future_runs_at_once(peer: ScriptedPeer) -> None:
     future.add_done_callback(seen.append)
     assert seen == [future]
     assert not watchers()
+
+
+NOT_FOUND = pb.Status(reason=pb.REASON_NOT_FOUND, message="no such model")
+
+
+@pytest.mark.parametrize("how", ["callback", "wait"])
+def test_who_comes_late_hears_of_a_model_that_is_not_there(peer: ScriptedPeer, how: str) -> None:
+    """Its answer was read for others, and nobody has asked the server about it."""
+    future = peer.caller.submit("m", value(1))
+    peer.answer(*peer.calls(1), status=NOT_FOUND, outputs=[])
+    peer.caller.lane.poll()
+    if how == "callback":
+        told: Future[object] = Future()
+        future.add_done_callback(told.set_result)
+        told.result(WAIT_S)
+    else:
+        assert concurrent.futures.wait([future], WAIT_S).done
+    assert isinstance(future.exception(0), errors.NotFound)
+    until_no_watcher()
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_a_server_that_cannot_be_asked_ends_the_future(
+    peer: ScriptedPeer, is_watched: bool
+) -> None:
+    """About a model that the worker does not know: the client may be closed meanwhile."""
+
+    def why_missing(_: errors.NotFound) -> errors.ThirdrailError:
+        raise errors.FailedPrecondition("this client is closed")
+
+    future = peer.caller.lane.submit(OPTIONS, value(1), why_missing=why_missing)
+    if is_watched:
+        told: Future[object] = Future()
+        future.add_done_callback(told.set_result)
+    peer.answer(*peer.calls(1), status=NOT_FOUND, outputs=[])
+    if is_watched:
+        told.result(WAIT_S)
+    for _ in range(2):
+        with pytest.raises(errors.FailedPrecondition, match="is closed"):
+            future.result(WAIT_S)
+    until_no_watcher()
+
+
+def test_who_finds_nothing_to_give_back_says_nothing(
+    peer: ScriptedPeer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread was faster; an empty packet would end the session."""
+    talk = peer.caller.lane.talk
+    monkeypatch.setattr(Releases, "__bool__", lambda _: True)
+    talk.flush()
+    monkeypatch.undo()
+    talk.memory.releases.add(2, slot=3, generation=1, size=1)
+    talk.flush()
+    [lease] = peer.receive().releases
+    assert lease.slot == 3
 
 
 def test_a_cancelled_future_ends_at_once(peer: ScriptedPeer) -> None:

@@ -120,8 +120,8 @@ class Conversation:
     def flush(self) -> None:
         """Give back what waits to be given back, if the worker takes it at once."""
         releases = self.memory.releases
-        while releases:
-            taken = releases.take(self._packet_bytes_max)
+        # Another thread may be faster, and an empty packet would read as our end.
+        while taken := releases.take(self._packet_bytes_max):
             try:
                 if self._wire.send(taken, 0.0):
                     continue

@@ -109,7 +109,11 @@ class LaneFuture(Future[Result]):
             if self._is_watched or super().done():
                 return
             self._is_watched = True
-            if not self._is_taken:
+            if self._is_taken:
+                return  # whoever settles it tells
+            if self.call.is_done:  # its answer was read, and nobody has asked what it means
+                self._lane.talk.watcher.run(self._settle)
+            else:
                 self._lane.talk.watcher.watch(self)
 
     def _drive(self, timeout: float | None) -> float | None:
@@ -160,14 +164,19 @@ class LaneFuture(Future[Result]):
     def _outcome(self) -> Callable[[], None]:
         """What ends the future."""
         try:
-            result = self._lane.result_of(self.call)
-        except NotFound as error:
-            failure: BaseException = self._why_missing(error) if self._why_missing else error
-            return lambda: self.set_exception(failure)
+            result = self._ask_for_result()
         except BaseException as error:
             failure = error
             return lambda: self.set_exception(failure)
         return lambda: self.set_result(result)
+
+    def _ask_for_result(self) -> Result:
+        try:
+            return self._lane.result_of(self.call)
+        except NotFound as error:
+            if self._why_missing is None:
+                raise
+            raise self._why_missing(error) from None
 
 
 class _Waiters(list[Any]):
