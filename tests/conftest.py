@@ -26,8 +26,10 @@ NEEDS_ALL = (
 
 StartServer = Callable[..., RunningServer]
 
-# How long an example takes says something of what else runs on the machine.
-hypothesis.settings.register_profile("any-machine", deadline=None)
+# How long an example takes, or is drawn, says something of what else runs on the machine.
+hypothesis.settings.register_profile(
+    "any-machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("any-machine")
 
 
