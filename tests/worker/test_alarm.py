@@ -11,8 +11,8 @@ MS = 1_000_000
 
 
 def rings_of(*moves: tuple[int | None, float]) -> list[int]:
-    """Set an alarm to now + ms, or to nothing, and wait so long each time. Returns when it rang, in
-    nanoseconds from the start."""
+    """Set an alarm to now + ms, or to nothing, and wait so long each time; 0: the loop has no turn
+    before the next. Returns when it rang, in nanoseconds from the start."""
     rang: list[int] = []
 
     async def run() -> None:
@@ -22,7 +22,8 @@ def rings_of(*moves: tuple[int | None, float]) -> list[int]:
         )
         for after_ms, wait_s in moves:
             alarm.set(None if after_ms is None else time.monotonic_ns() + after_ms * MS)
-            await asyncio.sleep(wait_s)
+            if wait_s:
+                await asyncio.sleep(wait_s)
         alarm.close()
 
     asyncio.run(run())
