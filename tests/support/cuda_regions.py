@@ -16,7 +16,7 @@ from thirdrail_engines.cuda.twin_peer_memory import twin_handle
 from thirdrail_server.inference import grpc_service_pb2 as kserve
 from thirdrail_server.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 
-made: set[int] = set()  # inodes, of all that this process had
+made: set[tuple[int, int]] = set()  # devices and inodes, of all that this process had
 
 
 def times_open(pid: int) -> int:
@@ -24,8 +24,12 @@ def times_open(pid: int) -> int:
     found = 0
     for each in os.scandir(f"/proc/{pid}/fd"):
         with contextlib.suppress(OSError):  # it has been closed since
-            found += os.stat(each.path).st_ino in made
+            found += _identity(os.stat(each.path)) in made
     return found
+
+
+def _identity(file: os.stat_result) -> tuple[int, int]:
+    return file.st_dev, file.st_ino
 
 
 class DeviceMemory:
@@ -36,7 +40,7 @@ class DeviceMemory:
         self._fd = self._memory.export()
         self.handle = twin_handle(self._fd)
         self.size = self._memory.nbytes
-        made.add(os.fstat(self._fd).st_ino)
+        made.add(_identity(os.fstat(self._fd)))
 
     def read(self, size: int, offset: int = 0) -> bytes:
         return bytes(self._memory.view[offset : offset + size])

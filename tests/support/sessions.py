@@ -142,7 +142,7 @@ class Session:
 
 def mapped_at(fd: int) -> int:
     """The address of this process's one mapping of a memfd."""
-    inode = str(os.fstat(fd).st_ino)
+    inode = str(os.fstat(fd).st_ino)  # as a file on a disk may have it, too
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
-    (only,) = [line for line in lines if line[4] == inode]
+    (only,) = [line for line in lines if line[4] == inode and line[5].startswith("/memfd:")]
     return int(only[0].partition("-")[0], 16)
