@@ -20,7 +20,7 @@ def compute_stream(engine: CudaEngine, number: int = 0) -> TwinStream:
     return stream
 
 
-def wait_until(is_so: Callable[[], bool], s_max: float = 5) -> None:
+def wait_until(is_so: Callable[[], bool], s_max: float = 30) -> None:
     end = time.monotonic() + s_max
     while not is_so():
         assert time.monotonic() < end, "it did not come to that"

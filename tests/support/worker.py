@@ -27,6 +27,7 @@ from thirdrail_server.repository.layout import scan
 T = TypeVar("T")
 
 CALL_S_MAX = 60
+STOP_S_MAX = 40
 
 
 @dataclass(slots=True)
@@ -149,7 +150,7 @@ def running_worker(
             sock.close()
         worker.run(channel.close())
         try:
-            process.wait(10)
+            process.wait(STOP_S_MAX)
         finally:
             process.kill()
             process.wait()
