@@ -7,7 +7,6 @@ One JSON object a line over a SOCK_STREAM socket pair that the worker inherits. 
     {"id": 7, "progress": {...}}                                          any number of these,
     {"id": 7, "ok": {...}}                                                then the answer,
     {"id": 7, "error": {"reason": "REASON_INTERNAL", "message": "..."}}   or this one
-    {"event": "...", "with": {...}}                                       news, unasked
 
 The other end is our own code, but a worker runs foreign models: a line that is too long, is not
 JSON or makes no sense ends the channel, which for both sides means that the other one is lost. So
@@ -74,50 +73,54 @@ class ControlChannel:
 
     serve: what the other end may ask for; it raises thirdrail.errors; anything else is logged, and
         told as a fixed text.
-    on_event: news from the other end.
     on_close: called once, when the channel has ended for any reason but our own `close()`.
+    lines_heard: from the other end so far.
     """
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     limits: ChannelLimits
     serve: Serve = _serve_nothing
-    on_event: Callable[[str, Fields], None] | None = None
     on_close: Callable[[], None] | None = None
-    _calls: dict[int, _Call] = field(default_factory=dict)
+    lines_heard: int = 0
+    _calls: dict[int, _Call] = field(default_factory=dict)  # unanswered, by number
     _serving: set[asyncio.Task[None]] = field(default_factory=set)
     _calls_made: int = 0
     _closed: bool = False
     _reading: asyncio.Task[None] | None = None
+    _room: asyncio.Semaphore = field(init=False)  # for calls of ours
+
+    def __post_init__(self) -> None:
+        self._room = asyncio.Semaphore(self.limits.control_calls_max)
 
     async def call(
         self, do: str, fields: Fields | None = None, on_progress: OnProgress | None = None
     ) -> Fields:
-        """Ask the other end and wait for its answer.
+        """Ask the other end and wait for its answer; at the bound, first for somebody else's.
 
         Raises the error of thirdrail.errors that the other end answered with, ChannelClosed when
-        it is gone, ResourceExhausted when too many calls are unanswered or the line gets too long.
+        it is gone, ResourceExhausted when the line gets too long.
         """
-        if self._closed:
-            raise ChannelClosed("the control channel is closed")
-        if len(self._calls) >= self.limits.control_calls_max:
-            raise ResourceExhausted(
-                f"{len(self._calls)} control calls are unanswered, which is the most there may be"
-            )
-        self._calls_made += 1
-        number = self._calls_made
-        line = self._line({"id": number, "do": do, "with": fields or {}})
+        await self._room.acquire()
+        try:
+            self._require_open()
+            number = self._calls_made + 1
+            line = self._line({"id": number, "do": do, "with": fields or {}})
+        except BaseException:
+            self._room.release()
+            raise
+        self._calls_made = number
         call = _Call(asyncio.get_running_loop().create_future(), on_progress)
         self._calls[number] = call
         try:
             await self._write(line)
             return await call.answer
         finally:
-            self._calls.pop(number, None)
-
-    async def send_event(self, event: str, fields: Fields | None = None) -> None:
-        """Tell the other end something. Raises ChannelClosed, ResourceExhausted like `call`."""
-        await self._write(self._line({"event": event, "with": fields or {}}))
+            # Who gives up leaves a call behind that the other end still serves, and that counts.
+            if not call.answer.done():
+                call.answer.cancel()
+            elif not call.answer.cancelled():
+                call.answer.exception()  # so that it counts as seen, if nobody waited for it
 
     async def close(self) -> None:
         """Hang up: the other end sees the end of the file. Our own unanswered calls fail."""
@@ -138,9 +141,12 @@ class ControlChannel:
             )
         return line
 
-    async def _write(self, line: bytes) -> None:
+    def _require_open(self) -> None:
         if self._closed:
             raise ChannelClosed("the control channel is closed")
+
+    async def _write(self, line: bytes) -> None:
+        self._require_open()
         self.writer.write(line)
         try:
             await self.writer.drain()
@@ -159,6 +165,7 @@ class ControlChannel:
         reason = "the other end of the control channel is gone"
         try:
             while line := await self.reader.readline():
+                self.lines_heard += 1
                 self._take(line)
         except ConnectionError:
             pass
@@ -176,9 +183,6 @@ class ControlChannel:
         message = _parse(line)
         fields = message.get("with", {})
         match message:
-            case {"event": str(event)} if isinstance(fields, dict):
-                if self.on_event is not None:
-                    self.on_event(event, fields)
             case {"id": int(number), "do": str(do)} if isinstance(fields, dict):
                 self._begin_serving(number, do, fields)
             case {"id": int(number), "progress": dict(progress)}:
@@ -190,19 +194,23 @@ class ControlChannel:
             case _:
                 raise ProtocolViolation(f"a message with the fields {sorted(message)[:8]}")
 
-    def _known_call(self, number: int) -> _Call | None:
+    def _require_made(self, number: int) -> None:
         if not 0 < number <= self._calls_made:
             raise ProtocolViolation(f"an answer to call {number}, which was never made")
-        return self._calls.get(number)  # None: whoever asked has given up
 
     def _take_progress(self, number: int, progress: Fields) -> None:
-        call = self._known_call(number)
-        if call is not None and call.on_progress is not None:
+        self._require_made(number)
+        call = self._calls.get(number)
+        if call is not None and call.on_progress is not None and not call.answer.done():
             call.on_progress(progress)
 
     def _take_answer(self, number: int, answer: Fields | ThirdrailError) -> None:
-        call = self._known_call(number)
-        if call is None or call.answer.done():
+        self._require_made(number)
+        call = self._calls.pop(number, None)
+        if call is None:
+            return
+        self._room.release()
+        if call.answer.done():  # whoever asked has given up
             return
         if isinstance(answer, ThirdrailError):
             call.answer.set_exception(answer)
@@ -244,6 +252,7 @@ class ControlChannel:
             return
         self._closed = True
         for call in self._calls.values():
+            self._room.release()
             if not call.answer.done():
                 call.answer.set_exception(ChannelClosed(reason))
         for task in self._serving:
@@ -256,14 +265,13 @@ async def open_channel(
     limits: ChannelLimits,
     *,
     serve: Serve = _serve_nothing,
-    on_event: Callable[[str, Fields], None] | None = None,
     on_close: Callable[[], None] | None = None,
 ) -> ControlChannel:
     """The channel over one end of a SOCK_STREAM Unix socket pair, which it owns from now on."""
     reader, writer = await asyncio.open_unix_connection(
         sock=sock, limit=limits.control_line_bytes_max
     )
-    channel = ControlChannel(reader, writer, limits, serve, on_event, on_close)
+    channel = ControlChannel(reader, writer, limits, serve, on_close)
     channel._reading = asyncio.create_task(channel._read(), name="control channel")
     return channel
 

@@ -65,6 +65,17 @@ async def against_raw_peer() -> AsyncIterator[tuple[ControlChannel, socket.socke
         await channel.close()
 
 
+async def _asked(peer: socket.socket, count: int) -> list[int]:
+    lines = b""
+    while lines.count(b"\n") < count:
+        lines += await asyncio.get_running_loop().sock_recv(peer, 4096)
+    return [json.loads(line)["id"] for line in lines.splitlines()]
+
+
+async def _answer_to(peer: socket.socket, number: int) -> None:
+    await asyncio.get_running_loop().sock_sendall(peer, b'{"id": %d, "ok": {}}\n' % number)
+
+
 async def test_calls_overlap_and_each_gets_its_own_answer() -> None:
     async with channels() as (a, _):
         answers = await asyncio.gather(*(a.call("echo", {"n": n}) for n in range(4)))
@@ -97,13 +108,6 @@ async def test_an_unexpected_failure_tells_nothing_of_itself() -> None:
     assert "secret" not in str(failure.value)
 
 
-async def test_events_arrive() -> None:
-    arrived: asyncio.Queue[tuple[str, Fields]] = asyncio.Queue()
-    async with channels(on_event=lambda *event: arrived.put_nowait(event)) as (_, b):
-        await b.send_event("warning", {"text": "hot"})
-        assert await arrived.get() == ("warning", {"text": "hot"})
-
-
 async def test_a_line_too_long_is_refused_by_its_sender_and_harms_nobody() -> None:
     async with channels() as (a, _):
         with pytest.raises(ResourceExhausted):
@@ -113,15 +117,43 @@ async def test_a_line_too_long_is_refused_by_its_sender_and_harms_nobody() -> No
         assert await a.call("echo", {"still": "there"}) == {"still": "there"}
 
 
-async def test_unanswered_calls_are_bounded() -> None:
-    async with channels() as (a, _):
-        waiting = [asyncio.create_task(a.call("wait")) for _ in range(4)]
+async def test_at_the_bound_a_call_waits_for_the_answer_to_another() -> None:
+    async with against_raw_peer() as (channel, peer, _):
+        calls = [asyncio.create_task(channel.call("something")) for _ in range(5)]
+        asked = await _asked(peer, 4)
+        await _answer_to(peer, asked[0])
+        asked += await _asked(peer, 1)
+        for number in asked[1:]:
+            await _answer_to(peer, number)
+        assert await asyncio.gather(*calls) == [{}] * 5
+
+
+async def test_a_call_that_was_given_up_counts_until_the_other_end_has_answered_it() -> None:
+    """The other end serves it all the same, and hangs up on who asks for more than it may."""
+    async with against_raw_peer() as (channel, peer, _):
+        for _ in range(3):
+            calls = [asyncio.create_task(channel.call("something")) for _ in range(9)]
+            await asyncio.sleep(0)
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+        last = asyncio.create_task(channel.call("something"))
+        asked = await _asked(peer, 4)
+        assert asked == [1, 2, 3, 4]
+        assert not last.done()
+        await _answer_to(peer, 1)
+        assert await _asked(peer, 1) == [5]
+        await _answer_to(peer, 5)
+        assert await last == {}
+
+
+async def test_whoever_waits_at_the_bound_hears_of_the_end() -> None:
+    async with channels() as (a, b):
+        waiting = [asyncio.create_task(a.call("wait")) for _ in range(9)]
         await asyncio.sleep(0)
-        with pytest.raises(ResourceExhausted):
-            await a.call("wait")
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
+        await b.close()
+        ends = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {type(each) for each in ends} == {ChannelClosed}
 
 
 async def test_the_end_of_the_file_fails_what_is_unanswered_and_is_told_once() -> None:

@@ -13,9 +13,11 @@ import pytest
 
 from thirdrail.errors import Internal, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from thirdrail_server.config import CompileConfig, ControlLimits, MemoryBudget, WorkerConfig
+from thirdrail_server.control_channel import ChannelLimits
 from thirdrail_server.control_messages import LoadProgress
 from thirdrail_server.front.control.access import ControlIsOff
 from thirdrail_server.front.control.catalog import RELOAD_FAILED
+from thirdrail_server.front.control.supervisor import WorkerDied
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.repository.errors import RepositoryError
 
@@ -251,6 +253,21 @@ async def test_a_worker_that_falls_silent_is_replaced(repository: Any, open_plan
         assert not psutil.pid_exists(silent)
         await asyncio.sleep(2)  # one that answers is left alone
         assert plane.worker.restarts == 1
+
+
+@pytest.mark.slow
+async def test_a_worker_that_falls_silent_is_replaced_however_many_wait_for_it(
+    repository: Any, open_plane: Any
+) -> None:
+    limits = ControlLimits(worker_silence_s_max=1, restart_delay_ms_min=1)
+    repository.write("m")
+    async with open_plane(control=limits) as plane:
+        await plane.until(plane.catalog.all_ready)
+        os.kill((await plane.worker.status()).pid, signal.SIGSTOP)
+        calls = [plane.worker.call("status") for _ in range(2 * ChannelLimits().control_calls_max)]
+        ends = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(each) for each in ends} <= {WorkerDied, Unavailable}
+        await plane.until(plane.catalog.all_ready)
 
 
 async def test_stopping_in_the_middle_of_a_load_leaves_no_process(

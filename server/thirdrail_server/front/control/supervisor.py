@@ -232,25 +232,32 @@ class Supervisor:
         how = await self._ending(life.process)
         self._life = None
         self._is_up.clear()
-        if not self._stopping.is_set():
-            news.died(how)
-        life.death.set_result(how)
-        life.lane.close(f"worker '{self.name}' died: {how}")
+        try:
+            if not self._stopping.is_set():
+                news.died(how)
+        finally:  # or whoever has asked it something would wait for ever
+            life.death.set_result(how)
+            life.lane.close(f"worker '{self.name}' died: {how}")
         await ended
         return how
 
     async def _kill_when_silent(self, life: _Life) -> None:
         """A process can be there and yet do nothing: stopped, deadlocked, held by one call."""
         silence_s = self._limits.worker_silence_s_max
-        with contextlib.suppress(ChannelClosed):
-            while True:
-                await asyncio.sleep(silence_s / 3)
-                try:
-                    async with asyncio.timeout(silence_s):
-                        await life.channel.call("status")
-                except TimeoutError:
-                    _log.error("worker '%s' said nothing for %d s: killed", self.name, silence_s)
-                    return life.process.kill()
+        while True:
+            await asyncio.sleep(silence_s / 3)
+            heard = life.channel.lines_heard
+            try:
+                async with asyncio.timeout(silence_s):
+                    await life.channel.call("status")
+            except ChannelClosed:
+                return
+            except (TimeoutError, ThirdrailError):
+                pass  # with many calls unanswered, ours waits; and an error is an answer, too
+            if life.channel.lines_heard == heard:
+                _log.error("worker '%s' said nothing for %d s: killed", self.name, silence_s)
+                life.process.kill()
+                return
 
     async def _ending(self, process: WorkerProcess) -> str:
         return await process.stop(self._limits.worker_stop_s_max)
