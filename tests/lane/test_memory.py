@@ -3,10 +3,15 @@
 
 import mmap
 import os
+import sys
+import threading
+import time
+from itertools import pairwise
 
 import pytest
 
 from thirdrail.lane.memory import create_chunk, map_chunk
+from thirdrail_server.worker.process import GIL_SWITCH_S
 
 SIZE = 1 << 16
 
@@ -56,3 +61,36 @@ def test_memory_of_another_size_is_not_mapped() -> None:
     fd, _ = create_chunk(SIZE, client_writes=True)
     with pytest.raises(ValueError, match=f"has {SIZE} bytes, announced were {2 * SIZE}"):
         map_chunk(fd, 2 * SIZE, writable=True)
+
+
+def longest_wait(size: int) -> float:
+    """Of another thread while a chunk is made, as a part of the time that takes."""
+    turns_s: list[float] = []
+    is_over = threading.Event()
+
+    def take_turns() -> None:
+        while not is_over.is_set():
+            turns_s.append(time.monotonic())
+
+    other = threading.Thread(target=take_turns)
+    switch_s = sys.getswitchinterval()
+    sys.setswitchinterval(GIL_SWITCH_S)
+    other.start()
+    while not turns_s:
+        time.sleep(0)
+    began_s = time.monotonic()
+    fd, mapping = create_chunk(size, client_writes=True)
+    ended_s = time.monotonic()
+    is_over.set()
+    other.join()
+    sys.setswitchinterval(switch_s)
+    os.close(fd)
+    mapping.close()
+    within = [began_s, *(turn for turn in turns_s if began_s < turn < ended_s), ended_s]
+    waits_s = [after - before for before, after in pairwise(within)]
+    return max(waits_s) / (ended_s - began_s)
+
+
+def test_other_threads_run_while_the_pages_of_a_chunk_are_made() -> None:
+    """A busy host may keep them waiting, but not every time."""
+    assert any(longest_wait(32 << 20) < 0.3 for _ in range(20))
