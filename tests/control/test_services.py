@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from thirdrail.statuses import REASON_KEY
 from thirdrail.v1 import metrics_pb2, metrics_pb2_grpc, models_pb2, models_pb2_grpc
+from thirdrail_server.front.control import metrics_service
 from thirdrail_server.front.control.access import ControlAccess
 from thirdrail_server.front.control.health import HealthServicer
 from thirdrail_server.front.control.metrics_service import MetricsEndpoint, MetricsServicer
@@ -270,4 +271,34 @@ async def test_the_http_endpoint_serves_metrics_and_nothing_else() -> None:
         assert answer.endswith(b"\r\n\r\nthirdrail_up 1\n") == has_body
     too_long = b"GET /metrics HTTP/1.1\r\nX: " + b"y" * (1 << 17)
     assert await exchange(port, too_long) == b""
+    await endpoint.stop()
+
+
+async def test_who_reads_no_metrics_gives_his_place_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_service, "REQUEST_S_MAX", 0.05)
+
+    async def text() -> str:
+        return "x" * (16 << 20)  # more than the system keeps for him
+
+    endpoint = MetricsEndpoint(text)
+    port = await endpoint.start("127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+    writer.write(b"GET /metrics HTTP/1.1\r\n\r\n")
+    await reader.readexactly(1)
+    while endpoint._connections:
+        await asyncio.sleep(0.01)
+    writer.transport.abort()
+    await endpoint.stop()
+
+
+async def test_a_scrape_that_fails_is_told_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def text() -> str:
+        raise ZeroDivisionError("secret")
+
+    endpoint = MetricsEndpoint(text)
+    port = await endpoint.start("127.0.0.1", 0)
+    answer = await exchange(port, b"GET /metrics HTTP/1.1\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 500")
+    assert b"secret" not in answer
+    assert "a scrape failed" in caplog.text
     await endpoint.stop()

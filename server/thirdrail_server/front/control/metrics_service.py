@@ -3,7 +3,6 @@
 # ruff: noqa: N802 - the methods have the names of the protocol's calls
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -105,20 +104,15 @@ class MetricsEndpoint:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(REQUEST_S_MAX):
-                head = await reader.readuntil(b"\r\n\r\n")
-                writer.write(await self._answer(head))
-                await writer.drain()
+                writer.write(await self._answer(await reader.readuntil(b"\r\n\r\n")))
+                writer.close()
+                await writer.wait_closed()
         except (TimeoutError, ConnectionError, asyncio.IncompleteReadError):
             pass  # whoever it was has gone, or is too slow to be told anything
         except asyncio.LimitOverrunError:
             pass  # no scraper sends so much
-        except Exception:
-            _log.exception("a scrape failed")
-            writer.write(_response("500 Internal Server Error"))
         finally:
-            writer.close()
-            with contextlib.suppress(ConnectionError):
-                await writer.wait_closed()
+            writer.transport.abort()  # one that reads nothing would keep his place
 
     async def _answer(self, head: bytes) -> bytes:
         words = head.split(b"\r\n", 1)[0].split(b" ")
@@ -129,7 +123,11 @@ class MetricsEndpoint:
             return _response("404 Not Found")
         if method not in (b"GET", b"HEAD"):
             return _response("405 Method Not Allowed")
-        response = _response("200 OK", await self._text(), CONTENT_TYPE)
+        try:
+            response = _response("200 OK", await self._text(), CONTENT_TYPE)
+        except Exception:
+            _log.exception("a scrape failed")
+            return _response("500 Internal Server Error")
         return response if method == b"GET" else response.split(b"\r\n\r\n", 1)[0] + b"\r\n\r\n"
 
 
