@@ -2,11 +2,11 @@
 """A lane's session with a real worker: memory, model ids, cancels, limits."""
 
 import asyncio
-import time
 
 import numpy as np
 import pytest
 
+from support.killable import until
 from support.worker import RunningWorker
 from thirdrail.errors import ResourceExhausted, Unavailable
 from thirdrail.lane.aio import AsyncLane, Reply
@@ -47,7 +47,6 @@ def test_large_tensors_travel_in_memory_and_come_back_unchanged(worker: RunningW
         # Out of the engine: the shape is open, and known from the first result on.
         assert reply.response.timing.copies == (number == 0)
         reply.release()
-    worker.run(asyncio.sleep(0.05))
     assert worker.status().arena_bytes <= 16 << 20, "memory is used again, not added"
 
 
@@ -72,7 +71,6 @@ def test_results_that_are_not_released_use_up_the_sessions_memory_alone(
     assert "were not released yet" in reply.response.status.message
     assert np.array_equal(read(worker.infer(other, *identity_request(LARGE))), LARGE)
     held.pop().release()
-    worker.run(asyncio.sleep(0.05))
     assert not worker.infer(greedy, *identity_request(LARGE)).response.status.reason
 
 
@@ -128,16 +126,13 @@ def test_a_cancelled_call_leaves_nothing_behind(worker: RunningWorker) -> None:
 
     async def cancel_while_running() -> None:
         call = asyncio.create_task(lane.call(slow_request(100_000)))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0)  # it is sent, and no answer is read before it is cancelled
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
 
     worker.run(cancel_while_running())
-    deadline = time.monotonic() + 10
-    while lane.calls_in_flight and time.monotonic() < deadline:
-        worker.run(asyncio.sleep(0.01))
-    assert lane.calls_in_flight == 0
+    until(lambda: lane.calls_in_flight == 0)
     assert worker.counters()["slow"].requests_cancelled >= 1
 
 
@@ -146,7 +141,7 @@ def test_a_request_whose_time_has_passed_is_never_run(worker: RunningWorker) -> 
 
     async def two() -> tuple[Reply, Reply]:
         first = asyncio.create_task(lane.call(slow_request(100_000, "narrow")))
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0)  # it is sent first, and runs longer than the second may wait
         late = slow_request(1, "narrow")
         late.timeout_us = 1000
         second = await lane.call(late)
@@ -164,7 +159,7 @@ def test_calls_fail_as_unavailable_when_the_lane_ends(worker: RunningWorker) -> 
 
     async def close_while_running() -> None:
         call = asyncio.create_task(lane.call(slow_request(100_000)))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)  # it is sent, and no answer is read before the end
         lane.close("closed by the test")
         with pytest.raises(Unavailable, match="closed by the test"):
             await call
@@ -195,10 +190,8 @@ def test_closed_sessions_give_their_memory_and_descriptors_back(worker: RunningW
     fds = worker.fd_count()
     for lane in lanes:
         worker.loop.call_soon_threadsafe(lane.close)
-    deadline = time.monotonic() + 10
-    while worker.status().sessions > during.sessions - 10 and time.monotonic() < deadline:
-        worker.run(asyncio.sleep(0.01))
+    until(lambda: worker.status().sessions <= during.sessions - 10)
     after = worker.status()
     assert after.sessions == during.sessions - 10
     assert after.arena_bytes <= during.arena_bytes - 10 * (8 << 20)
-    assert worker.fd_count() <= fds - 10
+    until(lambda: worker.fd_count() <= fds - 10)
