@@ -2,6 +2,8 @@
 """Imports point one way: thirdrail <- thirdrail_engines <- thirdrail_server."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,27 @@ def test_the_rule_sees_every_form_of_import() -> None:
     assert forbidden("thirdrail_engines", imported("import thirdrail"))
     assert not forbidden("thirdrail_engines", imported("from thirdrail import tensors"))
     assert not forbidden("thirdrail_engines", imported("from thirdrail.errors import Internal"))
+
+
+# What an idle worker does without, and what of memory that saves.
+LATE = {
+    "ml_dtypes": "3 MB",
+    "numpy.random": "3 MB",
+    "onnxruntime": "17 MB",
+    "onnx": "20 MB",
+    "google.protobuf.descriptor_pb2": "0.3 MB",
+    "thirdrail_engines.cuda.engine": "1 MB",
+    "torch": "200 MB",
+    "tensorrt_rtx": "100 MB",
+    "cuda": "10 MB",
+    "grpc": "10 MB",
+    "rich": "10 MB",
+}
+
+
+def test_a_worker_imports_what_it_needs() -> None:
+    code = "import sys, thirdrail_server.worker.process; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "thirdrail_server.worker.process" in loaded
+    assert not loaded & LATE.keys()

@@ -6,6 +6,7 @@ byte; BF16 is the upper half of an FP32; a BYTES element is a 4-byte little-endi
 its bytes.
 """
 
+import functools
 import math
 import mmap
 import sys
@@ -19,11 +20,6 @@ import numpy.typing as npt
 from thirdrail.errors import InvalidArgument
 from thirdrail.v1 import tensor_pb2 as pb
 
-try:
-    from ml_dtypes import bfloat16 as _bfloat16
-except ImportError:  # BF16 then travels as raw bytes only
-    _bfloat16 = None
-
 assert sys.byteorder == "little", "tensors are little-endian on the wire and are not swapped"
 
 LENGTH_BYTES = 4
@@ -31,44 +27,79 @@ LENGTH_BYTES = 4
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 
 
-@dataclass(frozen=True, slots=True)
+# BF16 is missing: its type is imported when it is asked for.
+_NUMPY: dict[str, Any] = {
+    "BOOL": np.bool_,
+    "UINT8": np.uint8,
+    "UINT16": np.uint16,
+    "UINT32": np.uint32,
+    "UINT64": np.uint64,
+    "INT8": np.int8,
+    "INT16": np.int16,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "FP16": np.float16,
+    "FP32": np.float32,
+    "FP64": np.float64,
+    "BYTES": np.object_,
+}
+
+
+@dataclass(frozen=True)  # without slots: `numpy` is kept in __dict__
 class DType:
-    """An element type: its number in our messages, its KServe name, its numpy type, its size."""
+    """An element type: its number in our messages, its KServe name, its size, its numpy type."""
 
     value: pb.DataType.ValueType
     name: str
-    numpy: np.dtype[Any] | None  # None: BF16 without ml_dtypes
     itemsize: int  # 0: BYTES, each element has its own size
 
+    @functools.cached_property
+    def numpy(self) -> np.dtype[Any] | None:
+        """None: BF16 without ml_dtypes; it then travels as raw bytes only.
 
-def _row(name: str, numpy: Any, itemsize: int) -> DType:
-    value = pb.DataType.Value(f"DATA_TYPE_{name}")
-    return DType(value, name, None if numpy is None else np.dtype(numpy), itemsize)
+        That package takes 3 MB of a process, and few models need it.
+        """
+        found: Any = _NUMPY.get(self.name)
+        if found is None:
+            try:
+                from ml_dtypes import bfloat16 as found
+            except ImportError:
+                return None
+        dtype: np.dtype[Any] = np.dtype(found)
+        return dtype
+
+
+def _row(name: str, itemsize: int) -> DType:
+    return DType(pb.DataType.Value(f"DATA_TYPE_{name}"), name, itemsize)
 
 
 DTYPES: tuple[DType, ...] = (
-    _row("BOOL", np.bool_, 1),
-    _row("UINT8", np.uint8, 1),
-    _row("UINT16", np.uint16, 2),
-    _row("UINT32", np.uint32, 4),
-    _row("UINT64", np.uint64, 8),
-    _row("INT8", np.int8, 1),
-    _row("INT16", np.int16, 2),
-    _row("INT32", np.int32, 4),
-    _row("INT64", np.int64, 8),
-    _row("FP16", np.float16, 2),
-    _row("BF16", _bfloat16, 2),
-    _row("FP32", np.float32, 4),
-    _row("FP64", np.float64, 8),
-    _row("BYTES", np.object_, 0),
+    _row("BOOL", 1),
+    _row("UINT8", 1),
+    _row("UINT16", 2),
+    _row("UINT32", 4),
+    _row("UINT64", 8),
+    _row("INT8", 1),
+    _row("INT16", 2),
+    _row("INT32", 4),
+    _row("INT64", 8),
+    _row("FP16", 2),
+    _row("BF16", 2),
+    _row("FP32", 4),
+    _row("FP64", 8),
+    _row("BYTES", 0),
 )
 
 BY_VALUE: dict[int, DType] = {row.value: row for row in DTYPES}
 BY_NAME: dict[str, DType] = {row.name: row for row in DTYPES}
-_BY_NUMPY: dict[np.dtype[Any], DType] = {row.numpy: row for row in DTYPES if row.numpy is not None}
+_BY_NUMPY: dict[np.dtype[Any], DType] = {
+    np.dtype(numpy): BY_NAME[name] for name, numpy in _NUMPY.items()
+}
 
 BYTES = BY_NAME["BYTES"]
 BOOL = BY_NAME["BOOL"]
+_BF16 = BY_NAME["BF16"]
+_BF16_NAME = "bfloat16"  # numpy's name for the type of ml_dtypes, known once that is imported
 
 
 def extent(
@@ -88,7 +119,9 @@ def extent(
 
 
 def _numpy_type(dtype: npt.DTypeLike) -> np.dtype[Any]:
-    row = BY_NAME.get(dtype) if isinstance(dtype, str) else None
+    row = None
+    if isinstance(dtype, str):
+        row = _BF16 if dtype == _BF16_NAME else BY_NAME.get(dtype)
     if row is not None:
         if row.numpy is None:
             raise InvalidArgument("arrays of BF16 need ml_dtypes: pip install ml_dtypes")
@@ -114,6 +147,8 @@ def dtype_of_array(array: npt.NDArray[Any]) -> DType:
     row = _BY_NUMPY.get(array.dtype) or _BY_NUMPY.get(array.dtype.newbyteorder("="))
     if row is not None:
         return row
+    if array.dtype.name == _BF16_NAME:
+        return _BF16
     if array.dtype.kind in "SU":
         return BYTES
     raise InvalidArgument(

@@ -53,6 +53,22 @@ assert pool.FindMessageTypeByName("thirdrail.v1.InferRequest")
     assert done.returncode == 0, done.stderr
 
 
+def test_bf16_is_imported_when_asked_for() -> None:
+    code = """
+import sys
+import numpy as np
+import thirdrail
+from thirdrail import dtypes
+assert "ml_dtypes" not in sys.modules
+shape, dtype, size = dtypes.extent((2, 3), "bfloat16")
+assert (dtype.name, size) == ("bfloat16", 12)
+assert dtypes.dtype_of_array(np.empty(shape, dtype)) is dtypes.BY_NAME["BF16"]
+assert dtypes.dtype_of_array(np.empty(shape, "bfloat16")) is dtypes.BY_NAME["BF16"]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_bf16_without_ml_dtypes() -> None:
     code = """
 import sys

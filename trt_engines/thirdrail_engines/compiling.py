@@ -19,7 +19,7 @@ from pathlib import Path
 from thirdrail_engines.build_timings import BuildTimings
 from thirdrail_engines.builds import BuildLimits, BuiltPlan, run_build
 from thirdrail_engines.cuda.device import Device
-from thirdrail_engines.cuda.engine import CudaOptions
+from thirdrail_engines.cuda.options import CudaOptions
 from thirdrail_engines.plan_cache import (
     CacheFolderError,
     Manifest,

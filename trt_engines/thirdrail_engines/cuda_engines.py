@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from thirdrail_engines.compiling import CompileServices
 from thirdrail_engines.cuda.identity import DeviceFacts
@@ -15,6 +15,7 @@ from thirdrail_engines.plans import Builder, BuildError, BuildFault, PlanRequest
 
 if TYPE_CHECKING:  # imported late: they are for hosts with a GPU
     from thirdrail_engines.cuda.device import Device
+    from thirdrail_engines.cuda.engine import CudaEngine
     from thirdrail_engines.tensorrt.engine import KernelNotes
 
 
@@ -29,6 +30,15 @@ def facts_for(engine: str, services: CompileServices) -> DeviceFacts:
     if not devices:
         raise BuildError(BuildFault.MISSING, f"{engine} needs a GPU: {why_no_cuda_device()}")
     return devices[0]
+
+
+def is_cuda(engine: Engine) -> "TypeGuard[CudaEngine]":
+    """Whether it works in a device's memory. A worker for the CPU never imports how that is done."""
+    if not engine.spec.overlapped_runs:
+        return False
+    from thirdrail_engines.cuda.engine import CudaEngine
+
+    return isinstance(engine, CudaEngine)
 
 
 def open_bare_plan(data: bytes, path: Path, builder: Builder, services: CompileServices) -> Engine:

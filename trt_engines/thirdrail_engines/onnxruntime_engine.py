@@ -187,7 +187,7 @@ def _place(array: Array) -> tuple[str, int, int, tuple[int, ...], int]:
     """An array as I/O binding names it. The numbers are plain: the array must outlive the run."""
     assert array.flags.c_contiguous
     address: int = array.__array_interface__["data"][0]  # a third of the time of array.ctypes
-    return "cpu", 0, ELEMENT_TYPES[array.dtype], array.shape, address
+    return "cpu", 0, ELEMENT_TYPES[dtypes.dtype_of_array(array).name], array.shape, address
 
 
 def _check_shape(name: str, result: Array, target: Array | None) -> None:

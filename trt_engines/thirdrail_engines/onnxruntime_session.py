@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 
 from thirdrail import dtypes
@@ -46,9 +45,7 @@ _TYPES: dict[str, tuple[str, int]] = {
     "tensor(double)": ("FP64", 11),
     "tensor(string)": ("BYTES", 8),
 }
-ELEMENT_TYPES: dict[np.dtype[Any] | None, int] = {
-    dtypes.BY_NAME[name].numpy: number for name, number in _TYPES.values()
-}
+ELEMENT_TYPES: dict[str, int] = dict(_TYPES.values())
 
 
 def open_session(

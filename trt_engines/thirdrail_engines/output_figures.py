@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from thirdrail.dtypes import dtype_of_array
 from thirdrail.tensors import Array
 from thirdrail_engines.proof import FLOATS
 
@@ -90,7 +91,4 @@ def worse(one: OutputFigures, other: OutputFigures) -> OutputFigures:
 
 
 def is_float(array: Array) -> bool:
-    return array.dtype in _FLOAT_DTYPES
-
-
-_FLOAT_DTYPES = frozenset(dtype.numpy for dtype in FLOATS)
+    return dtype_of_array(array) in FLOATS

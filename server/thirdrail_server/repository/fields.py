@@ -10,12 +10,11 @@ or Refused row speaks for all that lies below it. A message without a row of its
 those that have one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from thirdrail_engines.compile_options import is_compile_key
@@ -241,14 +240,14 @@ def _findings(message: Message, path: str, place: str) -> Iterator[tuple[str, Fi
         if finding is not None:
             yield f"{place}{field.name}", finding
         if field.message_type is not None and (rule is None or rule.fate is Fate.HONOURED):
-            for child, child_place in _children(field, value, f"{place}{field.name}"):
+            for child, child_place in _children(value, f"{place}{field.name}"):
                 yield from _findings(child, f"{path}{field.name}.", f"{child_place}.")
 
 
-def _children(field: FieldDescriptor, value: Any, place: str) -> Iterator[tuple[Message, str]]:
+def _children(value: Any, place: str) -> Iterator[tuple[Message, str]]:
     if isinstance(value, Message):
         yield value, place
-    elif field.message_type and field.message_type.GetOptions().map_entry:
+    elif isinstance(value, Mapping):
         for key in sorted(value):
             if isinstance(value[key], Message):
                 yield value[key], f"{place}[{key}]"

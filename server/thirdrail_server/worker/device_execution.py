@@ -8,18 +8,21 @@ to the device; each way counts as a copy.
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from thirdrail.tensors import Array
-from thirdrail_engines.cuda.engine import CudaEngine
 from thirdrail_engines.cuda.placed import Placement
+from thirdrail_engines.cuda_engines import is_cuda
 from thirdrail_engines.engine import Engine
 from thirdrail_server.worker.device_tensors import DeviceTensor
 from thirdrail_server.worker.members import Member, Outcome
 from thirdrail_server.worker.results import Slot
 from thirdrail_server.worker.session_device import DeviceCall, Refs
+
+if TYPE_CHECKING:
+    from thirdrail_engines.cuda.engine import CudaEngine
 
 
 def bind_regions(
@@ -32,7 +35,7 @@ def bind_regions(
     Raises InvalidArgument for a region that is closed.
     """
     tensors: list[dict[str, Any]] = [dict(member.request.inputs) for member in members]
-    if not isinstance(engine, CudaEngine):
+    if not is_cuda(engine):
         return tensors
     for member, inputs in zip(members, tensors, strict=True):
         parts = {id(array): part for part, array in member.request.fetches}
@@ -59,7 +62,7 @@ def run_with_device(
     """
     wanted = [output.name for output in member.request.outputs]
     on_device = [output.name for output in member.request.outputs if output.on_device]
-    if isinstance(engine, CudaEngine) and engine.device_uuid == call.device.facts.uuid:
+    if is_cuda(engine) and engine.device_uuid == call.device.facts.uuid:
         return _run_placed(engine, inputs, wanted, on_device, call, slots, outcome)
     results: dict[str, Any] = dict(engine.run(_on_host(inputs, call, outcome), wanted, {}))
     if on_device:
@@ -69,7 +72,7 @@ def run_with_device(
 
 
 def _run_placed(
-    engine: CudaEngine,
+    engine: "CudaEngine",
     inputs: Mapping[str, Any],
     wanted: list[str],
     on_device: list[str],

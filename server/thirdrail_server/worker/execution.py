@@ -23,7 +23,7 @@ import numpy as np
 
 from thirdrail.errors import ThirdrailError
 from thirdrail.tensors import Array
-from thirdrail_engines.cuda.engine import CudaEngine
+from thirdrail_engines.cuda_engines import is_cuda
 from thirdrail_engines.engine import DeviceLost, Engine, EngineError
 from thirdrail_server.worker.device_execution import bind_regions, run_with_device
 from thirdrail_server.worker.members import Member, Outcome
@@ -97,7 +97,7 @@ def _run_together(
             _fetch(members, tensors, outcomes)
         is_fetched = True
         device = members[0].device  # whose requests share a batch with nobody
-        if len(members) > 1 and isinstance(engine, CudaEngine):
+        if len(members) > 1 and is_cuda(engine):
             parts = {name: [each[name] for each in tensors] for name in tensors[0]}
             gathered = computed = time.monotonic_ns()
             engine.run_batch(parts, _wanted_names(members, spec), receive)
