@@ -111,7 +111,9 @@ class DeviceCalls:
 
     def tick(self) -> None:
         """Act on what events say by now."""
-        self._timer = None
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()  # or each tick beside it would begin another chain of them
         device = self._memory.device
         if device is None or self._is_closed:
             return None
