@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from support.models import BATCHED_CONFIG, add, write
-from support.server import free_port
+from support.server import reserved_port
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -71,7 +71,21 @@ def test_the_page_works_word_by_word(page: Path, tmp_path: Path) -> None:
     ]
     if not runnable:
         pytest.fail(f"{page.name} has nothing to run; take it out of PAGES")
-    ports = {"8001": free_port(), "9100": free_port()}
+    with reserved_port() as grpc_port, reserved_port() as metrics_port:
+        script = _script(page, runnable, tmp_path, {"8001": grpc_port, "9100": metrics_port})
+        result = subprocess.run(
+            ["bash", "-c", f"{PREAMBLE}\n{script}"],
+            cwd=tmp_path,
+            env=_environment(tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=110,
+        )
+    assert result.returncode == 0, f"{script}\n{result.stdout}\n{result.stderr}"
+    assert "Traceback" not in result.stderr, result.stderr
+
+
+def _script(page: Path, runnable: list[Block], tmp_path: Path, ports: dict[str, int]) -> str:
     steps = [
         _step(number, block, tmp_path, ports) for number, block in enumerate(_joined(runnable))
     ]
@@ -82,17 +96,7 @@ def test_the_page_works_word_by_word(page: Path, tmp_path: Path) -> None:
     if page.name in ("client.md", "grpc.md", "lane.md", "transport.md"):
         serve = _step(-2, Block("sh", SERVE, ""), tmp_path, ports)
         steps = [steps[0], serve, *steps[1:], "kill %1"]
-    script = "\n".join([*steps, "wait"])
-    result = subprocess.run(
-        ["bash", "-c", f"{PREAMBLE}\n{script}"],
-        cwd=tmp_path,
-        env=_environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert result.returncode == 0, f"{script}\n{result.stdout}\n{result.stderr}"
-    assert "Traceback" not in result.stderr, result.stderr
+    return "\n".join([*steps, "wait"])
 
 
 def _joined(page: list[Block]) -> Iterator[Block]:

@@ -59,10 +59,14 @@ class RunningServer:
             self.process.wait()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that the system gives to nobody else until the end, and on which a server can listen:
+    with SO_REUSEADDR on both sides, it may where another has bound and does not listen."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -80,25 +84,26 @@ def running_server(
     wait: until every startup model is ready or has failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, log, port = folder / "s" / "grpc.sock", folder / "log.txt", free_port()
-    command = [sys.executable, "-m", module, "serve", str(repository)]
-    command += [f"--socket={path}", f"--address=127.0.0.1:{port}", *arguments]
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": str(TESTS)} if module != "thirdrail" else None,
-        )
-    server = RunningServer(process, repository, path, f"127.0.0.1:{port}", log)
-    try:
-        if wait:
-            wait_until_settled(server)
-        yield server
-    finally:
-        if process.poll() is None:
-            server.stop()
+    path, log = folder / "s" / "grpc.sock", folder / "log.txt"
+    with reserved_port() as port:
+        command = [sys.executable, "-m", module, "serve", str(repository)]
+        command += [f"--socket={path}", f"--address=127.0.0.1:{port}", *arguments]
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONPATH": str(TESTS)} if module != "thirdrail" else None,
+            )
+        server = RunningServer(process, repository, path, f"127.0.0.1:{port}", log)
+        try:
+            if wait:
+                wait_until_settled(server)
+            yield server
+        finally:
+            if process.poll() is None:
+                server.stop()
 
 
 def wait_until_settled(server: RunningServer, *, seconds: float = READY_S_MAX) -> None:
