@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from conftest import StartServer
-from support.lane_peer import LanePeer, Request, X, infer
+from support.lane_peer import LanePeer, Request, X, connect, infer
 from support.server import STOP_S_MAX, RunningServer
+from support.worker import running_worker
 from thirdrail.tensors import tensor_of_array
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1.sessions_pb2 import OpenSessionRequest
@@ -68,3 +69,17 @@ def test_a_call_that_takes_too_long_does_not_hold_up_the_end(
     assert server.stop() == 0
     assert peer.goodbye().message == STOPPING
     peer.close()
+
+
+@pytest.mark.slow  # a worker of its own
+def test_a_client_that_has_not_said_hello_is_told_as_well(tmp_path: Path) -> None:
+    """Or it would be let in with its token, and served by a worker that takes nobody any more."""
+    path = tmp_path / "cpu.lane"
+    with running_worker(listen=path) as worker:
+        worker.open_session()
+        peer = LanePeer(connect(path))
+        while worker.status().sessions < 2:  # the front's own lane, and this one
+            assert worker.process.poll() is None
+        worker.run(worker.control.call("stop sessions", {"drain_s_max": 0}))
+        assert peer.goodbye().message == STOPPING
+        peer.close()

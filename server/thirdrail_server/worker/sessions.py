@@ -219,7 +219,8 @@ class SessionTable:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-        leaving = [each for each in self._sessions.values() if not each.is_inherited]
+        here = (*self._sessions.values(), *self._connecting)
+        leaving = [each for each in here if not each.is_inherited]
         for session in leaving:
             session.stop()
         ends_s = time.monotonic() + drain_s_max
