@@ -70,7 +70,7 @@ def test_more_calls_than_the_queue_takes(anchored: Anchored, watch: Watch) -> No
     sent = 0
     with contextlib.suppress(BlockingIOError):
         for sent in range(1, calls):
-            peer.sock.send(slowly(sent, ref, 200_000).SerializeToString())
+            peer.sock.send(slowly(sent, ref).SerializeToString())
             with contextlib.suppress(BlockingIOError):
                 refused += bool(Response.FromString(peer.sock.recv(1 << 16)).infer.status.reason)
     until(lambda: watch.counters("slow").queued > 0)
@@ -86,7 +86,7 @@ def test_a_call_of_another_client_does_not_wait_for_a_flood(
     flooding, other = anchored.attach(), anchored.attach()
     ref = flooding.place(granted(flooding), LARGE)
     calls = 200
-    flooding.send(*[slowly(call, ref, 500) for call in range(calls)])
+    flooding.send(*[slowly(call, ref, 5000) for call in range(calls)])
     until(lambda: watch.counters("slow").queued > calls // 2)
     inputs = [tensor_of_array("x", X), tensor_of_array("turns", np.array(1, np.int64))]
     for call in range(5):
@@ -100,11 +100,13 @@ def test_a_call_of_another_client_does_not_wait_for_a_flood(
             is_empty = True
     assert answered < calls // 2, "five calls waited for most of the flood"
     flooding.sock.settimeout(20)
+    # Each ends; the rest of the runs would take long, which leaves this test its time to look.
+    flooding.send(*[Request(cancel=pb.Cancel(call=call)) for call in range(calls)])
     while answered < calls:
         response = flooding.receive()
         if response.HasField("infer"):
             answered += 1
-            assert not response.infer.status.reason
+            assert response.infer.status.reason in (0, pb.REASON_CANCELLED)
 
 
 def test_grpc_and_lane_clients_are_served_during_a_flood(
@@ -133,11 +135,11 @@ def test_grpc_and_lane_clients_are_served_during_a_flood(
                 for number in range(40):
                     sent = np.full(16, number, np.float32)
                     assert np.array_equal(client.infer("identity", sent, timeout=30)["y"], sent)
+        until(lambda: min(counted) > 32)
     finally:
         stopping.set()
         for each in floods:
             each.join()
-    assert min(counted) > 32
 
 
 # Memory
@@ -192,7 +194,7 @@ def test_who_never_releases_ends_for_whoever_needs_memory(
     assert status.reason == pb.REASON_RESOURCE_EXHAUSTED
     assert "'hoarder'" in status.message
     assert "more than its fair share" in status.message
-    assert status.message in small_server.log_text()
+    until(lambda: status.message in small_server.log_text())
     assert bytes(mapped[:4096]) == kept
 
 

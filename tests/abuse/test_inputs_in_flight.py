@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from support.anchored import Anchored
+from support.killable import until
 from support.lane_peer import PACKET_BYTES_MAX, Request, Response, X, by_ref, infer
 from support.raw_memory import MIB, input_memory, punch_hole, whole
 from support.scribbling import FILLING, scribbled
@@ -18,6 +19,7 @@ from thirdrail.v1 import lane_pb2, tensor_pb2
 
 LARGE = np.arange(1 << 18, dtype=np.float32) + 1  # 1 MiB without a zero
 CALLS = 60
+CALLS_MAX = 5000  # until each kind was seen
 
 
 @contextlib.contextmanager
@@ -51,13 +53,15 @@ def test_holes_are_punched_into_inputs_in_flight(anchored: Anchored) -> None:
         punch_hole(fd, 0, MIB)
 
     with all_the_time(spoil):
-        for call in range(1, CALLS):
+        for call in range(1, CALLS_MAX):
             response = peer.answer(by_ref(call, whole(chunk), "identity"))
             result = peer.read(response.outputs[0].ref)
             assert (np.equal(result, LARGE) | np.equal(result, 0)).all()
             seen_whole += bool((result == LARGE).any())
             seen_holes += bool((result == 0).any())
             peer.release(response.outputs[0].ref)
+            if call >= CALLS and seen_whole and seen_holes:
+                break
     assert seen_whole
     assert seen_holes
     os.close(fd)
@@ -88,7 +92,7 @@ def test_inputs_scribbled_in_flight_spoil_only_their_own_result(anchored: Anchor
             possible = np.array([6.0, 2e30, np.float32(3.0) + np.float32(1e30)], np.float32)
             assert np.isin(peer.read(result), possible).all()
             peer.release(result)
-        assert spoiled.rounds() > 1
+        until(lambda: spoiled.rounds() > 1)
     os.close(fd)
 
 
@@ -123,7 +127,7 @@ def test_indices_scribbled_in_flight_reach_no_other_memory(anchored: Anchored) -
             if not answer.status.reason:
                 assert set(peer.read(answer.outputs[0].ref)) <= {10.0, 11.0, 12.0, 13.0}
                 peer.release(answer.outputs[0].ref)
-        assert spoiled.rounds() > 1
+        until(lambda: spoiled.rounds() > 1)
     assert reasons <= {0, pb.REASON_INTERNAL, pb.REASON_INVALID_ARGUMENT}
     os.close(fd)
 
@@ -153,7 +157,7 @@ def test_lengths_scribbled_in_flight_reach_no_other_memory(anchored: Anchored) -
             assert FILLING not in data
             assert len(data) == good.nbytes
             peer.release(ref)
-        assert spoiled.rounds() > 1
+        until(lambda: spoiled.rounds() > 1)
     os.close(fd)
 
 

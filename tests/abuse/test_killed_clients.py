@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from support.dying import LARGE, call_and_call, die_at
+from support.dying import LARGE, LONG_RUN_TURNS, call_and_call, die_at
 from support.holdings import Watch
 from support.killable import Killable, killable, until
 from support.server import RunningServer
@@ -53,7 +53,7 @@ def client_at(server: RunningServer, step: str) -> Iterator[Killable]:
 def test_a_killed_client_leaves_nothing(server: RunningServer, watch: Watch, step: str) -> None:
     with client_at(server, step) as child:
         child.hear()
-        until(lambda: SESSIONS[step](watch.of_pid(child.pid)), watch.others)
+        until(lambda: watch.has(child.pid, SESSIONS[step]), watch.others)
         child.kill()
         watch.until_back()
 
@@ -96,7 +96,7 @@ def test_killed_while_its_request_waits(server: RunningServer, watch: Watch) -> 
     """The request is taken out of the line; what runs meanwhile is another's."""
     cancelled = watch.counters("slow").requests_cancelled
     with Client(server.url, transport="grpc") as other:
-        running = other.submit("slow", {"x": np.ones(1, np.float32), "turns": 60_000})
+        running = other.submit("slow", {"x": np.ones(1, np.float32), "turns": LONG_RUN_TURNS})
         until(lambda: watch.counters("slow").running == 1)
         with client_at(server, "called_slowly") as child:
             child.hear()
@@ -110,12 +110,12 @@ def test_killed_while_its_request_waits(server: RunningServer, watch: Watch) -> 
 
 def test_killed_while_its_request_runs(server: RunningServer, watch: Watch) -> None:
     """The run finishes on the client's memory, which is there until then."""
-    with client_at(server, "called_slowly") as child:
+    with client_at(server, "called_for_long") as child:
         child.hear()
         until(lambda: watch.counters("slow").running == 1)
         pid = child.pid
         child.kill()
-        until(lambda: watch.of_pid(pid).state == SESSION_STATE_DRAINING)
+        until(lambda: watch.has(pid, lambda s: s.state == SESSION_STATE_DRAINING))
         assert watch.of_pid(pid).input_bytes == LARGE.nbytes
         watch.until_back()
 

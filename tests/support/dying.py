@@ -20,6 +20,7 @@ from thirdrail.v1.sessions_pb2_grpc import SessionsStub
 
 LARGE = np.arange(1 << 18, dtype=np.float32)  # 1 MiB
 RUN_TURNS = 30_000  # of the model "slow": 0.2 to 1 s
+LONG_RUN_TURNS = 120_000
 UNREAD_CALLS = 1500  # the kernel's queue takes about 300
 FORKED_S = 60
 
@@ -92,6 +93,13 @@ def called_slowly(url: str) -> Kept:
     """Queued or running: that is what else the test has running."""
     peer, ref = granted(url)
     peer.send(slowly(1, ref))
+    return peer
+
+
+def called_for_long(url: str) -> Kept:
+    """So that a test can look at the run before it ends."""
+    peer, ref = granted(url)
+    peer.send(slowly(1, ref, LONG_RUN_TURNS))
     return peer
 
 
@@ -211,6 +219,7 @@ STEPS: dict[str, Callable[[str], Kept]] = {
         growing,
         memory_unread,
         called_slowly,
+        called_for_long,
         several_runs,
         answers_unread,
         leased,

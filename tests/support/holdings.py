@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,11 @@ class Watch:
         """The one session of a process."""
         (only,) = [each for each in self._listed() if each.pid == pid]
         return only
+
+    def has(self, pid: int, is_so: Callable[[sessions_pb2.SessionInfo], bool]) -> bool:
+        """Whether a process has one session, of which that is so."""
+        found = [each for each in self._listed() if each.pid == pid]
+        return len(found) == 1 and is_so(found[0])
 
     def tokens(self) -> int:
         """Issued, and neither used nor expired."""

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.killable import until
 from thirdrail.tensors import Array
 
 FILLING = b"\xee"
@@ -36,7 +37,8 @@ def memory_bytes(contents: Contents) -> int:
 @contextmanager
 def scribbled(fd: int, size: int, contents: Contents) -> Iterator[Scribbled]:
     """Put the first content of each tensor into the memory, and let a process exchange it for the
-    second and back, until the end. All of the memory is written."""
+    second and back, from before the block begins until its end. All of the memory is written.
+    """
     os.pwrite(fd, FILLING * (size - 8) + bytes(8), 0)
     end = 0
 
@@ -57,7 +59,9 @@ def scribbled(fd: int, size: int, contents: Contents) -> Iterator[Scribbled]:
         stdin=subprocess.PIPE,
         pass_fds=[fd],
     ) as scribbler:
-        yield Scribbled(places, lambda: int.from_bytes(os.pread(fd, 8, size - 8), "little"))
+        scribbling = Scribbled(places, lambda: int.from_bytes(os.pread(fd, 8, size - 8), "little"))
+        until(lambda: scribbling.rounds() > 0)
+        yield scribbling
         assert scribbler.poll() is None
         assert scribbler.stdin is not None
         scribbler.stdin.close()
