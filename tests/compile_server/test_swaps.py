@@ -38,7 +38,7 @@ from thirdrail_server.config import CompileConfig, WorkerConfig
 CALLERS = 4
 PLAIN, PLAN = "onnxruntime", "onnxruntime plan"
 LOADS_AT_ONCE_MAX = WorkerConfig().loads_at_once_max + CompileConfig().loads_at_once_max
-QUICKLY_S = 5.0  # a build takes a second; these must not wait for one that takes for ever
+QUICKLY_S = 30.0  # on any machine; these must not wait for a build that takes for ever
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_the_server_stops_while_something_is_built(
     began_s = time.monotonic()
     assert server.stop() == 0
     assert time.monotonic() - began_s < QUICKLY_S
-    assert not build.is_running()
+    until_gone(build)
     assert not list((tmp_path / "cache" / "work").iterdir())
 
 
@@ -259,6 +259,7 @@ def test_a_worker_that_dies_is_not_the_fault_of_who_waits_for_a_build(
 def until_gone(process: psutil.Process) -> None:
     """Or a zombie: nobody has to bury the children of a worker that was killed."""
     ends_s = time.monotonic() + QUICKLY_S
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < ends_s, f"{process} still runs"
-        time.sleep(0.01)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < ends_s, f"{process} still runs"
+            time.sleep(0.01)
