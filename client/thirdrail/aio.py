@@ -19,7 +19,7 @@ from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_a
 from thirdrail.discovery import find_address
 from thirdrail.dtypes import extent
 from thirdrail.errors import FailedPrecondition, NotFound, ThirdrailError, Unavailable
-from thirdrail.failures import rpc_errors, with_note
+from thirdrail.failures import IS_CLOSED, rpc_errors, with_note
 from thirdrail.lane.aio_lane_stream import AsyncLaneStream
 from thirdrail.lane.calls import NotSent, timed_out
 from thirdrail.lane.encoding import Encoder
@@ -217,7 +217,7 @@ class AsyncClient(AsyncServerCalls):
 
     def _connect(self) -> AsyncConnection:
         if self._is_closed:
-            raise FailedPrecondition("this client is closed")
+            raise FailedPrecondition(IS_CLOSED)
         if self._connection is not None:
             self._connection.forget()
         require_no_fork()

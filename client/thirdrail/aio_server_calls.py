@@ -63,7 +63,8 @@ class AsyncServerCalls(ABC):
     async def watch(self, *names: str) -> AsyncIterator[ModelChange]:
         """The state of every version now, then each change, until the iterator is closed."""
         connection = self._connected()
-        call: Any = connection.models.Watch(models_pb2.WatchRequest(names=names))
+        with rpc_errors(connection.address):
+            call: Any = connection.models.Watch(models_pb2.WatchRequest(names=names))
         try:
             with rpc_errors(connection.address):
                 async for message in call:

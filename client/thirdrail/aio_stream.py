@@ -45,8 +45,9 @@ class AsyncStream:
         self._outgoing: asyncio.Queue[pb.InferStreamRequest | None] = asyncio.Queue()
 
     async def __aenter__(self) -> Self:
+        with rpc_errors(self._address):
+            self._call: Any = self._inference.InferStream(self._messages())
         self._fault = None
-        self._call: Any = self._inference.InferStream(self._messages())
         self._reader = asyncio.create_task(self._read(), name="thirdrail-stream")
         return self
 

@@ -20,7 +20,7 @@ from thirdrail.connection import Connection
 from thirdrail.discovery import find_address
 from thirdrail.dtypes import extent
 from thirdrail.errors import FailedPrecondition, NotFound, ThirdrailError, Unavailable
-from thirdrail.failures import rpc_errors, with_note
+from thirdrail.failures import IS_CLOSED, rpc_errors, with_note
 from thirdrail.lane.busy_poll import LONGEST_US, BusyWindow
 from thirdrail.lane.calls import NotSent
 from thirdrail.lane.encoding import Encoder
@@ -153,7 +153,8 @@ class Client(ServerCalls):
             return future
         request = self._request(model, inputs, options)
         connection = self._connected()
-        call = connection.inference.Infer.future(request, timeout=timeout)
+        with rpc_errors(connection.address, timeout):
+            call = connection.inference.Infer.future(request, timeout=timeout)
         return future_of_call(call, connection.address, timeout)
 
     def stream(self, *, in_flight_max: int = IN_FLIGHT_MAX) -> Stream:
@@ -252,8 +253,9 @@ class Client(ServerCalls):
         self.close()
 
     def __repr__(self) -> str:
-        if self._connection is not None:
-            return f"<Client {self._connection.address} open>"
+        connection = self._connection
+        if connection is not None:
+            return f"<Client {connection.address} open>"
         state = "closed" if self._is_closed else "not connected"
         return f"<Client {self._url or 'local'} {state}>"
 
@@ -263,11 +265,15 @@ class Client(ServerCalls):
             return connection
         # One lock per process: the parent's may have been held by a thread when it forked.
         with self._locks.setdefault(os.getpid(), threading.Lock()):
-            return self._connect()
+            connection = self._connect()
+        if self._is_closed:  # meanwhile, by another thread, which may not have seen it
+            connection.close()
+            raise FailedPrecondition(IS_CLOSED)
+        return connection
 
     def _connect(self) -> Connection:
         if self._is_closed:
-            raise FailedPrecondition("this client is closed")
+            raise FailedPrecondition(IS_CLOSED)
         connection = self._connection
         if connection is not None:
             if connection.pid == os.getpid():
@@ -276,14 +282,14 @@ class Client(ServerCalls):
             self._inherited.append(connection)
         address = find_address(self._url, sockets=self._tls is None)
         channel = open_channel(address, self._tls, self._compression)
-        self._connection = Connection(
+        self._connection = connection = Connection(
             address,
             channel,
             self._rule,
             busy_poll_us=self._busy_poll_us,
             is_debug=self._is_debug,
         )
-        return self._connection
+        return connection
 
     def _request(
         self, model: str, inputs: Inputs, options: InferOptions

@@ -57,5 +57,5 @@ class Connection:
         """Calls in flight end with Cancelled."""
         if self.pid != os.getpid():
             return  # the parent's
+        self._channel.close()  # first: nobody gets onto a lane from here on
         self.lanes.leave()
-        self._channel.close()

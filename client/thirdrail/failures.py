@@ -17,12 +17,15 @@ from thirdrail.errors import ThirdrailError
 from thirdrail.statuses import REASON_KEY
 from thirdrail.v1 import inference_pb2 as pb
 
+IS_CLOSED = "this client is closed"  # when a call begins
+WAS_CLOSED = "the client was closed"  # while it was on its way
 START_A_SERVER = "start a server with: thirdrail serve REPOSITORY"
 CHECK_TLS = (
     "something listens there and hung up: it is stopping, or TLS is on at one end only, or the "
     "certificates do not fit (thirdrail --tls-ca FILE, TlsOptions)"
 )
 _HUNG_UP = ("socket closed", "handshake")  # gRPC's words, where it says no more
+_ON_A_CLOSED_CHANNEL = ("Cannot invoke RPC", "Channel is closed")  # and where it has no class
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
@@ -110,7 +113,7 @@ def _unreachable(address: str, details: str) -> ThirdrailError:
 @contextmanager
 def rpc_errors(address: str, timeout: float | None = None) -> Iterator[None]:
     """Raises what gRPC raises inside as one of our exceptions. Fits around awaits as well, which
-    grpc.aio cancels when their channel is closed.
+    grpc.aio cancels when their channel is closed. Calls that begin afterwards are Cancelled too.
     """
     try:
         yield
@@ -118,9 +121,13 @@ def rpc_errors(address: str, timeout: float | None = None) -> Iterator[None]:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        raise errors.Cancelled("the client was closed") from None
+        raise errors.Cancelled(WAS_CLOSED) from None
     except grpc.RpcError as error:
         raise error_of_ended_call(error, address=address, timeout=timeout) from None
+    except (ValueError, grpc.aio.UsageError) as error:  # of the blocking channel, of grpc.aio's
+        if not str(error).startswith(_ON_A_CLOSED_CHANNEL):
+            raise
+        raise errors.Cancelled(WAS_CLOSED) from None
 
 
 def error_of_ended_call(

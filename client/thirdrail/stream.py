@@ -52,9 +52,10 @@ class Stream:
         self._outgoing: queue.SimpleQueue[pb.InferStreamRequest | None] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:
-        self._fault = None
         # gRPC takes the next message when HTTP/2 flow control lets the last one go.
-        self._call: Any = self._inference.InferStream(iter(self._outgoing.get, None))
+        with rpc_errors(self._address):
+            self._call: Any = self._inference.InferStream(iter(self._outgoing.get, None))
+        self._fault = None
         self._reader = threading.Thread(target=self._read, name="thirdrail-stream", daemon=True)
         self._reader.start()
         return self

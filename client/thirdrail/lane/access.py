@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from thirdrail.errors import Cancelled
+from thirdrail.failures import WAS_CLOSED, rpc_errors
 from thirdrail.lane import attach
 from thirdrail.transport import CannotAttach, LaneRule, Transport
 from thirdrail.v1 import sessions_pb2
@@ -43,6 +44,7 @@ class LaneAccess:
         self._worker = worker
         self.workers: tuple[str, ...] = ()  # of the server; none: it was not asked yet
         self._path = ""
+        self._has_left = False
         self._attaching = threading.Lock()
 
     def lane(self) -> "BlockingLane | None":
@@ -77,9 +79,12 @@ class LaneAccess:
         return Transport("lane", self._path, "")
 
     def leave(self) -> None:
-        """End the session, if there is one. Calls in flight end with Cancelled."""
+        """End the session, if there is one. Calls in flight end with Cancelled. There will be no
+        other.
+        """
+        self._has_left = True
         if self._lane is not None:
-            self._lane.close(Cancelled("the client was closed"))
+            self._lane.close(Cancelled(WAS_CLOSED))
 
     def _attach(self) -> "BlockingLane | None":
         try:
@@ -87,6 +92,9 @@ class LaneAccess:
         except CannotAttach as why:
             self._rule.failed(why, time.monotonic())
             return None
+        if self._has_left:  # meanwhile: whoever closes may not have seen this lane
+            self._lane.close(Cancelled(WAS_CLOSED))
+            raise Cancelled(WAS_CLOSED)
         self._rule.attached()
         return self._lane
 
@@ -94,12 +102,12 @@ class LaneAccess:
         attach.check_platform()
         from thirdrail.lane.hello import attach_lane
 
-        try:
-            opened = self._service.OpenSession(
-                sessions_pb2.OpenSessionRequest(worker=self._worker), timeout=attach.OPEN_TIMEOUT_S
-            )
-        except grpc.RpcError as error:
-            raise attach.cannot_open(error, self._address) from None
+        request = sessions_pb2.OpenSessionRequest(worker=self._worker)
+        with rpc_errors(self._address):
+            try:
+                opened = self._service.OpenSession(request, timeout=attach.OPEN_TIMEOUT_S)
+            except grpc.RpcError as error:
+                raise attach.cannot_open(error, self._address) from None
         self.workers = tuple(opened.workers)
         sock = attach.connect(self._address, opened)
         self._path = sock.getpeername()

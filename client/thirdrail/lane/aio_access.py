@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from thirdrail.errors import Cancelled
-from thirdrail.failures import rpc_errors
+from thirdrail.failures import WAS_CLOSED, rpc_errors
 from thirdrail.lane import attach
 from thirdrail.transport import CannotAttach, LaneRule, Transport
 from thirdrail.v1 import sessions_pb2
@@ -90,7 +90,7 @@ class AsyncAccess:
             return None
         if self._has_left:
             session.leave()
-            raise Cancelled("the client was closed")
+            raise Cancelled(WAS_CLOSED)
         self._session = session
         self._rule.attached()
         return self._session

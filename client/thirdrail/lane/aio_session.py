@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from thirdrail.dtypes import extent
 from thirdrail.errors import Cancelled, ThirdrailError, Unavailable
-from thirdrail.failures import with_note
+from thirdrail.failures import WAS_CLOSED, with_note
 from thirdrail.lane import forks, packets
 from thirdrail.lane.aio_exports import AsyncExports
 from thirdrail.lane.aio_returns import Returns
@@ -157,7 +157,7 @@ class AsyncSession(AsyncWire[_Call]):
         with contextlib.suppress(OSError):
             packets.send(self._sock, goodbye)
         with contextlib.suppress(RuntimeError):  # a loop that has ended wakes nobody
-            self.close("the client was closed")
+            self.close(WAS_CLOSED)
 
     def forget(self) -> None:
         """In a forked child: the session is the parent's, whose death the worker must see."""

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Closing a client at any moment: whatever it does then ends with an error of ours, and it keeps
+nothing open."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from support.echo import EchoServer
+from support.server import RunningServer
+from thirdrail import Client, client, errors
+from thirdrail.aio import AsyncClient
+from thirdrail.lane import attach
+from thirdrail.transport import TransportChoice
+
+X = {"x": np.ones(4, np.float32)}
+
+
+def in_stream(client: Client) -> object:
+    with client.stream() as stream:
+        return stream.submit("echo", X).result()
+
+
+async def in_async_stream(client: AsyncClient) -> object:
+    async with client.stream() as stream:
+        return await stream.submit("echo", X)
+
+
+async def first_change(client: AsyncClient) -> object:
+    async for change in client.watch():
+        return change
+    return None
+
+
+CALLS: list[Callable[[Client], object]] = [
+    lambda client: client.infer("echo", X),
+    lambda client: client.submit("echo", X),
+    in_stream,
+    lambda client: client.models(),
+    lambda client: client.health(),
+    lambda client: client.load("echo"),
+    lambda client: next(client.watch()),
+]
+AWAITED_CALLS: list[Callable[[AsyncClient], Awaitable[object]]] = [
+    lambda client: client.infer("echo", X),
+    in_async_stream,
+    lambda client: client.models(),
+    lambda client: client.health(),
+    lambda client: client.load("echo"),
+    first_change,
+]
+
+
+@pytest.mark.parametrize("transport", ["grpc", "lane"])
+def test_a_call_that_begins_while_another_thread_closes(
+    echo: EchoServer, monkeypatch: pytest.MonkeyPatch, transport: TransportChoice
+) -> None:
+    """It has the connection already, and the channel is closed when it gets there."""
+    client = Client(echo.url, transport=transport)
+    connection = client._connected()
+    client.close()
+    monkeypatch.setattr(client, "_connected", lambda: connection)
+    for call in CALLS:
+        with pytest.raises(errors.Cancelled, match="the client was closed"):
+            call(client)
+
+
+async def test_a_call_that_begins_while_another_task_closes(
+    echo: EchoServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = AsyncClient(echo.url, transport="grpc")
+    connection = client._connected()
+    await client.close()
+    monkeypatch.setattr(client, "_connected", lambda: connection)
+    for call in AWAITED_CALLS:
+        with pytest.raises(errors.Cancelled, match="the client was closed"):
+            await call(client)
+
+
+async def test_calls_that_wait_for_the_first_one_to_attach(echo: EchoServer) -> None:
+    client = AsyncClient(echo.url)
+    calls = [asyncio.create_task(client.infer("held", X)) for _ in range(3)]
+    await asyncio.sleep(0)
+    await client.close()
+    for error in await asyncio.gather(*calls, return_exceptions=True):
+        assert isinstance(error, errors.Cancelled)
+
+
+def test_closing_while_the_server_is_looked_for(
+    echo: EchoServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Client(echo.url)
+
+    def close_meanwhile(*_: Any, **__: Any) -> str:
+        found.close()
+        return echo.url
+
+    monkeypatch.setattr(client, "find_address", close_meanwhile)
+    with pytest.raises(errors.FailedPrecondition, match="this client is closed"):
+        found.infer("echo", X)
+
+
+def test_closing_while_a_lane_is_attached(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker would count a session that nobody ends until this process ends."""
+    client = Client(server.url, transport="lane")
+    connection, connect = client._connected(), attach.connect
+
+    def close_meanwhile(*arguments: Any) -> Any:
+        client.close()
+        return connect(*arguments)
+
+    monkeypatch.setattr(attach, "connect", close_meanwhile)
+    with pytest.raises(errors.Cancelled, match="the client was closed"):
+        client.infer("identity_fp32", X)
+    assert connection.lanes.transport.name == "grpc-unix"
