@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the front listens: TCP, with or without TLS, and a Unix socket in a folder of its own."""
 
-import contextlib
 import errno
-import fcntl
 import os
 import socket
 import ssl
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from thirdrail_server.config import ConfigError, ServerConfig, TlsFiles, host_and_port
+from thirdrail_server.front.unix_sockets import bound_with, is_answered, locked, remove_left
 
 KEEPALIVE_MIN_PING_MS = 10_000
 # A connection may have so many more streams than calls are allowed: at its own bound a client waits
@@ -136,39 +134,16 @@ def _listen_unix(server: grpc.aio.Server, path: Path, mode: int) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with locked(path.parent):
-            if _is_answered(path):
+            if is_answered(path, socket.SOCK_STREAM):
                 raise ConfigError(
                     f"another server listens on '{path}'; choose another --socket, or --no-socket"
                 )
-            path.unlink(missing_ok=True)
-            before = os.umask(0o777 & ~mode)
-            try:
+            remove_left(path)
+            with bound_with(mode):
                 server.add_insecure_port(f"unix:{path}")
-            finally:
-                os.umask(before)
     except (OSError, RuntimeError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise ConfigError(
             f"cannot listen on the socket '{path}': {reason}; choose another --socket, or "
             f"--no-socket"
         ) from None
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Servers that start at the same time look and bind one after the other."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _is_answered(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except (ConnectionRefusedError, FileNotFoundError):
-            return False
-    return True

@@ -6,14 +6,14 @@ that connect while a worker is replaced wait for the next one. Who may use it is
 worker, by uid; the file's mode only spares it those whom it would refuse.
 """
 
-import os
 import socket
 import time
 from pathlib import Path
 
 from thirdrail.lane.long_paths import socket_address
 from thirdrail_server.config import ConfigError, ServerConfig
-from thirdrail_server.front.listeners import locked, socket_mode
+from thirdrail_server.front.listeners import socket_mode
+from thirdrail_server.front.unix_sockets import bound_with, is_answered, locked, remove_left
 from thirdrail_server.repository.device_choice import CPU
 
 BACKLOG = 128
@@ -60,37 +60,22 @@ def bind_lane(config: ServerConfig, worker: str = CPU.worker) -> LaneSocket | No
 
 
 def _bind(path: Path, mode: int) -> socket.socket:
-    path.unlink(missing_ok=True)
+    remove_left(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-    before = os.umask(0o777 & ~mode)
     try:
-        with socket_address(path) as address:
+        with bound_with(mode), socket_address(path) as address:
             sock.bind(address)
         sock.listen(BACKLOG)
     except BaseException:
         sock.close()
         raise
-    finally:
-        os.umask(before)
     return sock
 
 
 def _is_answered_for_long(path: Path) -> bool:
     deadline_s = time.monotonic() + TAKEOVER_S_MAX
-    while _is_answered(path):
+    while is_answered(path, socket.SOCK_SEQPACKET):
         if time.monotonic() >= deadline_s:
             return True
         time.sleep(_RETRY_S)
     return False
-
-
-def _is_answered(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as probe:
-        try:
-            with socket_address(path) as address:
-                probe.connect(address)
-        except BlockingIOError:
-            return True  # more wait there than its queue takes
-        except (ConnectionRefusedError, FileNotFoundError):
-            return False
-    return True
