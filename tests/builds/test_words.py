@@ -27,6 +27,7 @@ from thirdrail_engines.builds.wire import (
 )
 from thirdrail_engines.cpu_target import _flags, cpu_target
 from thirdrail_engines.engine import ModelFileError
+from thirdrail_engines.expectations import ProofLimits, ReferenceRequest
 from thirdrail_engines.inspector import Findings
 from thirdrail_engines.onnxruntime_plan import read_plan, write_plan
 from thirdrail_engines.plans import (
@@ -37,6 +38,7 @@ from thirdrail_engines.plans import (
     Profile,
     ShapeRange,
 )
+from thirdrail_engines.trials import ValueRange
 
 RESULT = Result(
     "model.plan",
@@ -72,6 +74,22 @@ def test_an_order_arrives_whole() -> None:
     assert isinstance(arrived.request, PlanRequest)
     assert not arrived.request.uses_timing_cache  # not compared
     assert arrived.request.threads_max == 3
+
+
+def test_an_order_for_a_reference_arrives_whole() -> None:
+    order = Order(
+        ReferenceRequest(
+            source=Path("/models/é.pt2"),
+            plan=Path("/cache/reference.plan"),
+            profiles=(Profile({"x": ShapeRange((1, 3), (4, 3), (8, 3))}),),
+            values={"x": ValueRange(-0.5, 7)},
+            limits=ProofLimits(bytes_max=1, seconds_max=2.5, kept_bytes_max=3),
+            threads_max=3,
+            times=4,
+        ),
+        Path("/cache/proof"),
+    )
+    assert read_order(write_order(order)) == order
 
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: type(answer).__name__)

@@ -2,6 +2,7 @@
 """What the engine for devices records and launches again, on a twin."""
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ import numpy as np
 import pytest
 
 from support.twin_runs import Load
+from thirdrail_engines import Engine, EngineOptions, Inspector
 from thirdrail_engines.cuda.twin import TwinDevice, TwinStream
+from thirdrail_engines.onnxruntime_engine import load_onnx
+from thirdrail_engines.plans import Profile
+from thirdrail_engines.profiles import read_shape_range
+from thirdrail_engines.reference_proof import Tolerance, prove
+
+PROFILES = (Profile({"x": read_shape_range("1,4,8")}), Profile({"x": read_shape_range("9,10,20")}))
 
 
 def test_shapes_that_come_again_are_recorded_and_launched(double: Path, load_model: Load) -> None:
@@ -95,3 +103,32 @@ def test_what_others_give_meanwhile_is_no_part_of_a_recording(
             x = np.full(2, value, np.float32)
             assert engine.run({"x": x}, ["y"], {})["y"].tolist() == [2 * value] * 2
         assert [other.result()["y"].tolist() for other in others] == [[10] * 3]
+
+
+@pytest.fixture
+def reference(double: Path, inspector: Inspector) -> Iterator[Engine]:
+    engine = load_onnx(double, options=EngineOptions(), inspector=inspector)
+    yield engine
+    engine.close()
+
+
+def test_a_proof_goes_the_way_that_requests_will(
+    double: Path, reference: Engine, load_model: Load
+) -> None:
+    engine = load_model(double, profiles=PROFILES)
+    proof = prove(engine, reference, PROFILES, Tolerance(max_abs=1e-6))
+    assert proof.is_proven
+    assert proof.runs[::5] == ("profile 0 best", "profile 1 largest")
+    assert proof.runs[6:] == tuple(f"profile {n} best {time}" for time in (2, 3) for n in (0, 1))
+    (figures,) = engine.graph_figures
+    assert (figures.recorded, figures.launched) == (2, 2)
+
+
+def test_a_recording_that_lacks_something_is_not_proven(
+    double: Path, reference: Engine, load_model: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is computed, the results of the run before are still there."""
+    monkeypatch.setattr(TwinStream, "launch", lambda *_: None)
+    proof = prove(load_model(double), reference, (), Tolerance(max_abs=1e-6))
+    (fault,) = proof.faults
+    assert fault.startswith("output 'y' has max_abs")

@@ -36,6 +36,7 @@ class ReferenceRequest:
 
     source: the model. plan: what ONNX Runtime's builder made of it, for a source that is no ONNX
         file; else the source itself is run.
+    times: how often the best shapes are run, on other inputs each time.
     """
 
     source: Path
@@ -44,6 +45,7 @@ class ReferenceRequest:
     values: Mapping[str, ValueRange] = field(default_factory=dict)
     limits: ProofLimits = field(default_factory=ProofLimits)
     threads_max: int = 1
+    times: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +86,17 @@ def expectations(
     profiles: Sequence[Profile],
     values: Mapping[str, ValueRange],
     limits: ProofLimits,
+    times: int = 1,
 ) -> Iterator[Expectation | Skipped]:
     """Runs of the reference on inputs that it takes.
 
     profiles: those of the plan; without any, sizes are tried until the reference takes one.
     values: by input, where seeded ones of any kind make no sense to the model.
+    times: as in ReferenceRequest.
     """
     pace = Pace(limits.seconds_max)
     began_s = time.monotonic()
-    for trial in trials(reference.spec, profiles):
+    for trial in trials(reference.spec, profiles, times):
         if refusal := pace.refusal(trial.bytes, time.monotonic() - began_s):
             yield Skipped(f"{trial.name}: {refusal}")
             continue
@@ -114,7 +118,7 @@ def _run(
             refusal = refusal or f"inputs of more than {bytes_max} bytes"
             continue
         for whole_max, is_positive in KINDS:
-            inputs = seeded(shapes, values, whole_max, is_positive=is_positive)
+            inputs = seeded(shapes, values, whole_max, is_positive=is_positive, seed=trial.seed)
             try:
                 found = Expectation(trial.name, inputs, reference.run(inputs, names, {}))
             except EngineError as error:

@@ -19,7 +19,13 @@ from thirdrail_engines.engine import Engine
 from thirdrail_engines.expectation_file import NoExpectations, read_expectations
 from thirdrail_engines.expectations import Expectation, ReferenceRequest, Skipped
 from thirdrail_engines.plans import BuildError, BuildFault
-from thirdrail_engines.reference_proof import ReferenceProof, Tolerance, compare_runs, unproven
+from thirdrail_engines.reference_proof import (
+    ReferenceProof,
+    Tolerance,
+    compare_runs,
+    times_for,
+    unproven,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -35,8 +41,10 @@ def prove_apart(
 ) -> ReferenceProof:
     """Compare the engine with what a process computes on request.
 
-    plan: for `request.plan`, which is set here. Raises BuildError CANCELLED, and DeviceLost.
+    plan: for `request.plan`, which is set here, as is `request.times`.
+    Raises BuildError CANCELLED, and DeviceLost.
     """
+    request = dataclasses.replace(request, times=times_for(engine.spec))
     try:
         with _workspace(services) as folder:
             if plan is not None:

@@ -18,7 +18,7 @@ def compute(request: ReferenceRequest, folder: Path) -> Path:
     """The file, in `folder`. Raises ModelFileError when the model cannot be run, and OSError."""
     limits = request.limits
     with closing(_opened(request)) as reference:
-        runs = expectations(reference, request.profiles, request.values, limits)
+        runs = expectations(reference, request.profiles, request.values, limits, request.times)
         path = folder / _NAME
         write_expectations(path, reference.spec, runs, limits.kept_bytes_max)
     return path

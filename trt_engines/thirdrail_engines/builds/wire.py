@@ -173,6 +173,7 @@ def _plain_reference(request: ReferenceRequest) -> dict[str, object]:
         "values": {name: [each.lowest, each.highest] for name, each in request.values.items()},
         "limits": dataclasses.asdict(request.limits),
         "threads_max": request.threads_max,
+        "times": request.times,
     }
 
 
@@ -184,6 +185,7 @@ def _reference(fields: Mapping[str, Any]) -> ReferenceRequest:
         {name: ValueRange(*ends) for name, ends in fields["values"].items()},
         ProofLimits(**fields["limits"]),
         fields["threads_max"],
+        fields["times"],
     )
 
 
