@@ -106,7 +106,7 @@ def test_a_killed_client_leaves_nothing(
     worker: RunningWorker, baseline: Footprint, what: str
 ) -> None:
     with child(worker, what) as (process, _):
-        assert footprint(worker)[0] > baseline[0]
+        until(lambda: footprint(worker)[0] > baseline[0])  # it is in the line before it is taken
         process.kill()
         until(lambda: is_within(footprint(worker), baseline))
 
@@ -181,7 +181,7 @@ def test_after_our_goodbye_the_client_may_still_say_that_it_has_let_go(
 def test_after_our_goodbye_nobody_listens_for_ever(worker: RunningWorker) -> None:
     """The child is ready when it cannot send any more."""
     with child(worker, "flooding") as (_, (number,)):
-        assert _state(worker, number) == SESSION_STATE_QUARANTINE
+        until(lambda: _state(worker, number) == SESSION_STATE_QUARANTINE)
 
 
 @pytest.mark.usefixtures("baseline")
@@ -199,12 +199,18 @@ def test_memory_is_not_given_back_while_a_run_uses_it(worker: RunningWorker) -> 
     number = peer.attachment.session
     request = by_ref(1, peer.place(peer.grow(1 << 20), LARGE[:1024]), "slow")
     request.infer.inputs.append(tensor_of_array("turns", np.array(100_000, np.int64)))
+    runs_before = worker.counters()["slow"].batches
     peer.send(request)
-    until(lambda: worker.counters()["slow"].running == 1)
+    until(lambda: has_begun(worker, runs_before))
     peer.send(Request(close=lane_pb2.Close()))
-    until(lambda: _state(worker, number) != SESSION_STATE_ACTIVE)
-    time.sleep(0.1)  # the run takes longer: 100,000 turns of 5 us or more
-    assert _state(worker, number) == SESSION_STATE_DRAINING
-    assert worker.status().input_bytes == 1 << 20
-    until(lambda: session(worker, number) is None)
+    while (info := session(worker, number)) is not None:
+        assert info.state in (SESSION_STATE_ACTIVE, SESSION_STATE_DRAINING)
+        assert info.input_bytes == 1 << 20
+    assert worker.counters()["slow"].batches == runs_before + 1, "the run was over before"
     peer.close()
+
+
+def has_begun(worker: RunningWorker, runs_before: int) -> bool:
+    """A run of "slow", maybe over by now."""
+    slow = worker.counters()["slow"]
+    return slow.running == 1 or slow.batches > runs_before

@@ -65,7 +65,7 @@ def test_a_user_who_is_not_allowed_is_told_so(tmp_path: Path) -> None:
         peer.close()
         (refused,) = worker.status().attach_refusals
         assert (refused.reason, refused.clients) == ("PERMISSION_DENIED", 1)
-        until(lambda: worker.fd_count() == before)
+        until(lambda: worker.fd_count() <= before)
         assert opened.session in worker.sessions(), "its token was not used up"
 
 
@@ -73,9 +73,10 @@ def test_who_is_refused_before_the_hello_still_reads_why(tmp_path: Path) -> None
     """A client whose hello fails (EPIPE) would not look for the answer."""
     path = tmp_path / "cpu.lane"
     with running_worker(config(uids=(STRANGER,)), listen=path) as worker:
+        words = (hello(token=worker.open_session().token), infer(1))
         peer = LanePeer(connect(path))
         select.select([peer.sock], [], [])  # the refusal is there
-        peer.send(hello(token=worker.open_session().token), infer(1))
+        peer.send(*words)
         assert "may not attach to this server" in peer.goodbye().message
         peer.close()
 
@@ -92,7 +93,7 @@ def test_those_who_are_refused_and_stay_are_bounded(tmp_path: Path) -> None:
         assert refused.clients == len(peers)
         assert worker.fd_count() <= before + LINGERING_MAX
         assert log.read_text().count("was refused") == 1, "nobody fills the log"
-        until(lambda: worker.fd_count() == before)
+        until(lambda: worker.fd_count() <= before)
         for peer in peers:
             peer.close()
 
@@ -153,7 +154,7 @@ def test_who_says_no_hello_is_hung_up_on(tmp_path: Path) -> None:
             "no hello came within 50 ms",
         )
         peer.close()
-        until(lambda: worker.fd_count() == before)
+        until(lambda: worker.fd_count() <= before)
 
 
 def test_of_too_many_strangers_the_oldest_has_to_go(tmp_path: Path) -> None:
