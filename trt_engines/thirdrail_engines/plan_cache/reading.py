@@ -103,10 +103,15 @@ def _manifest_in(entry: Path) -> Manifest:
 def read_and_hash(fd: int, size: int) -> tuple[memoryview, str]:
     """`size` bytes from an open file, and their SHA-256 in hex. Raises Damaged if it has fewer.
 
-    One thread fills memory with the next piece while this one hashes the last.
+    One thread fills memory with the next piece while this one hashes the last. Where there is one
+    piece only, a thread and memory of its own would cost more than they save.
     """
-    if not size:
-        return memoryview(b""), hashlib.sha256().hexdigest()
+    if size <= PIECE_BYTES:
+        with open(fd, "rb", closefd=False) as file:
+            data = file.read(size)
+        if len(data) < size:
+            raise _cut_short(len(data), size)
+        return memoryview(data), hashlib.sha256(data).hexdigest()
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     digest = hashlib.sha256()
     with ThreadPoolExecutor(1, thread_name_prefix="plan-reader") as reader:
@@ -131,9 +136,13 @@ def _read_piece(fd: int, memory: mmap.mmap, start: int) -> memoryview:
     while at < len(piece):
         count = os.preadv(fd, [piece[at:]], start + at)
         if not count:
-            raise Damaged(f"the plan ends after {start + at} bytes, expected {len(memory)}")
+            raise _cut_short(start + at, len(memory))
         at += count
     return piece
+
+
+def _cut_short(size: int, expected: int) -> Damaged:
+    return Damaged(f"the plan ends after {size} bytes, expected {expected}")
 
 
 def _open(name: str, folder: int) -> int:
