@@ -302,7 +302,7 @@ class LaneSession:
     def _on_grow(self, request: lane_pb2.GrowRequest) -> None:
         self.life.on(Event.USE)
         try:
-            self.memory.grow(request, self._unmap)
+            self.memory.grow(request, self._unmap, self._host.on_device_lost)
         except ThirdrailError as error:
             self.goodbye(error)
 

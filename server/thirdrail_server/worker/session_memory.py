@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from thirdrail.errors import FailedPrecondition, InvalidArgument, ThirdrailError
 from thirdrail.lane.outbox import Outbox
 from thirdrail.v1 import lane_pb2, tensor_pb2
-from thirdrail_engines.engine import EngineError
+from thirdrail_engines.engine import DeviceLost, EngineError
 from thirdrail_server.config import LaneLimits
 from thirdrail_server.worker.arena_ledger import Account, ArenaLedger, MakingRoom, Owner
 from thirdrail_server.worker.chunks import Bytes, MakeChunk, NewChunk
@@ -21,6 +21,7 @@ from thirdrail_server.worker.input_arena import InputArena
 from thirdrail_server.worker.janitor import Mapping
 from thirdrail_server.worker.lane_device import LaneDevice
 from thirdrail_server.worker.output_arena import OutputArena
+from thirdrail_server.worker.served_version import OnDeviceLost
 from thirdrail_server.worker.session_device import SessionDevice
 from thirdrail_server.worker.session_exports import SessionExports
 
@@ -135,18 +136,26 @@ class SessionMemory:
         if account is not None:
             account.close()
 
-    def grow(self, request: lane_pb2.GrowRequest, unmap: Unmap) -> None:
+    def grow(
+        self, request: lane_pb2.GrowRequest, unmap: Unmap, on_device_lost: OnDeviceLost
+    ) -> None:
         """Answer with a chunk, or with why not. Raises InvalidArgument while one is being made.
 
         unmap: takes mappings that came too late.
+        on_device_lost: told in place of the client, that the process is to end.
         """
         if self._growing is not None:
             raise InvalidArgument("input memory is asked for twice at a time")
-        self._growing = asyncio.create_task(self._grow(request, unmap), name="grow")
+        growing = self._grow(request, unmap, on_device_lost)
+        self._growing = asyncio.create_task(growing, name="grow")
 
-    async def _grow(self, request: lane_pb2.GrowRequest, unmap: Unmap) -> None:
+    async def _grow(
+        self, request: lane_pb2.GrowRequest, unmap: Unmap, on_device_lost: OnDeviceLost
+    ) -> None:
         try:
             chunk = await self._new_chunk(request)
+        except DeviceLost as error:
+            return on_device_lost(error)
         except (ThirdrailError, EngineError, OSError) as error:
             refused = lane_pb2.GrowRefused(size=request.size, message=str(error))
             packet = lane_pb2.LaneResponse(grow_refused=refused).SerializeToString()
