@@ -8,12 +8,15 @@ ends for its caller before its run does.
 """
 
 import asyncio
+import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
+
+log = logging.getLogger(__name__)
 
 RETRY_S_MIN = 0.01
 RETRY_S_MAX = 0.5
@@ -23,7 +26,7 @@ class Mapping(Protocol):
     """Memory of a session."""
 
     def close(self) -> None:
-        """Raises BufferError while something of ours uses it."""
+        """Raises BufferError while something of ours uses it; anything else for good."""
         ...
 
 
@@ -82,8 +85,12 @@ class Janitor:
 
 
 def _is_closed(mapping: Mapping) -> bool:
+    """Whether nothing is left to be done about it. The janitor survives whatever comes up: without
+    it no session's memory would come back any more."""
     try:
         mapping.close()
     except BufferError:
         return False
+    except Exception:
+        log.exception("memory of a session cannot be given back, and is lost to this process")
     return True
