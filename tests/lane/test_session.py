@@ -182,6 +182,28 @@ def test_more_calls_than_allowed_are_refused_at_once(worker: RunningWorker) -> N
     assert len(answers) - len(refused) == 32
 
 
+def test_a_call_that_is_cancelled_as_its_answer_comes_keeps_no_output_memory(
+    worker: RunningWorker,
+) -> None:
+    lane = worker.attach()
+
+    async def answered_and_cancelled() -> None:
+        take = lane._on_response
+        call = asyncio.create_task(lane.call(*identity_request(LARGE)))
+
+        def take_and_cancel(response: pb.InferResponse) -> None:
+            take(response)
+            call.cancel()
+
+        lane._on_response = take_and_cancel  # type: ignore[method-assign]
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    leases = worker.status().leases
+    worker.run(answered_and_cancelled())
+    until(lambda: worker.status().leases == leases)
+
+
 def test_closed_sessions_give_their_memory_and_descriptors_back(worker: RunningWorker) -> None:
     lanes: list[AsyncLane] = [worker.attach() for _ in range(10)]
     for lane in lanes:

@@ -139,6 +139,9 @@ class AsyncLane(AsyncWire[_Pending]):
             return await future
         except asyncio.CancelledError:
             self._cancel(call)
+            if not future.cancelled():  # the reply came in the same turn, and nobody reads it
+                with contextlib.suppress(ThirdrailError):
+                    future.result().release()
             raise
 
     def start(self, body: bytes, on_reply: OnReply, *, flow: int = 0) -> int:
