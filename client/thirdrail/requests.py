@@ -23,6 +23,8 @@ from thirdrail.v1 import inference_pb2 as pb
 Inputs = Mapping[str, Any] | Any
 ParameterValue = bool | int | float | str
 
+TIMEOUT_S_MAX = 1e9  # 30 years; gRPC's own clock overflows at 300
+
 
 class InferOptions(TypedDict, total=False):
     """Everything that a request may say beside its model and inputs."""
@@ -187,15 +189,23 @@ def write_options(
     if classes and not outputs:
         assert description is not None
         outputs = [spec.name for spec in description.outputs]
-    request.model_name = model
-    request.model_version = version
-    request.request_id = request_id or ""
-    request.priority = priority
     request.timeout_us = _microseconds(timeout)
-    for name in outputs or ():
-        request.outputs.add(name=name, class_count=classes or 0)
-    for name, value in (parameters or {}).items():
-        request.parameters[name].CopyFrom(_parameter(name, value))
+    try:
+        request.model_name = model
+        request.model_version = version
+        request.request_id = request_id or ""
+        request.priority = priority
+        for name in outputs or ():
+            request.outputs.add(name=name, class_count=classes or 0)
+        for name, value in (parameters or {}).items():
+            request.parameters[name].CopyFrom(_parameter(name, value))
+    except ValueError as error:
+        raise cannot_be_sent(error) from None
+
+
+def cannot_be_sent(error: ValueError) -> InvalidArgument:
+    """Of a number that a message's field does not hold, or text that UTF-8 does not."""
+    return InvalidArgument(f"an option of the request cannot be sent: {error}")
 
 
 def outcome_of_answer(answer: pb.InferResponse) -> Result | ThirdrailError:
@@ -270,8 +280,11 @@ def _whole_number(name: str, value: int) -> pb.Parameter:
 def _microseconds(timeout: float | None) -> int:
     if timeout is None:
         return 0
-    if not timeout > 0:
-        raise InvalidArgument(f"timeout must be above 0 seconds, got {timeout}")
+    if not 0 < timeout <= TIMEOUT_S_MAX:
+        raise InvalidArgument(
+            f"timeout must be above 0 and at most {TIMEOUT_S_MAX:g} seconds, got {timeout}; None "
+            "waits for ever"
+        )
     return max(1, round(timeout * 1e6))
 
 

@@ -11,6 +11,7 @@ import pytest
 from thirdrail.arrays import array_of_value, has_dtype
 from thirdrail.dtypes import BY_NAME
 from thirdrail.errors import InvalidArgument
+from thirdrail.lane.encoding import Encoder
 from thirdrail.models import DescriptionCache, ModelDescription, ModelStatus
 from thirdrail.requests import InferOptions, Result, needs_description, write_request
 from thirdrail.tensors import TensorSpec
@@ -193,14 +194,25 @@ def test_parameters_of_other_types_are_refused(bad: Any) -> None:
         request_of({}, parameters=bad)
 
 
-@pytest.mark.parametrize("bad", [0, -1.0, float("nan")])
-def test_a_timeout_must_be_positive(bad: float) -> None:
+@pytest.mark.parametrize("bad", [0, -1.0, float("nan"), float("inf"), 1e10])
+def test_a_timeout_is_above_0_and_finite(bad: float) -> None:
     with pytest.raises(InvalidArgument, match="above 0"):
         request_of({}, timeout=bad)
 
 
 def test_the_shortest_timeout_is_not_none_at_all() -> None:
     assert request_of({}, timeout=1e-9).timeout_us == 1
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"priority": -1}, {"version": 1 << 70}, {"request_id": "\ud800"}, {"outputs": ["\ud800"]}],
+)
+def test_what_a_message_cannot_hold_is_the_callers_mistake(bad: InferOptions) -> None:
+    with pytest.raises(InvalidArgument, match="option of the request cannot be sent"):
+        request_of({}, **bad)
+    with pytest.raises(InvalidArgument, match="option of the request cannot be sent"):
+        Encoder().options("m", None, bad)
 
 
 def test_outputs_as_one_string_is_a_mistake() -> None:

@@ -16,7 +16,7 @@ from thirdrail import dtypes
 from thirdrail.dtypes import BYTES, DType
 from thirdrail.lane.packets import varint
 from thirdrail.models import ModelDescription
-from thirdrail.requests import InferOptions, write_options
+from thirdrail.requests import InferOptions, cannot_be_sent, write_options
 from thirdrail.tensors import Array
 from thirdrail.v1 import inference_pb2, tensor_pb2
 
@@ -85,7 +85,10 @@ class Encoder:
         request_id = options.get("request_id")
         if not request_id:
             return part
-        text = request_id.encode()
+        try:
+            text = request_id.encode()
+        except UnicodeEncodeError as error:
+            raise cannot_be_sent(error) from None
         return part + _REQUEST_ID_KEY + varint(len(text)) + text
 
     def inputs(
