@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from support import models
+from support.killable import until
 from support.open_files import open_files, opened_since
 from thirdrail_engines.builds import BuildLimits, BuiltPlan, process_tree, run_build
 from thirdrail_engines.plans import Builder, PlanRequest
@@ -44,8 +45,8 @@ def _nothing_is_left() -> Iterator[None]:
     """No test leaves a process behind, nor a descriptor."""
     processes, files = process_tree.members(os.getpid()), open_files()
     yield
-    assert len(process_tree.members(os.getpid())) <= len(processes)
-    assert opened_since(files) == []
+    until(lambda: len(process_tree.members(os.getpid())) <= len(processes))
+    until(lambda: opened_since(files) == [], lambda: opened_since(files))
 
 
 @pytest.fixture

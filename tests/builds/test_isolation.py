@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from support.killable import until
 from thirdrail_engines.builds import BuildLimits, BuiltPlan, run_build
 from thirdrail_engines.builds.environment import build_environment
 from thirdrail_engines.plans import PlanRequest
@@ -23,6 +24,7 @@ from thirdrail_engines.plans import PlanRequest
 Misbehave = Callable[..., BuiltPlan]
 MISBEHAVING = Path(__file__).with_name("misbehaving.py")
 NOBODY = 54321
+GONE_S_MAX = 30  # it would hang for 600
 
 
 @pytest.fixture(params=["as we are", "as nobody"])
@@ -142,7 +144,7 @@ def test_a_build_dies_with_its_parent(source: Path, folder: Path) -> None:
         time.sleep(0.1)  # most of the time it is at work by now; else it finds its parent gone
         parent.kill()
         parent.wait()
-        gone, _ = psutil.wait_procs([child], timeout=2)
+        gone, _ = psutil.wait_procs([child], timeout=GONE_S_MAX)
         assert gone
     finally:
         parent.kill()
@@ -159,11 +161,11 @@ def test_ctrl_c_is_for_who_waits_and_not_for_the_build(source: Path, folder: Pat
     )
     try:
         child = wait_for_child(parent.pid)
-        assert os.getpgid(child.pid) != os.getpgid(parent.pid)
+        until(lambda: os.getpgid(child.pid) != os.getpgid(parent.pid))  # it has just been forked
         os.killpg(parent.pid, signal.SIGINT)
         _, stderr = parent.communicate()
         assert b"KeyboardInterrupt" in stderr
-        assert psutil.wait_procs([child], timeout=2)[0]
+        assert psutil.wait_procs([child], timeout=GONE_S_MAX)[0]
     finally:
         parent.kill()
         parent.wait()

@@ -120,8 +120,8 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, folder: Path) -> None:
 
 
 def test_cancelled_at_any_moment(source: Path, tmp_path: Path) -> None:
-    """The build takes about 0.4 s, so most of these cut it short. How fast that is, is not asked
-    here: a busy host lets the killed process end when it comes to that.
+    """The build takes about 0.4 s, so most of these cut it short, the first ones on any host. How
+    fast that is, is not asked here: a busy one lets the killed process end when it comes to that.
     """
     request = PlanRequest(source, Builder.ONNXRUNTIME, "")
     randomness = random.Random(0)
@@ -130,7 +130,7 @@ def test_cancelled_at_any_moment(source: Path, tmp_path: Path) -> None:
         folder = tmp_path / f"build{turn}"
         folder.mkdir()
         cancelled = threading.Event()
-        delay_s = randomness.uniform(0, 0.4)
+        delay_s = randomness.uniform(0, 0.08 * turn)
         timer = threading.Timer(delay_s, cancelled.set)
         timer.start()
         fault = None
@@ -153,7 +153,7 @@ def test_builds_take_turns(source: Path, tmp_path: Path) -> None:
 
     def first_tell(phase: str, done: int, steps: int) -> None:
         at_work.release()
-        assert open_gate.wait(30)
+        assert open_gate.wait(100)
 
     def run(name: str, tell: TellProgress) -> None:
         folder = tmp_path / name

@@ -55,8 +55,10 @@ def caught_builder() -> psutil.Process:
     found: list[psutil.Process] = []
 
     def is_there() -> bool:
-        children = psutil.Process().children()
-        found[:] = [each for each in children if "child.py" in " ".join(each.cmdline())]
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # others come and go
+                if "child.py" in " ".join(child.cmdline()):
+                    found.append(child)
         return bool(found)
 
     until(is_there)

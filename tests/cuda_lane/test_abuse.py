@@ -8,7 +8,9 @@ import pytest
 
 from cuda_lane.conftest import UUID, MakePeer
 from support.device_peer import DevicePeer, on_device
+from support.killable import until
 from support.lane_peer import Request, infer
+from support.worker import RunningWorker
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2, tensor_pb2
 
@@ -182,7 +184,8 @@ def test_results_have_a_bound(peer: DevicePeer) -> None:
     assert not peer.answer(on_device(3, 2, {"x": large}, "host_double", ["y"])).HasField("status")
 
 
-def test_all_sessions_of_a_user_have_a_bound(make_peer: MakePeer) -> None:
+def test_all_sessions_of_a_user_have_a_bound(worker: RunningWorker, make_peer: MakePeer) -> None:
+    until(lambda: all(each.is_front for each in worker.sessions().values()))  # the others' memory
     peers = [make_peer() for _ in range(5)]
     for each in peers:
         each.ask_for_device()
