@@ -11,12 +11,13 @@ import pytest
 
 from support.echo import EchoServer
 from support.server import RunningServer
-from thirdrail import Client, client, errors
+from thirdrail import Client, Result, client, errors
 from thirdrail.aio import AsyncClient
 from thirdrail.lane import attach
 from thirdrail.transport import TransportChoice
 
 X = {"x": np.ones(4, np.float32)}
+LARGE = {"x": np.ones(1 << 16, np.float32)}
 
 
 def in_stream(client: Client) -> object:
@@ -118,3 +119,19 @@ def test_closing_while_a_lane_is_attached(
     with pytest.raises(errors.Cancelled, match="the client was closed"):
         client.infer("identity_fp32", X)
     assert connection.lanes.transport.name == "grpc-unix"
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_a_borrowed_result_outlives_its_loop(server: RunningServer, is_closed: bool) -> None:
+    client = AsyncClient(server.url, transport="lane")
+
+    async def borrow() -> Result:
+        result = await client.infer("identity_fp32", LARGE, borrow=True)
+        if is_closed:
+            await client.close()
+        return result
+
+    with asyncio.run(borrow()) as result:
+        assert result.is_borrowed
+        assert (result["y"] == 1).all()
+    asyncio.run(client.close())

@@ -47,9 +47,10 @@ class Returns:
 
     def give_back(self, places: Sequence[Place]) -> None:
         """Of a borrowed result that is released, in any thread."""
+        if self._loop.is_closed():
+            return  # the session ends with its loop
         if threading.get_ident() != self._thread:
-            if not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self.give_back, places)
+            self._loop.call_soon_threadsafe(self.give_back, places)
             return
         shown = self._memory.shown
         self.leave([place for place in places if shown.forget(place)])
