@@ -221,7 +221,7 @@ def test_tls(repository: Path, certificates: Path, start_server: StartServer) ->
             client.load("identity")
     for options in (None, TlsOptions(ca=certificates / "other-ca.pem")):
         with tls_client(server, options) as client, pytest.raises(Unavailable):
-            client.infer("identity", {"x": X}, timeout=5)
+            client.infer("identity", {"x": X}, timeout=60)
     with Client(server.url) as client:
         np.testing.assert_array_equal(client.infer("identity", {"x": X})["y"], X)
 
@@ -237,7 +237,7 @@ def test_mutual_tls(repository: Path, certificates: Path, start_server: StartSer
         assert client.load("identity") == [1]
         client.unload("identity")
     with tls_client(server, TlsOptions(ca=ca)) as client, pytest.raises(Unavailable):
-        client.infer("identity", {"x": X}, timeout=5)
+        client.infer("identity", {"x": X}, timeout=60)
 
 
 def test_unreadable_tls_files_are_a_clear_error(

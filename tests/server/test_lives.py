@@ -24,6 +24,7 @@ from thirdrail.v1 import inference_pb2_grpc, metrics_pb2, metrics_pb2_grpc
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+FOR_EVER = 2_000_000_000  # turns of the slow model
 
 
 @pytest.fixture
@@ -81,14 +82,14 @@ def test_a_killed_worker_comes_back_and_nothing_else_notices(
         watch = stub.Watch(health_pb2.HealthCheckRequest(service="identity"))
         pool.submit(_collect, watch, watched)
         until(lambda: watched == [SERVING])
-        running = pool.submit(infer_slowly, channel, 100_000)
-        time.sleep(0.2)
+        running = pool.submit(infer_slowly, channel, FOR_EVER)
+        until(lambda: channel_has_work(channel))
         first = server.worker_pid()
         os.kill(first, signal.SIGKILL)
         started = time.monotonic()
         with pytest.raises(grpc.RpcError) as caught:
             running.result()
-        assert time.monotonic() - started < 5, "callers are told at once"
+        assert time.monotonic() - started < 30, "callers are told at once, not at their deadline"
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
         until(lambda: watched == [SERVING, NOT_SERVING, SERVING])
         assert infer(channel, [3]) == [3]
@@ -143,7 +144,7 @@ def test_a_killed_front_leaves_nothing_behind(
     assert server.socket.exists()
     os.kill(server.pid, signal.SIGKILL)
     server.process.wait()
-    until(lambda: is_gone(worker), seconds=5)
+    until(lambda: is_gone(worker))
     assert not server.socket.exists()
     assert _memory_files(worker) == 0
 
@@ -156,7 +157,7 @@ def test_a_front_killed_while_it_starts_leaves_nothing_behind(
     children = psutil.Process(server.pid).children(recursive=True)
     os.kill(server.pid, signal.SIGKILL)
     server.process.wait()
-    until(lambda: all(is_gone(child.pid) for child in children), seconds=10)
+    until(lambda: all(is_gone(child.pid) for child in children))
 
 
 def test_sigterm_finishes_what_was_taken_and_exits_with_zero(
@@ -167,7 +168,7 @@ def test_sigterm_finishes_what_was_taken_and_exits_with_zero(
     with server.channel() as channel, ThreadPoolExecutor() as pool:
         infer(channel, [1])
         running = pool.submit(infer_slowly, channel, 200_000)
-        time.sleep(0.3)
+        until(lambda: channel_has_work(channel) or running.done())
         server.process.terminate()
         assert list(running.result().outputs[0].shape) == [1]
         assert server.process.wait(30) == 0
@@ -186,7 +187,7 @@ def test_sigterm_to_every_process_finishes_what_was_taken_as_well(
     with server.channel() as channel, ThreadPoolExecutor() as pool:
         infer(channel, [1])
         running = pool.submit(infer_slowly, channel, 200_000)
-        time.sleep(0.3)
+        until(lambda: channel_has_work(channel) or running.done())
         for pid in (worker, server.pid):
             os.kill(pid, signal.SIGTERM)
         until(lambda: "stopping" in server.log_text())
@@ -201,12 +202,12 @@ def test_the_second_ctrl_c_ends_at_once(small_repository: Path, start_server: St
     server = start_server(small_repository)
     worker = server.worker_pid()
     with server.channel() as channel, ThreadPoolExecutor() as pool:
-        running = pool.submit(infer_slowly, channel, 2_000_000_000)
+        running = pool.submit(infer_slowly, channel, FOR_EVER)
         until(lambda: channel_has_work(channel))
         server.process.send_signal(signal.SIGINT)
         until(lambda: "a second signal ends at once" in server.log_text())
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(10) == 1
+        assert server.process.wait(30) == 1
         with pytest.raises(grpc.RpcError):
             running.result()
     until(lambda: is_gone(worker))
@@ -227,12 +228,14 @@ def test_a_server_is_not_ready_while_it_stops(
         watch = stub.Watch(health_pb2.HealthCheckRequest())
         pool.submit(_collect, watch, seen)
         until(lambda: seen == [SERVING])
-        running = pool.submit(infer_slowly, channel, 200_000)
-        time.sleep(0.3)
+        running = pool.submit(infer_slowly, channel, FOR_EVER)
+        until(lambda: channel_has_work(channel))
         server.process.terminate()
         until(lambda: seen == [SERVING, NOT_SERVING])
         assert not running.done(), "readiness goes before the work is finished"
-        running.result()
+        server.process.kill()
+        with pytest.raises(grpc.RpcError):
+            running.result()
 
 
 def test_two_servers_do_not_share_a_socket(
