@@ -24,7 +24,7 @@ from thirdrail.errors import (
 )
 from thirdrail.tensors import Array
 from thirdrail.v1 import inference_pb2 as pb
-from thirdrail_engines.engine import DeviceLost, EngineSpec
+from thirdrail_engines.engine import DeviceLost, EngineError, EngineSpec
 from thirdrail_server.worker import classification
 from thirdrail_server.worker.execution import Execution, execute
 from thirdrail_server.worker.loading import PreparedVersion
@@ -314,9 +314,12 @@ class OnLostDevice:
 
     spec: EngineSpec
     runs: int = 0
+    runs_before: int = 0  # that fail, and leave the device as it is
 
     def run(self, inputs: Any, wanted: Any, into: Any) -> dict[str, Array]:
         self.runs += 1
+        if self.runs <= self.runs_before:
+            raise EngineError("this run failed")
         raise DeviceLost("the device was lost: illegal address")
 
     def close(self) -> None:
@@ -337,6 +340,21 @@ def test_a_lost_device_is_nobodys_fault_and_is_not_tried_again(
     for session, outcome in zip(sessions, execution.outcomes, strict=True):
         assert error_of(outcome, Unavailable) == "the device was lost: illegal address"
         assert session.output.leased_bytes == 0
+
+
+def test_a_device_that_is_lost_by_a_member_of_a_batch_is_seen(
+    prepare_model: Prepare, open_session: OpenSession
+) -> None:
+    """Its batch-mates were run one by one, since nobody knew whose elements made the run fail."""
+    prepared = prepare_model(add(1, width=WIDE), BATCHES)
+    sessions = [open_session() for _ in range(3)]
+    members = [session.member(prepared.spec, {"a": rows_of(1, width=WIDE)}) for session in sessions]
+    execution = execute(OnLostDevice(prepared.engine.spec, runs_before=2), prepared.spec, members)
+    assert str(execution.device_lost) == "the device was lost: illegal address"
+    first, *others = execution.outcomes
+    assert error_of(first, Internal) == "this run failed"
+    for outcome in others:
+        assert error_of(outcome, Unavailable) == "the device was lost: illegal address"
 
 
 # Classes

@@ -62,6 +62,7 @@ def execute(engine: Engine, spec: VersionSpec, members: Sequence[Member]) -> Exe
         sum(execution.compute_ns for execution in alone),
         sum(execution.output_copy_ns for execution in alone),
         is_one_run=False,
+        device_lost=next(filter(None, (execution.device_lost for execution in alone)), None),
     )
 
 
