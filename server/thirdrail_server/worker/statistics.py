@@ -98,6 +98,11 @@ class VersionStatistics:
     def snapshot(
         self, *, queued: int, running: int, memory_bytes: int = 0
     ) -> metrics_pb2.ModelCounters:
+        """As of one moment: no run is in it by half."""
+        with self._lock:
+            return self._snapshot(queued, running, memory_bytes)
+
+    def _snapshot(self, queued: int, running: int, memory_bytes: int) -> metrics_pb2.ModelCounters:
         counters = metrics_pb2.ModelCounters(
             name=self._model,
             version=self._version,
