@@ -73,6 +73,25 @@ def test_a_result_that_depends_on_elements_is_right_all_the_same(
     assert copies == [1, 0, 1, 1, 1, 1]
 
 
+def test_inputs_in_another_order_are_not_taken_for_each_other(
+    prepare_model: Prepare, session: Session
+) -> None:
+    nodes = [helper.make_node("Identity", [name], [f"{name}_out"]) for name in ("x", "v")]
+    inputs = [tensor("x", "FP32", ("n",)), tensor("v", "FP32", ("m",))]
+    outputs = [tensor("x_out", "FP32", ("n",)), tensor("v_out", "FP32", ("m",))]
+    prepared = prepare_model(model(nodes, inputs, outputs))
+    longer, shorter = LARGE, LARGE[: LARGE.size // 2]
+    requests = [{"x": longer, "v": shorter}, {"v": longer, "x": shorter}]
+    copies = []
+    for request in requests * 2:
+        outcome = run(prepared, session, request)
+        for name, data in request.items():
+            np.testing.assert_array_equal(session.arrays(outcome)[f"{name}_out"], data)
+        copies.append(outcome.copies)
+        session.release(outcome)
+    assert copies == [1, 1, 0, 0]
+
+
 def test_a_fault_of_the_caller_is_told_as_ever(prepare_model: Prepare, session: Session) -> None:
     """The second run fails as well, and what was foretold stays: it was not to blame."""
     table = onnx.numpy_helper.from_array(LARGE, "table")

@@ -26,7 +26,10 @@ class OutputShapes:
         self._unforeseeable: set[str] = set()
 
     def foretell(self, inputs: Mapping[str, Array]) -> Shapes:
-        """By output name, for those that are worth it and were seen for inputs of these shapes."""
+        """By output name, for those that are worth it and were seen for inputs of these shapes.
+
+        inputs: in the model's order, as all requests have them.
+        """
         return self._seen.get(_key(inputs), {}) if self._seen else {}
 
     def note(self, inputs: Mapping[str, Array], name: str, shape: Shape) -> None:

@@ -146,16 +146,16 @@ def _look_at(
     infer = message.infer
     if request.fetches or any(output.region is not None for output in request.outputs):
         raise NotUnderstood  # regions come and go
-    if message.releases or infer.model_id or list(request.inputs) != [t.name for t in infer.inputs]:
+    if message.releases or infer.model_id:
         raise NotUnderstood
     call_at, raws = _places(packet)
-    inputs = []
+    inputs = {}
     for (start, end), tensor in zip(raws, infer.inputs, strict=True):
         dtype = spec.inputs[tensor.name].dtype
         array = request.inputs[tensor.name]
         if dtype is BYTES or dtype.numpy is None or array.nbytes != end - start:
             raise NotUnderstood
-        inputs.append(_Data(tensor.name, start, array.size, dtype.numpy, array.shape))
+        inputs[tensor.name] = _Data(tensor.name, start, array.size, dtype.numpy, array.shape)
     return Repeat(
         infer.model_name,
         infer.model_version,
@@ -164,7 +164,7 @@ def _look_at(
         infer.timeout_us,
         message.flow,
         dataclasses.replace(request, inputs={}),
-        tuple(inputs),
+        tuple(inputs[name] for name in request.inputs),
         call_at,
         tuple(_pieces_between(packet, sorted([call_at, *raws]))),
     )
