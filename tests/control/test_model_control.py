@@ -5,6 +5,8 @@ import asyncio
 import os
 import signal
 import tempfile
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from thirdrail_server.control_messages import LoadProgress
 from thirdrail_server.front.control.access import ControlIsOff
 from thirdrail_server.front.control.catalog import RELOAD_FAILED
 from thirdrail_server.front.control.supervisor import WorkerDied
+from thirdrail_server.front.control.uploads import Uploads
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.repository.errors import RepositoryError
 
@@ -325,6 +328,33 @@ async def test_uploaded_files_serve_and_survive_the_worker(
         await plane.control.load("m", config, files)
         await plane.control.unload("m")
         assert stored_uploads(tmp_path) == []
+    assert list(tmp_path.iterdir()) == [repository.path]
+
+
+async def test_uploaded_files_of_a_caller_who_hangs_up_serve_all_the_same(
+    repository: Any, open_plane: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    is_storing, may_go_on = threading.Event(), threading.Event()
+    store = Uploads.store
+
+    def store_later(self: Uploads, name: str, files: Mapping[str, bytes]) -> Path:
+        is_storing.set()
+        may_go_on.wait()
+        return store(self, name, files)
+
+    monkeypatch.setattr(Uploads, "store", store_later)
+    async with open_plane(**EXPLICIT) as plane:
+        await plane.worker.wait_until_up()
+        files = {"1/model.onnx": b"ok"}
+        load = asyncio.create_task(plane.control.load("m", ModelConfig(name="m"), files))
+        await asyncio.to_thread(is_storing.wait)
+        load.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await load
+        may_go_on.set()
+        await plane.until(lambda: plane.catalog.is_ready("m"))
+        assert len(stored_uploads(tmp_path)) == 1
     assert list(tmp_path.iterdir()) == [repository.path]
 
 

@@ -2,14 +2,16 @@
 """Uploaded files stay in their folder, are of harmless kinds, bounded, and removed in the end."""
 
 import tempfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from thirdrail.errors import InvalidArgument, ResourceExhausted
 from thirdrail_server.front.control import uploads
-from thirdrail_server.front.control.uploads import Uploads
+from thirdrail_server.front.control.uploads import Uploads, remove_abandoned
 
 
 @pytest.fixture(autouse=True)
@@ -87,14 +89,48 @@ def test_count_and_size_are_bounded(store: Uploads) -> None:
         store.store("m", {"1/model.onnx": bytes(101)})
 
 
+def test_a_name_that_no_file_can_have_is_refused(store: Uploads) -> None:
+    for name, path in (("m", f"1/{'a' * 300}.onnx"), ("m" * 300, "1/model.onnx")):
+        with pytest.raises(InvalidArgument, match="too long"):
+            store.store(name, {path: b"x"})
+
+
+def test_first_uploads_at_the_same_time_share_one_folder(store: Uploads, temporary: Path) -> None:
+    together = threading.Barrier(4)
+
+    def upload(_number: int) -> Path:
+        together.wait()
+        return store.store("m", {"1/model.onnx": b"graph"})
+
+    with ThreadPoolExecutor(4) as threads:
+        repositories = list(threads.map(upload, range(4)))
+    assert len(list(temporary.iterdir())) == 1
+    assert all(each.exists() for each in repositories)
+
+
 def test_what_a_killed_server_left_is_removed_and_what_a_living_one_has_is_not(
     temporary: Path, store: Uploads
 ) -> None:
-    living = Uploads(files_max=3, bytes_max=100)
-    kept = living.store("m", {"1/model.onnx": b"graph"})
+    kept = store.store("m", {"1/model.onnx": b"graph"})
     abandoned = temporary / f"{uploads.PREFIX}of-somebody"
     (abandoned / "folder").mkdir(parents=True)
-    store.store("m", {"1/model.onnx": b"graph"})
+    remove_abandoned()
     assert not abandoned.exists()
     assert kept.exists()
-    living.close()
+
+
+def test_a_folder_that_another_server_removes_before_it_is_ours_is_replaced(
+    store: Uploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = uploads._try_lock
+    stolen: list[Path] = []
+
+    def lock_too_late(folder: Path) -> int:
+        if not stolen:
+            stolen.append(folder)
+            folder.rmdir()
+        return lock(folder)
+
+    monkeypatch.setattr(uploads, "_try_lock", lock_too_late)
+    assert store.store("m", {"1/model.onnx": b"graph"}).exists()
+    assert len(stolen) == 1

@@ -23,7 +23,7 @@ from thirdrail_server.front.control.model_loads import ModelLoads
 from thirdrail_server.front.control.orders import Order
 from thirdrail_server.front.control.repository_watch import Look, look, startup_names
 from thirdrail_server.front.control.supervisor import Supervisor
-from thirdrail_server.front.control.uploads import Uploads
+from thirdrail_server.front.control.uploads import Uploads, remove_abandoned
 from thirdrail_server.front.control.worker_load import TellProgress
 from thirdrail_server.front.control.worker_models import WorkerModels
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
@@ -62,6 +62,7 @@ class ModelControl:
         Raises RepositoryError when there is no readable repository, ResourceExhausted when it has
         too many models, InvalidArgument when a model of `load_models` is not in it.
         """
+        self._loads.spawn(asyncio.to_thread(remove_abandoned))
         found = await asyncio.to_thread(look, self._config.repository)
         names = startup_names(self._config, found.folders)
         self._catalog.expect(names)
@@ -93,14 +94,10 @@ class ModelControl:
         Internal: the load failed. What served before goes on serving.
         """
         refuse_unless_explicit(self._config.model_control)
-        source = LoadSource(self._config.repository, config)
-        if files:
-            if config is None:
-                raise InvalidArgument(f"uploaded files for '{name}' need a configuration with them")
-            repository = await asyncio.to_thread(self._uploads.store, name, files)
-            source = LoadSource(repository, config)
-        await self._loads.end_improvements(name)
-        return await asyncio.shield(self._loads.order(Order(name, source), progress))
+        if files and config is None:
+            raise InvalidArgument(f"uploaded files for '{name}' need a configuration with them")
+        ordering = self._loads.spawn(self._order(name, config, files, progress))
+        return await asyncio.shield(await asyncio.shield(ordering))
 
     async def unload(self, name: str, *, wait: bool = True) -> None:
         """Unload a model on demand; one that is not loaded stays so. Loads of it that were asked
@@ -117,8 +114,10 @@ class ModelControl:
         unload = self._loads.spawn(self._unload(name, is_leaving))
         left = self._loads.spawn(is_leaving.wait())
         waits_for = {unload} if wait else {unload, left}
-        await asyncio.wait(waits_for, return_when=asyncio.FIRST_COMPLETED)
-        left.cancel()
+        try:
+            await asyncio.wait(waits_for, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            left.cancel()
         if unload.done():
             unload.result()
 
@@ -129,6 +128,20 @@ class ModelControl:
     async def counters(self) -> list[metrics_pb2.ModelCounters]:
         """Of every model version since the server started; they never decrease."""
         return summed(await asyncio.gather(*(each.counters() for each in self.workers)))
+
+    async def _order(
+        self,
+        name: str,
+        config: ModelConfig | None,
+        files: Mapping[str, bytes] | None,
+        progress: TellProgress,
+    ) -> asyncio.Task[list[int]]:
+        """Returns the load, which has its files from now on."""
+        repository = self._config.repository
+        if files:
+            repository = await asyncio.to_thread(self._uploads.store, name, files)
+        await self._loads.end_improvements(name)
+        return self._loads.order(Order(name, LoadSource(repository, config)), progress)
 
     # Unloading
 

@@ -6,14 +6,16 @@ ban: graphs, weights and texts that are read as data. Compiled plans, pickles an
 code when they are loaded and are never taken.
 
 A server that is killed cannot clean up. Its folder is therefore marked by a file lock, which the
-system drops with the process: the next server that takes an upload removes unlocked folders.
+system drops with the process: the next server that starts removes unlocked folders.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
@@ -25,16 +27,21 @@ PREFIX = "thirdrail-uploads-"
 LOCK = ".lock"
 SUFFIXES = (".onnx", ".pbtxt", ".txt", ".bin", ".data")
 PARTS_MAX = 8
+TRIES_MAX = 10
 
 
 class Uploads:
-    """Folders of uploaded files, each a repository of one model. `close` removes them all."""
+    """Folders of uploaded files, each a repository of one model. `close` removes them all.
+
+    For any thread: writing takes long.
+    """
 
     def __init__(self, files_max: int, bytes_max: int) -> None:
         self._files_max = files_max
         self._bytes_max = bytes_max
         self._root: Path | None = None
-        self._lock = -1
+        self._root_lock = -1
+        self._making_root = threading.Lock()
 
     def store(self, name: str, files: Mapping[str, bytes]) -> Path:
         """Write `files` (path inside the model's folder -> content). Returns the new repository.
@@ -42,18 +49,19 @@ class Uploads:
         Raises InvalidArgument (RepositoryError for a path that climbs), ResourceExhausted.
         """
         self._check(files)
-        if self._root is None:
-            _remove_abandoned()
-            self._root = Path(tempfile.mkdtemp(prefix=PREFIX))  # mode 0700: only we may enter
-            self._lock = _try_lock(self._root)
-        repository = Path(tempfile.mkdtemp(dir=self._root))
         try:
-            folder = repository.joinpath(*_single_part(name))
-            for path, content in files.items():
-                _write(folder, path, content)
-        except BaseException:
-            self.discard(repository)
-            raise
+            repository = Path(tempfile.mkdtemp(dir=self._own_root()))
+            try:
+                folder = repository.joinpath(*_single_part(name))
+                for path, content in files.items():
+                    _write(folder, path, content)
+            except BaseException:
+                self.discard(repository)
+                raise
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise InvalidArgument("a name in an uploaded file's path is too long") from None
+            raise ResourceExhausted(f"uploaded files cannot be kept: {error.strerror}") from None
         return repository
 
     def discard(self, repository: Path) -> None:
@@ -64,8 +72,14 @@ class Uploads:
     def close(self) -> None:
         if self._root is not None:
             shutil.rmtree(self._root, ignore_errors=True)
-            os.close(self._lock)
+            os.close(self._root_lock)
             self._root = None
+
+    def _own_root(self) -> Path:
+        with self._making_root:
+            if self._root is None:
+                self._root, self._root_lock = _new_root()
+            return self._root
 
     def _check(self, files: Mapping[str, bytes]) -> None:
         if len(files) > self._files_max:
@@ -105,7 +119,8 @@ def _write(folder: Path, path: str, content: bytes) -> None:
         ) from None
 
 
-def _remove_abandoned() -> None:
+def remove_abandoned() -> None:
+    """Remove what servers of this user have left behind that were killed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
@@ -115,11 +130,27 @@ def _remove_abandoned() -> None:
             os.close(lock)
 
 
+def _new_root() -> tuple[Path, int]:
+    """A folder, mode 0700: only we may enter; and its lock. Raises OSError."""
+    for _ in range(TRIES_MAX):
+        root = Path(tempfile.mkdtemp(prefix=PREFIX))
+        # Before it is locked, a server that starts may take it for one that was left behind.
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            return root, _try_lock(root)
+    raise BlockingIOError(errno.EAGAIN, "other servers remove its folder")
+
+
 def _try_lock(folder: Path) -> int:
-    """The descriptor of the folder's lock file. Raises OSError when another process holds it."""
+    """The descriptor of the folder's lock file.
+
+    Raises OSError, of which BlockingIOError when another process holds it and FileNotFoundError
+    when that has just removed it.
+    """
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(lock).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "removed meanwhile", str(folder / LOCK))
     except OSError:
         os.close(lock)
         raise
