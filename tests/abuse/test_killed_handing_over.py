@@ -137,7 +137,7 @@ def test_the_server_dies(
         os.kill(worker.pid if who == "worker" else server.pid, signal.SIGKILL)
         # Without its front a worker ends by itself; until then it still hands over.
         until(lambda: has_ended(worker))
-        until(lambda: b.ask(("infer", None)) != 7.0)
+        # The next worker may be there by now, and is sent a copy.
         assert b.ask(("infer", None)) in ("Unavailable", "Unreachable", 7.0)
         assert b.ask(("read", None)) == (7.0, True)
         assert b.ask(("receive", second)) in ("Unavailable", "Unreachable", "FailedPrecondition")

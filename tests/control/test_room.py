@@ -79,11 +79,12 @@ async def test_no_model_leaves_whose_own_load_is_under_way(
     repository: Any, open_plane: Any
 ) -> None:
     async with evicting_beside(repository, open_plane, ("a", 40), ("b", 80)) as plane:
-        repository.write("a", of_size(40, "slow"))
+        repository.write("a", of_size(40, "held"))
         reload = asyncio.create_task(plane.control.load("a"))
         await plane.until(lambda: plane.catalog.get("a").load_phase)
         with pytest.raises(ResourceExhausted, match=r"'a' 0\.0 MiB \(busy\)"):
             await plane.control.load("b")
+        (repository.path / "a" / "1" / "go").touch()
         assert await reload == [1]
 
 

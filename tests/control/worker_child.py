@@ -22,13 +22,17 @@ from thirdrail_server.control_messages import (
 )
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.worker.control import serve_control
+from thirdrail_server.worker.memory import ModelTooLarge
 
 # How often a model of this name is in use when it is to be evicted.
 REFUSED_EVICTIONS = {"used_once": 1, "used_always": 1000}
 
 
 class Models:
-    """What `load` finds in a model file decides what happens."""
+    """What `load` finds in a model file decides what happens.
+
+    "held" waits for a file `go` beside it.
+    """
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -46,6 +50,8 @@ class Models:
             await asyncio.to_thread(progress, LoadProgress("building", 1, 2))
             words = path.read_text().strip().partition(" ")[0]
             is_stopgap = words == "stopgap" and command.takes_stopgap
+            while words == "held" and not path.with_name("go").exists():
+                await asyncio.sleep(0.01)
             await _obey("forever" if words == "stopgap" and not is_stopgap else words)
         self.names.add(name)
         self.sizes[name] = sum(path.stat().st_size for _version, path in versions)
@@ -94,6 +100,8 @@ async def _obey(words: str) -> None:
         raise ModelFileError("the file is damaged")
     if words == "bug":
         raise ZeroDivisionError("a secret")
+    if words == "odd":
+        raise ModelTooLarge("very")  # type: ignore[arg-type]  # what the front cannot read
     if words == "kill":
         os.kill(os.getpid(), signal.SIGSEGV)
     if words == "slow":

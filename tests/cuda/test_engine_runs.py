@@ -132,7 +132,7 @@ def test_runs_that_wait_when_the_device_is_lost_end(gather: Path, inspector: Ins
                 for index in (0, 1, 9, 2)
             ]
             wait_until(lambda: engine._slots.busy + sum(run.done() for run in runs) >= 4)
-        failures = [run.exception(timeout=5) for run in runs]
+        failures = [run.exception(timeout=30) for run in runs]
     assert any(isinstance(failure, DeviceLost) for failure in failures)
     assert all(failure is None or isinstance(failure, DeviceLost) for failure in failures)
     engine.close()

@@ -10,7 +10,7 @@ import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
 
 from foreign.programs.checks import main
-from foreign.programs.tritonclient_tensors import assert_refused, inputs, ones, turns
+from foreign.programs.tritonclient_tensors import assert_refused, executions, inputs, ones, turns
 
 CALLS = 50
 LONG = 100_000  # turns: a second or more, unless cancelled
@@ -50,7 +50,7 @@ def check_a_cancelled_call_leaves_the_queue(url: str) -> None:
     ended: queue.Queue[Any] = queue.Queue()
     cancelled: queue.Queue[Any] = queue.Queue()
     with triton.InferenceServerClient(url) as client:
-        before = _executions(client)
+        before = executions(client, "narrow")
         client.async_infer("narrow", turns(LONG), lambda result, error: ended.put(error))
         waiting = client.async_infer(
             "narrow", turns(LONG), lambda result, error: cancelled.put(error)
@@ -61,11 +61,7 @@ def check_a_cancelled_call_leaves_the_queue(url: str) -> None:
         assert cancelled.get(timeout=ANSWER_S_MAX).status() == "StatusCode.CANCELLED"
         assert ended.get(timeout=ANSWER_S_MAX) is None
         client.infer("narrow", turns(1))
-        assert _executions(client) - before == 2
-
-
-def _executions(client: triton.InferenceServerClient) -> int:
-    return int(client.get_inference_statistics("narrow").model_stats[0].execution_count)
+        assert executions(client, "narrow") - before == 2
 
 
 def check_a_full_queue_refuses(url: str) -> None:

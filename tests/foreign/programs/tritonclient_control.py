@@ -16,7 +16,7 @@ import tritonclient.grpc as triton
 from foreign.programs.checks import main
 from foreign.programs.tritonclient_tensors import assert_refused, inputs, ones
 
-UNLOADED_S_MAX = 10
+UNLOADED_S_MAX = 30
 
 
 def _states(client: triton.InferenceServerClient) -> dict[str, tuple[str, str]]:

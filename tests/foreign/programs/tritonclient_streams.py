@@ -13,7 +13,7 @@ import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
 
 from foreign.programs.checks import main
-from foreign.programs.tritonclient_tensors import inputs, ones, turns
+from foreign.programs.tritonclient_tensors import executions, inputs, ones, turns
 
 REQUESTS = 100
 LONG = 100_000  # turns: a second or more, unless cancelled
@@ -104,7 +104,7 @@ def check_the_first_error_ends_a_stream_that_asks_for_it(url: str) -> None:
 def check_cancel_drops_what_is_in_flight(url: str) -> None:
     with _stream(url) as (client, answers):
         client.infer("slow", turns(1))  # when nothing is left of what others began
-        before = _executions(client, "slow")
+        before = executions(client, "slow")
         for _ in range(5):
             client.async_stream_infer("slow", turns(LONG))
         time.sleep(ARRIVAL_S)
@@ -114,11 +114,7 @@ def check_cancel_drops_what_is_in_flight(url: str) -> None:
         assert error.status() == "StatusCode.CANCELLED", error
         client.infer("slow", turns(1))
         # The one that ran already cannot be stopped; those that waited for it never ran.
-        assert _executions(client, "slow") - before == 2
-
-
-def _executions(client: triton.InferenceServerClient, model: str) -> int:
-    return int(client.get_inference_statistics(model).model_stats[0].execution_count)
+        assert executions(client, "slow") - before == 2
 
 
 def check_the_stream_timeout(url: str) -> None:

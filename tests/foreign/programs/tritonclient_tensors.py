@@ -2,6 +2,7 @@
 """What tritonclient's programs share: its input objects from arrays, and what a call was refused
 with."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from foreign.programs.checks import raised
+
+COUNTED_S = 0.5
 
 
 def inputs(**arrays: Any) -> list[triton.InferInput]:
@@ -28,6 +31,12 @@ def ones(rows: int = 1) -> list[triton.InferInput]:
 def turns(count: int) -> list[triton.InferInput]:
     """Inputs of the models slow and narrow, about 30 us a turn."""
     return inputs(x=np.zeros(1, np.float32), turns=np.array(count, np.int64))
+
+
+def executions(client: triton.InferenceServerClient, model: str) -> int:
+    """How often the model has run. An answer may come a moment before its run is counted."""
+    time.sleep(COUNTED_S)
+    return int(client.get_inference_statistics(model).model_stats[0].execution_count)
 
 
 def refusal(call: Callable[[], Any]) -> tuple[str, str]:

@@ -8,7 +8,7 @@ import numpy as np
 import tritonclient.grpc as triton
 
 from foreign.programs.checks import main
-from foreign.programs.tritonclient_tensors import inputs, ones
+from foreign.programs.tritonclient_tensors import executions, inputs, ones
 
 MIB = 1 << 20
 
@@ -135,9 +135,11 @@ def check_compressed_requests(url: str) -> None:
 
 def check_statistics_rise(url: str) -> None:
     with triton.InferenceServerClient(url) as client:
+        executions(client, "add")  # until those before are counted
         before = client.get_inference_statistics("add").model_stats[0]
         rows = np.ones((3, 4), np.float32)
         client.infer("add", inputs(a=rows, b=rows))
+        executions(client, "add")
         after = client.get_inference_statistics("add", "1").model_stats[0]
         assert after.inference_count - before.inference_count == 3
         assert after.execution_count - before.execution_count == 1
