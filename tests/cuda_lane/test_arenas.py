@@ -15,7 +15,11 @@ MIB = 1 << 20
 def test_an_arena_takes_what_is_needed_where_there_is_no_more() -> None:
     device = TwinDevice(replace(TWIN_FACTS, memory_bytes=6 * MIB))
     charged: list[int] = []
-    arena = DeviceInput(device, 64 * MIB, charged.append)
+
+    def charge(size: int, /, *, is_spare: bool = False) -> None:
+        charged.append(size)
+
+    arena = DeviceInput(device, 64 * MIB, charge)
     chunks = [arena.grow(MIB) for _ in range(3)]  # the third would be of 4 MiB
     assert [chunk.message.size for chunk in chunks] == [2 * MIB] * 3
     assert sum(charged) == arena.total_bytes == 6 * MIB

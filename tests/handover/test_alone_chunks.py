@@ -22,7 +22,7 @@ class Charged:
     def __init__(self) -> None:
         self.size = 0
 
-    def __call__(self, size: int) -> None:
+    def __call__(self, size: int, /, *, is_spare: bool = False) -> None:
         self.size += size
 
 

@@ -3,6 +3,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,12 @@ import pytest
 
 from support.lane_peer import LanePeer, Request, by_ref, infer
 from support.worker import RunningWorker, running_worker
+from thirdrail.errors import ThirdrailError
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2
 from thirdrail_server.config import SessionLimits, WorkerConfig
+from thirdrail_server.worker.arena_ledger import ArenaLedger
+from thirdrail_server.worker.chunks import charged_chunk_bytes
 
 MIB = 1 << 20
 TOTAL = 8 * MIB
@@ -119,3 +123,23 @@ def test_the_fronts_lane_is_exempt(worker: RunningWorker) -> None:
         assert grow(other, TOTAL).chunk.size == TOTAL
         assert grow(front, MIB).WhichOneof("message") == "chunk"
     front.close()
+
+
+async def test_nobody_ends_for_memory_that_is_only_good_to_have() -> None:
+    """Arenas grow by more than what is needed, as long as there is room."""
+    ledger = ArenaLedger(SessionLimits(arena_bytes_total_max=100 * MIB))
+    greedy, needy = (ledger.open(SomeSession(number)) for number in (1, 2))
+    greedy.charge(70 * MIB)
+    needy.charge(20 * MIB)
+    size = charged_chunk_bytes(5 * MIB, needy.size, 100 * MIB, needy.charge)
+    assert (size, needy.size) == (5 * MIB, 25 * MIB)  # 8 and more would have been better
+    assert not greedy.has_ended
+
+
+@dataclass
+class SomeSession:
+    number: int
+    uid: int = 1000
+
+    def goodbye(self, error: ThirdrailError) -> None:
+        pytest.fail(f"session {self.number} ended: {error}")

@@ -37,12 +37,9 @@ class Account:
     size: int = 0  # bytes
     has_ended: bool = False
 
-    def charge(self, size: int) -> None:
-        """Take `size` more bytes; less where it is negative, which never fails.
-
-        Raises MakingRoom, ResourceExhausted. Any thread.
-        """
-        self.ledger.charge(self, size)
+    def charge(self, size: int, /, *, is_spare: bool = False) -> None:
+        """See chunks.Charge; less never fails. Raises MakingRoom, ResourceExhausted. Any thread."""
+        self.ledger.charge(self, size, is_spare=is_spare)
 
     def take_over(self, size: int) -> None:
         """Take bytes that another account had until now, or give such back. Never fails."""
@@ -78,7 +75,7 @@ class ArenaLedger:
             self._accounts.append(account)
         return account
 
-    def charge(self, account: Account, size: int) -> None:
+    def charge(self, account: Account, size: int, *, is_spare: bool) -> None:
         if size <= 0:
             with self._lock:
                 account.size += size
@@ -91,7 +88,7 @@ class ArenaLedger:
             if isinstance(decision, Granted):
                 account.size += size
                 return
-            if isinstance(decision, Evicted):
+            if isinstance(decision, Evicted) and not is_spare:
                 self._evict(decision)
         if isinstance(decision, Refused):
             raise ResourceExhausted(decision.text)

@@ -4,7 +4,6 @@
 import itertools
 import mmap
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,8 +17,14 @@ Bytes = npt.NDArray[np.uint8]
 
 CHUNK_BYTES_MIN = 1 << 20
 
-# Makes room for so many bytes in the books of all sessions, or raises ResourceExhausted.
-Charge = Callable[[int], None]
+
+class Charge(Protocol):
+    def __call__(self, size: int, /, *, is_spare: bool = False) -> None:
+        """Take so many more bytes in the books of all sessions; less where `size` is negative.
+
+        is_spare: it would be good to have, and nobody is to end for it.
+        Raises ResourceExhausted.
+        """
 
 
 class MakeChunk(Protocol):
@@ -36,7 +41,7 @@ def new_epoch() -> int:
     return next(_epochs)
 
 
-def charge_nothing(size: int) -> None:
+def charge_nothing(size: int, /, *, is_spare: bool = False) -> None:
     """For a session that no quota applies to."""
 
 
@@ -71,7 +76,7 @@ def charged_chunk_bytes(
     generous = max(CHUNK_BYTES_MIN, granularity_bytes, total, 1 << (needed - 1).bit_length())
     if needed < generous <= left:
         try:
-            charge(generous)
+            charge(generous, is_spare=True)
         except ResourceExhausted:
             pass
         else:

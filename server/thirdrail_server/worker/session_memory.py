@@ -60,9 +60,9 @@ class SessionMemory:
         self._account = self._ledger.open(owner)
         self._owner = owner
 
-    def _charge(self, size: int) -> None:
+    def _charge(self, size: int, /, *, is_spare: bool = False) -> None:
         if self._account is not None:
-            self._account.charge(size)
+            self._account.charge(size, is_spare=is_spare)
 
     def charge_shared(self, size: int, *, is_new: bool) -> None:
         """Exported memory is charged to this session from now on, or not any more.
