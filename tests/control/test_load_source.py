@@ -7,8 +7,10 @@ import pytest
 
 from thirdrail_server.front.control.load_source import LoadSource, ModelMissing, prepare
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
+from thirdrail_server.repository import layout
 from thirdrail_server.repository.errors import RepositoryError
 from thirdrail_server.repository.model_config import parse_json
+from thirdrail_server.repository.paths import refuse_open_to_all
 
 
 def write(root: Path, files: dict[str, str]) -> LoadSource:
@@ -48,6 +50,22 @@ def test_a_given_configuration_stands_in_for_the_file(tmp_path: Path) -> None:
     first = parse_json(b'{"version_policy": {"specific": {"versions": ["1"]}}}', "m")
     assert versions(LoadSource(source.repository, first)) == [1]
     assert versions(LoadSource(source.repository, ModelConfig(name="m"))) == [2]
+
+
+def test_a_version_that_goes_while_we_look_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path, {"m/1/model.onnx": "", "m/2/model.onnx": ""})
+    check = refuse_open_to_all
+
+    def check_what_is_gone(path: Path, what: str) -> None:
+        check(path / "gone" if path.name == "2" else path, what)
+
+    monkeypatch.setattr(layout, "refuse_open_to_all", check_what_is_gone)
+    with pytest.raises(RepositoryError, match="version 2: the model file cannot be read: No such"):
+        prepare("m", source)
+    every = parse_json(b'{"version_policy": {"all": {}}}', "m")
+    assert versions(LoadSource(source.repository, every)) == [1]
 
 
 def test_a_broken_version_leaves_the_others(tmp_path: Path) -> None:

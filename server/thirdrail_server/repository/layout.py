@@ -76,10 +76,10 @@ def find(repository: Path, name: str) -> ModelFolder | None:
     try:
         root = Path(os.path.realpath(repository, strict=True))
         os.scandir(root).close()
+        path = root / name
+        is_candidate = path.is_dir() or (path.is_symlink() and not path.exists())
     except OSError as error:
         raise _unreadable(repository, error) from None
-    path = root / name
-    is_candidate = path.is_dir() or (path.is_symlink() and not path.exists())
     return _model_folder(root, name) if is_candidate else None
 
 
@@ -93,7 +93,7 @@ def model_file(folder: ModelFolder, version: int, filename: str = "") -> Path:
     Symlinks are checked but not resolved: external data lies beside the link, and the model's
     folder is always `path.parent.parent`.
     Raises RepositoryError when there is none, it lies outside the repository, or is of a kind not
-    served.
+    served; OSError when it cannot be read, or goes while we look.
     """
     what = "the model file"
     within = folder.path / str(version)

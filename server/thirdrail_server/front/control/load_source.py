@@ -10,6 +10,7 @@ from thirdrail_server.repository.errors import RepositoryError
 from thirdrail_server.repository.fields import check_fields
 from thirdrail_server.repository.layout import ModelFolder, find, model_file
 from thirdrail_server.repository.model_config import read_config
+from thirdrail_server.repository.paths import reason_of
 from thirdrail_server.repository.sizes import files_bytes
 from thirdrail_server.repository.versions import chosen, missing
 
@@ -70,3 +71,5 @@ def _look(
         versions.append((version, model_file(folder, version, filename)))
     except RepositoryError as error:
         failures[version] = str(error)
+    except OSError as error:
+        failures[version] = f"the model file cannot be read: {reason_of(error)}"

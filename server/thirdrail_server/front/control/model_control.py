@@ -96,8 +96,10 @@ class ModelControl:
         refuse_unless_explicit(self._config.model_control)
         if files and config is None:
             raise InvalidArgument(f"uploaded files for '{name}' need a configuration with them")
-        ordering = self._loads.spawn(self._order(name, config, files, progress))
-        return await asyncio.shield(await asyncio.shield(ordering))
+        ordering = self._order(name, config, files, progress)
+        # What is written for a caller who hangs up would else be nobody's.
+        load = await (asyncio.shield(self._loads.spawn(ordering)) if files else ordering)
+        return await asyncio.shield(load)
 
     async def unload(self, name: str, *, wait: bool = True) -> None:
         """Unload a model on demand; one that is not loaded stays so. Loads of it that were asked

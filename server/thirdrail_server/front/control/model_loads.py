@@ -29,6 +29,7 @@ from thirdrail_server.front.control.uploads import Uploads
 from thirdrail_server.front.control.worker_load import TellProgress
 from thirdrail_server.front.control.worker_models import WorkerModels
 from thirdrail_server.front.devices import memory_budget, worker_config
+from thirdrail_server.front.statuses import INTERNAL_TEXT
 from thirdrail_server.repository.device_choice import Device, devices_of
 from thirdrail_server.repository.errors import RepositoryError
 
@@ -132,6 +133,10 @@ class ModelLoads:
         except ThirdrailError as error:
             _log.warning("%s", error)
             raise
+        except Exception:
+            _log.exception("loading '%s' failed", name)
+            self._catalog.fail_load(name, INTERNAL_TEXT, order.worker)
+            raise Internal(f"failed to load '{name}': {INTERNAL_TEXT}") from None
         finally:
             self._orders.remove(order)
             await self.let_go(name, order.source)
