@@ -2,6 +2,7 @@
 """Every command against a real server: what people and programs read, and the exit codes."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,7 @@ def test_load_and_unload(
         (("infer", "identity_int8", "-i", "x=1", "--save", "/none/y.npy"), "No such file"),
         (("health", "--url", "http://here"), "expected host:port"),
         (("load", "add", "--config", "/nowhere"), "does not exist"),
+        (("load", "add", "--config", sys.executable), "no text in UTF-8"),
         (("health", "--tls-ca", "/nowhere"), "does not exist"),
         (("health", "--tls-cert", "/dev/null"), "needs both cert and key"),
     ],

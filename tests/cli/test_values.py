@@ -55,8 +55,35 @@ def test_a_file_of_half_an_element(tmp_path: Path) -> None:
 
 def test_numpy_files_are_never_unpickled(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", object_array([{}], [1]), allow_pickle=True)
-    with pytest.raises(InvalidArgument, match="cannot read"):
+    with pytest.raises(InvalidArgument, match=r"no file of numpy\.save with numbers"):
         values.array_of_text(f"@{tmp_path}/x.npy", spec(-1))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("x.npy", b"", "is damaged, or no file"),
+        ("x.npy", b"no array\n", "is damaged, or no file"),
+        ("x.npy", b"PK\x03\x04, as a .npz file begins", "is damaged, or no file"),
+        ("x.npz", b"PK\x03\x04", "several arrays"),
+        ("x.json", b"\xff\xfe", "is not JSON"),
+    ],
+)
+def test_files_that_are_not_what_their_names_say(
+    tmp_path: Path, name: str, content: bytes, says: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InvalidArgument, match=says):
+        values.array_of_text(f"@{tmp_path / name}", spec(-1))
+
+
+def test_a_numpy_file_that_was_cut_short(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones(9, np.float32))
+    whole = (tmp_path / "x.npy").read_bytes()
+    for size in range(0, len(whole), 7):
+        (tmp_path / "x.npy").write_bytes(whole[:size])
+        with pytest.raises(InvalidArgument, match="damaged"):
+            values.array_of_text(f"@{tmp_path}/x.npy", spec(-1))
 
 
 def test_bytes_that_are_no_text() -> None:

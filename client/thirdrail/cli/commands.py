@@ -142,7 +142,7 @@ def load(
 ) -> None:
     """Load a model, or load it anew. Needs a server with --model-control explicit."""
     session = session_of(ctx)
-    text = config.read_text(encoding="utf-8") if config else ""
+    text = _text_of(config) if config else ""
     try:
         with session.client() as client, load_bar(model) as show:
             versions = client.load(model, config_pbtxt=text, progress=show)
@@ -153,6 +153,13 @@ def load(
         print_json({"model": model, "versions": versions})
     else:
         typer.echo(f"{model} is ready: version {', '.join(map(str, versions))}")
+
+
+def _text_of(config: Path) -> str:
+    try:
+        return config.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise typer.BadParameter(f"{config} is no text in UTF-8", param_hint="--config") from None
 
 
 def unload(ctx: typer.Context, model: ModelName) -> None:

@@ -53,16 +53,18 @@ def fitting_shape(spec: TensorSpec, count: int) -> tuple[int, ...]:
 
 
 def _array_of_file(name: str, spec: TensorSpec) -> Array:
+    if name.endswith(".npz"):
+        raise InvalidArgument(f"input '{spec.name}': {name} holds several arrays, expected .npy")
     try:
         if name.endswith(".npy"):
-            return np.asarray(np.load(name, allow_pickle=False))
+            return _array_of_npy(name, spec)
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise InvalidArgument(
-            f"input '{spec.name}': cannot read {name}: {_reason(error)}"
+            f"input '{spec.name}': cannot read {name}: {error.strerror}"
         ) from None
     if name.endswith(".json"):
-        return array_of_value(spec.name, _json(data.decode(), spec), spec)
+        return array_of_value(spec.name, _json(data, spec), spec)
     if spec.dtype is BYTES:
         return array_of_value(spec.name, data, spec)
     if spec.dtype.numpy is None or len(data) % spec.dtype.itemsize:
@@ -73,15 +75,22 @@ def _array_of_file(name: str, spec: TensorSpec) -> Array:
     return _shaped(np.frombuffer(data, dtype=spec.dtype.numpy), spec)
 
 
-def _reason(error: OSError | ValueError) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error)
+def _array_of_npy(name: str, spec: TensorSpec) -> Array:
+    """What numpy says of other files advises to unpickle them, so it is not repeated."""
+    with Path(name).open("rb") as file:
+        try:
+            return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+        except ValueError:
+            raise InvalidArgument(
+                f"input '{spec.name}': {name} is damaged, or no file of numpy.save with numbers"
+            ) from None
 
 
 def _shaped(array: Array, spec: TensorSpec) -> Array:
     return array.reshape(fitting_shape(spec, array.size))
 
 
-def _json(text: str, spec: TensorSpec) -> Any:
+def _json(text: str | bytes, spec: TensorSpec) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
