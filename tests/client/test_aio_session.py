@@ -182,7 +182,7 @@ async def test_a_result_is_released_in_another_thread(session: AsyncSession) -> 
 
 @with_session
 async def test_cancelled_calls_leave_nothing_behind(session: AsyncSession) -> None:
-    running = asyncio.ensure_future(infer(session, "slow", slow(20_000)))
+    running = asyncio.ensure_future(infer(session, "slow", slow(60_000)))
     tasks = [
         asyncio.ensure_future(infer(session, "slow", slow(1) | {"x": MIDDLE})) for _ in range(20)
     ]
@@ -260,8 +260,9 @@ def test_debug_mode(worker: RunningWorker) -> None:
 def test_the_end_of_a_session(worker: RunningWorker) -> None:
     async def run() -> None:
         session = await opened(worker)
-        running = asyncio.ensure_future(infer(session, "slow", slow(20_000)))
-        waiting = [asyncio.ensure_future(echoed(session, LARGE)) for _ in range(100)]
+        running = asyncio.ensure_future(infer(session, "slow", slow(60_000)))
+        behind_it = slow(1) | {"x": LARGE}
+        waiting = [asyncio.ensure_future(infer(session, "slow", behind_it)) for _ in range(100)]
         await until(lambda: session.calls_in_flight)
         session.leave()
         with pytest.raises(errors.Cancelled, match="the client was closed"):

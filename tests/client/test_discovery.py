@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.echo import EchoServer, start
+from support.server import reserved_port
 from thirdrail import Client, Unreachable, discovery
 from thirdrail.discovery import default_socket_path, find_address, parse_url
 from thirdrail.errors import InvalidArgument
@@ -16,18 +17,18 @@ from thirdrail.failures import START_A_SERVER
 
 
 @pytest.fixture(autouse=True)
-def runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A runtime directory of the test's own, and nobody in the other places: not a server of
     whoever runs the tests, either."""
     monkeypatch.setattr(discovery, "USERS_ROOT", tmp_path / "users")
     monkeypatch.setattr(discovery, "TEMPORARY_ROOT", tmp_path / "temporary")
     monkeypatch.delenv("THIRDRAIL_URL", raising=False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        monkeypatch.setattr(discovery, "DEFAULT_PORT", free.getsockname()[1])
     folder = tmp_path / "thirdrail"
     folder.mkdir()
-    return folder
+    with reserved_port() as port:
+        monkeypatch.setattr(discovery, "DEFAULT_PORT", port)
+        yield folder
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ LANES = 64
 LARGE = 1 << 14  # elements of FP32: by reference
 # A second or so: an engine's run is not cut short by a cancel.
 LONG = {"x": np.ones(1, np.float32), "turns": np.array(100_000)}
+FOR_EVER = LONG | {"turns": np.array(2_000_000_000)}
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +173,8 @@ def test_everybody_wakes_when_the_worker_is_killed(standard_repository: Path) ->
     with running_worker() as running:
         running.load(standard_repository, "slow", "identity_fp32")
         with calling(running) as caller, ThreadPoolExecutor(4) as pool:
-            waiting = [pool.submit(caller.infer, "slow", LONG) for _ in range(4)]
-            futures = [caller.submit("slow", LONG) for _ in range(4)]
+            waiting = [pool.submit(caller.infer, "slow", FOR_EVER) for _ in range(4)]
+            futures = [caller.submit("slow", FOR_EVER) for _ in range(4)]
             concurrent.futures.wait(futures, 0.05)  # a watcher waits as well
             kept = caller.infer("identity_fp32", of(3, LARGE), borrow=True)
             running.process.send_signal(signal.SIGKILL)

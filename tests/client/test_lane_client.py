@@ -144,7 +144,7 @@ def test_a_stream_must_be_entered(client: Client) -> None:
 
 
 def test_an_exception_inside_a_stream_cancels_what_is_open(client: Client) -> None:
-    long = {"x": np.ones(1, np.float32), "turns": np.array(50_000)}
+    long = {"x": np.ones(1, np.float32), "turns": np.array(150_000)}
     stream = client.stream()
     open_ones: list[Future[Result]] = []
 

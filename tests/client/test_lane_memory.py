@@ -151,7 +151,7 @@ def test_requests_wait_for_each_others_room(caller: Caller) -> None:
 
 
 def test_a_wait_for_room_ends_with_the_timeout(caller: Caller) -> None:
-    long = {"x": np.ones(12 * SIZE, np.float32), "turns": np.array(50_000)}
+    long = {"x": np.ones(12 * SIZE, np.float32), "turns": np.array(100_000)}
     holding = caller.submit("slow", long)
     with pytest.raises(errors.TimedOut):
         caller.infer("identity_fp32", {"x": np.ones(12 * SIZE, np.float32)}, timeout=0.05)
