@@ -143,8 +143,8 @@ def serve(
     """Serve the models of a repository over gRPC to the services of this host.
 
     \b
-    thirdrail serve models/                       # 127.0.0.1:8001 and the user's Unix socket
-    thirdrail serve models/ --no-tcp              # the Unix socket only
+    thirdrail serve models/             # on 127.0.0.1:8001 and a Unix socket
+    thirdrail serve models/ --no-tcp    # on the Unix socket only
     thirdrail serve models/ --model-control explicit --load-model digits
 
     Stop it with Ctrl-C or SIGTERM: it finishes what it has taken on first.

@@ -72,9 +72,10 @@ def compile(  # noqa: A001 the command's name
         EngineChoice,
         typer.Option(
             "--engine",
-            help="Whose plans. auto: as the model is configured, else TensorRT for "
-            "RTX where GPUs are named, else ONNX Runtime for this CPU. torch: AOTInductor's for "
-            "this CPU, which servers look for with torch_compile.",
+            metavar="ENGINE",
+            help=f"Whose plans: {', '.join(EngineChoice)}. auto: as the model is configured, else "
+            "TensorRT for RTX where GPUs are named, else ONNX Runtime for this CPU. torch: "
+            "AOTInductor's for this CPU, which servers look for with torch_compile.",
         ),
     ] = EngineChoice.AUTO,
     precision: Annotated[
@@ -94,11 +95,13 @@ def compile(  # noqa: A001 the command's name
     cache_dir: Annotated[
         Path | None,
         typer.Option(
-            "--cache-dir", help="The cache to fill. \\[default: the one that servers use]"
+            "--cache-dir",
+            metavar="DIR",
+            help="The cache to fill. \\[default: the one that servers use]",
         ),
     ] = None,
     cache_gib: Annotated[
-        float, typer.Option("--cache-gib", min=0, help="Its size.")
+        float, typer.Option("--cache-gib", metavar="GIB", min=0, help="Its size.")
     ] = _DEFAULTS.cache_bytes_max / GIB,
     derive_batching: Annotated[
         int,
@@ -110,18 +113,24 @@ def compile(  # noqa: A001 the command's name
         ),
     ] = 0,
     build_minutes_max: Annotated[
-        float, typer.Option("--build-minutes-max", min=0.01, help="How long one build may take.")
+        float,
+        typer.Option(
+            "--build-minutes-max", metavar="MINUTES", min=0.01, help="How long one build may take."
+        ),
     ] = _DEFAULTS.build_s_max / 60,
     build_memory_gib: Annotated[
-        float, typer.Option("--build-memory-gib", min=0, help="Memory of one build. 0: no limit.")
+        float,
+        typer.Option(
+            "--build-memory-gib", metavar="GIB", min=0, help="Memory of one build. 0: no limit."
+        ),
     ] = 0.0,
 ) -> None:
     """Compile models ahead of time, also for GPUs that are not here.
 
     \b
     thirdrail compile models/ --for sm86,sm89,sm120 --cache-dir plans/
-    thirdrail serve models/ --read-only-cache plans/     # on the machines with the GPUs
-    thirdrail compile a.onnx --for sm89 --profile x=1x3x32x32,4x3x64x64,8x3x128x128
+    thirdrail serve models/ --read-only-cache plans/     # where the GPUs are
+    thirdrail compile a.onnx --for sm89 --profile x=1x3x32,4x3x64,8x3x128
 
     Plans that are there already are left as they are. Exit code 1 when one could not be built or
     kept, and when there are no models.

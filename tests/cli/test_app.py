@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`thirdrail` itself: help, shared options, other packages' commands, and what is not installed."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -31,6 +32,19 @@ def test_help_teaches(typed: Thirdrail) -> None:
     commands = "models describe infer load unload health metrics top probe sessions"
     for name in commands.split():
         assert "Usage" in typed(name, "-h").out
+
+
+@pytest.mark.parametrize("name", ["top", "sessions", "probe", "serve", "compile"])
+def test_help_fills_the_lines_of_a_narrow_terminal(
+    typed: Thirdrail, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A line is short where a paragraph ends, and nowhere else; examples are not broken."""
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    text = typed(name, "--help").out.partition("╭")[0]
+    lines = [line.strip() for line in text.splitlines()]
+    for line, below in itertools.pairwise(lines):
+        word = below.partition(" ")[0]
+        assert not word or line.startswith("thirdrail ") or len(f"{line} {word}") > 77 or not line
 
 
 def test_version(typed: Thirdrail) -> None:
@@ -99,6 +113,7 @@ def act() -> None:
     [
         ("typer", "models", "pip install 'thirdrail[cli]'"),
         ("rich", "models", "pip install 'thirdrail[cli]'"),
+        ("onnxruntime", "compile /nowhere", "pip install 'thirdrail[server]'"),
         *(
             (module, "serve /nowhere", "pip install 'thirdrail[server]'")
             for module in NEEDED_MODULES

@@ -67,8 +67,12 @@ class _Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] in extensions.names():
-            return args[0], extensions.load(args[0]), args[1:]
-        return super().resolve_command(ctx, args)
+            ctx.invoked_subcommand = args[0]  # for the hint, if a package is missing
+            found = args[0], extensions.load(args[0]), args[1:]
+        else:
+            found = super().resolve_command(ctx, args)
+        _let_help_flow(found[1])
+        return found
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(
@@ -88,6 +92,18 @@ class _Commands(TyperGroup):
                 raise
             typer.echo(hint, err=True)
             raise typer.Exit(EXIT_USAGE) from None
+
+
+def _let_help_flow(command: Any) -> None:
+    """Paragraphs fill the terminal's lines, and are not broken where the docstring's are."""
+    if command is None:
+        return
+    paragraphs = (command.help or "").split("\n\n")
+    command.help = "\n\n".join(
+        each if each.startswith("\b") else " ".join(each.split()) for each in paragraphs
+    )
+    for each in getattr(command, "commands", {}).values():
+        _let_help_flow(each)
 
 
 def shared_options_first(args: list[str], names: set[str]) -> list[str]:

@@ -13,6 +13,7 @@ CacheDir = Annotated[
     option(
         "Where plans are kept. \\[default: thirdrail/plans in the user's cache folder]",
         "--cache-dir",
+        metavar="DIR",
     ),
 ]
 CacheGib = Annotated[
@@ -24,6 +25,7 @@ ReadOnlyCache = Annotated[
     option(
         "Another cache, filled elsewhere, that is looked into as well. Repeatable.",
         "--read-only-cache",
+        metavar="DIR",
     ),
 ]
 BuildMinutesMax = Annotated[float, option("How long one build may take.", "--build-minutes-max")]
