@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An unload ends the loads of its model that were asked for before, whatever they wait for."""
+"""Loads that wait: an unload ends those that were asked for before, whatever they wait for; the
+death of their worker ends only those of callers who are there to be told."""
 
 import asyncio
 from typing import Any
 
 import pytest
 
-from thirdrail.errors import Cancelled
-from thirdrail_server.config import CompileConfig, WorkerConfig
+from thirdrail.errors import Cancelled, Unavailable
+from thirdrail_server.config import CompileConfig, MemoryBudget, WorkerConfig
 
 EXPLICIT: dict[str, Any] = {"model_control": "explicit"}
 MEANWHILE = "loading 'm' ended early: the model was unloaded meanwhile"
@@ -64,3 +65,33 @@ async def test_a_model_does_not_come_back_that_was_unloaded_while_its_worker_was
         await plane.until(lambda: plane.catalog.is_ready("other"))
         await plane.control.load("other")  # behind whatever was ordered before
         assert plane.reason("m") == "unloaded"
+
+
+async def test_a_load_that_waits_for_room_survives_its_worker(
+    repository: Any, open_plane: Any
+) -> None:
+    repository.write("m")
+    settings = {"load_models": ("m",), "memory": MemoryBudget(bytes_max=1000), **EXPLICIT}
+    async with open_plane(**settings) as plane, asyncio.timeout(LONG_S):
+        (models,) = plane.control.workers
+        async with models._room._deciding:
+            await plane.until(lambda: plane.reason("m") == "loading")
+            await plane.kill_worker()
+        await plane.until(plane.catalog.all_ready)
+
+
+async def test_what_serves_comes_back_beside_a_load_that_waited_for_room(
+    repository: Any, open_plane: Any
+) -> None:
+    repository.write("m")
+    settings = {"load_models": ("m",), "memory": MemoryBudget(bytes_max=1000), **EXPLICIT}
+    async with open_plane(**settings) as plane, asyncio.timeout(LONG_S):
+        await plane.until(plane.catalog.all_ready)
+        (models,) = plane.control.workers
+        async with models._room._deciding:
+            load = asyncio.create_task(plane.control.load("m"))
+            await plane.until(lambda: plane.catalog.get("m").load_phase)
+            await plane.kill_worker()
+        with pytest.raises(Unavailable, match="is not running"):
+            await load
+        await plane.until(plane.catalog.all_ready)

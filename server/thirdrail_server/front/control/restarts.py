@@ -5,7 +5,7 @@ A model whose load was under way when the worker died is a suspect. One suspect 
 culprit: it is not loaded again until it changes or somebody asks for it, so a poison model costs
 one restart, not an endless row of them. Of several, each is tried again with no other load beside
 it, so that the next death names one. A load that waits for a build, which another process does, is
-no suspect.
+no suspect, nor is one that waits for room.
 """
 
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ class Verdict(Enum):
 
     BROKEN = "it alone was being loaded: it killed the worker"
     RETRY_ALONE = "others were being loaded too: try again with none beside it"
-    RETRY = "it was being built, in another process: try again"
+    RETRY = "it was being built, in another process, or had not begun: try again"
 
 
 Source = TypeVar("Source")
@@ -115,4 +115,4 @@ class LoadLedger(Generic[Source]):
 
     def verdict(self, name: str) -> Verdict:
         """About a load that failed because the worker died."""
-        return self._verdicts.pop(name, Verdict.BROKEN)
+        return self._verdicts.pop(name, Verdict.RETRY)

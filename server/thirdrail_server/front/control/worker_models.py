@@ -219,11 +219,11 @@ class WorkerModels:
             instances=instances,
         )
         self._catalog.begin_load(name, dict(command.versions), self.name)
-        self._ledger.begin(name)
         try:
             prepared = replace(prepared, command=command)
             loaded = order.settled(await self._load_with_room(order, prepared, progress))
-        except WorkerDied:
+        except Unavailable:  # the worker is gone, or about to: its death is told elsewhere
+            self._ledger.fail(name)
             raise
         except Cancelled as error:
             self._ledger.fail(name)
@@ -262,9 +262,11 @@ class WorkerModels:
         while True:
             async with self._room.made(need, may_interrupt=may_interrupt):
                 order.require_wanted()
+                self._ledger.begin(name)
                 try:
                     return await load_in_worker(self._worker, prepared, tell)
                 except TooLarge as error:
+                    self._ledger.fail(name)
                     if need.is_measured:
                         text = f"it takes {mib(error.size)}, which others took meanwhile"
                         raise ResourceExhausted(text) from None
