@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """One execution of a program at a time, with the copies of others beside it."""
 
+import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from thirdrail.tensors import Array
 from thirdrail_engines.cuda.activations import Share
+from thirdrail_engines.cuda.capture import captured
 from thirdrail_engines.cuda.device import Device, Graph, Stream
 from thirdrail_engines.cuda.graph_cache import GraphCache, Way
 from thirdrail_engines.cuda.layout import Layout, lay_out
@@ -130,7 +132,7 @@ class Instance:
                         target = slot.input_block + layout.offsets[name]
                         stream.copy(target, tensor.address, tensor.nbytes)
                 with self._share.lent(stream) as memory:
-                    shapes, is_copied = self._calculate_placed(
+                    shapes, is_at_rest = self._calculate_placed(
                         slot, request, inputs, layout, placement, memory
                     )
                 sources = slot.sources(specs.outputs, shapes)
@@ -139,7 +141,7 @@ class Instance:
                     fetched = transfers.fetch(specs.outputs, shapes, sources, stream)
                 placement.given(stream)
                 stream.record(slot.is_out)
-            if inputs.host or inputs.copied or is_copied or fetched is not None:
+            if inputs.host or inputs.copied or not is_at_rest or fetched is not None:
                 slot.is_out.wait()
             if fetched is not None:
                 results.update(fetched())
@@ -159,9 +161,10 @@ class Instance:
         placement: Placement,
         memory: int,
     ) -> tuple[dict[str, Shape], bool]:
-        """Give the run to the device. Returns the outputs' shapes, and whether results were copied
-        to where they stay: where only the run tells how large one is. Never by a graph, which would
-        have to be recorded for each address."""
+        """Give the run to the device. Returns the outputs' shapes, and whether the slot's memory
+        stays where it is: not where only the run tells how large an output is, for which the next
+        run may need more. Such are copied to where they stay. Never by a graph, which would have to
+        be recorded for each address."""
         slot.begin()
         context = self._context
         assert context is not None
@@ -181,9 +184,14 @@ class Instance:
             for name, address in placement.place(sizes).items():
                 if sizes[name]:
                     self._compute.copy(address, sources[name], sizes[name])
-        return shapes, is_copied
+        return shapes, not rooms
 
     def close(self) -> None:
+        """Waits for what `run_placed` has left under way: nothing else does, and memory in use must
+        not be freed."""
+        for stream in self._streams:
+            with contextlib.suppress(EngineError):  # of a run that is over
+                stream.synchronize()
         for recording in self.graphs.clear():
             recording.graph.close()
         for slot in self.slots:
@@ -226,7 +234,7 @@ class Instance:
         rooms = self._bind(context, slot, layout, outputs)
         self._enqueue(context, rooms, memory)
         if way is Way.RECORD:
-            self._record(context, key, outputs, memory)
+            self._record(context, key, outputs, lambda: self._give(context, memory))
         return outputs | {name: room.shape for name, room in rooms.items()}
 
     def _bind(
@@ -266,39 +274,18 @@ class Instance:
         context.enqueue(self._compute)
 
     def _record(
-        self, context: Context, key: object, outputs: dict[str, Shape], memory: int
+        self, context: Context, key: object, outputs: dict[str, Shape], give: Callable[[], None]
     ) -> None:
         """Record what has just run. A failure costs the graph and not the run."""
         if -1 in {dim for shape in outputs.values() for dim in shape} or not context.can_record(
             self._compute
         ):
             return self.graphs.refuse(key)
-        graph = self._captured(context, memory)
+        graph = captured(self._device, self._compute, give)
         if graph is None:
             return self.graphs.refuse(key)
         for recording in self.graphs.keep(key, _Recording(graph, outputs)):
             recording.graph.close()  # one that is under way is freed when it is done
-
-    def _captured(self, context: Context, memory: int) -> Graph | None:
-        """None: it cannot be captured. Raises DeviceLost."""
-        try:
-            self._compute.begin_capture()
-        except EngineError:
-            return None
-        is_enqueued = True
-        try:
-            self._give(context, memory)
-        except EngineError:
-            is_enqueued = False
-        try:
-            graph = self._compute.end_capture()  # in any case: nothing else runs before that
-        except EngineError:
-            graph = None
-        if is_enqueued or graph is None:
-            return graph
-        graph.close()
-        self._device.check()
-        return None
 
     def _quiesce(self) -> None:
         """After a failure: nothing may still copy from or to memory that is about to be given
