@@ -20,7 +20,7 @@ from thirdrail.lane.exports import SharedTensor, text_of_token, token_of_text
 from thirdrail.v1 import sessions_pb2, sessions_pb2_grpc
 
 X = np.arange(6 * 4096, dtype=np.float32)  # whole pages, and never inline
-SETTLE_S_MAX = 10
+SETTLE_S_MAX = 30
 
 NewClient = Callable[..., thirdrail.Client]
 
@@ -39,7 +39,7 @@ def new_client(server: RunningServer) -> Iterator[NewClient]:
     gc.collect()  # arrays that a failed assertion or a caught error still has
     for client in clients:
         client.close()
-    settle(lambda: shared(server) == before, server)
+    settle(lambda: no_more_than(before, server), server)
 
 
 def shared(server: RunningServer) -> tuple[int, int, int]:
@@ -52,6 +52,11 @@ def shared(server: RunningServer) -> tuple[int, int, int]:
         sum(each.imports for each in sessions),
         sum(each.shared_bytes for each in sessions),
     )
+
+
+def no_more_than(before: tuple[int, int, int], server: RunningServer) -> bool:
+    """Less will do: clients of earlier tests may have let go meanwhile."""
+    return all(now <= then for now, then in zip(shared(server), before, strict=True))
 
 
 def settle(holds: Callable[[], bool], server: RunningServer) -> None:
@@ -297,7 +302,7 @@ def run_async(server: RunningServer) -> Iterator[Callable[[AsyncBody], None]]:
 
     yield lambda body: asyncio.run(with_clients(body))
     gc.collect()
-    settle(lambda: shared(server) == before, server)
+    settle(lambda: no_more_than(before, server), server)
 
 
 def test_asyncio_hands_over_too(run_async: Callable[[AsyncBody], None]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from server.test_lives import is_gone
 from support.holdings import Watch
 from support.killable import until
 from support.models import identity, write
@@ -238,7 +239,7 @@ def test_the_front_dies_and_the_importer_reads_on(mortal: RunningServer) -> None
         detector.do("receive", camera.do("export"))
         mortal.process.kill()
         mortal.process.wait()
-        until(lambda: not Path(f"/proc/{worker}").exists())
+        until(lambda: is_gone(worker))
         assert detector.do("read")
         with pytest.raises(Refused, match=r"Unavailable|Unreachable"):
             detector.do("infer")

@@ -25,7 +25,7 @@ PAGE = mmap.PAGESIZE
 PICTURE = np.arange(3 * 5 * PAGE, dtype=np.float32).reshape(3, 5, PAGE)  # 240 KiB
 SMALL = np.arange(8, dtype=np.float32)
 LANES = 256
-SETTLE_S_MAX = 10
+SETTLE_S_MAX = 30
 
 NewPeer = Callable[[], HandOverPeer]
 

@@ -109,7 +109,7 @@ def _dies(folder: Path, step: str, number: int) -> bool:
 
 def _nobody_is_locked_out(cache: PlanCache) -> None:
     gives_up = threading.Event()
-    timer = threading.Timer(10, gives_up.set)
+    timer = threading.Timer(60, gives_up.set)
     timer.start()
     with cache.building(key("new"), gives_up, tell_nobody):
         timer.cancel()

@@ -90,11 +90,12 @@ def use_plan(pipe: Connection, folder: Path, name: str) -> None:
 
 
 def keep_getting(pipe: Connection, folder: Path, names: list[str]) -> None:
-    """Until it is told to stop. Says how many hits there were, and how many of them were wrong."""
+    """Until it is told to stop and has had a hit. Says how many hits there were, and how many of
+    them were wrong."""
     hits = wrong = 0
     with PlanCache(folder, 100 * MIB) as cache:
         pipe.send("ready")
-        while not pipe.poll():
+        while not hits or not pipe.poll():
             for name in names:
                 plan = cache.get(key(name))
                 if plan is not None:
