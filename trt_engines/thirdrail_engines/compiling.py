@@ -22,6 +22,8 @@ from thirdrail_engines.cuda.device import Device
 from thirdrail_engines.cuda.options import CudaOptions
 from thirdrail_engines.plan_cache import (
     CacheFolderError,
+    Digest,
+    KnownDigests,
     Manifest,
     Plan,
     PlanCache,
@@ -46,6 +48,7 @@ class CompileServices:
 
     cache: None to keep no plans. device: where engines for a GPU go; None: the first there is.
     building: entered for as long as a plan is built or waited for; what it raises ends the load.
+    digest: of a file, to look plans up by.
     """
 
     cache: PlanCache | None = None
@@ -55,6 +58,7 @@ class CompileServices:
     building: Callable[[], AbstractContextManager[None]] = nullcontext
     device: Device | None = None
     cuda: CudaOptions = field(default_factory=CudaOptions)
+    digest: Digest = field(default_factory=KnownDigests)
 
 
 def compile_plan(request: PlanRequest, services: CompileServices) -> tuple[Plan, bool]:
@@ -62,7 +66,7 @@ def compile_plan(request: PlanRequest, services: CompileServices) -> tuple[Plan,
 
     Raises BuildError, or ModelFileError when the source or a plugin cannot be read.
     """
-    key = key_of(request)
+    key = key_of(request, services.digest)
     plan = services.cache.get(key) if services.cache else None
     if plan is not None:
         return plan, True

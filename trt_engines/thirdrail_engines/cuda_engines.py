@@ -33,7 +33,7 @@ def facts_for(engine: str, services: CompileServices) -> DeviceFacts:
 
 
 def is_cuda(engine: Engine) -> "TypeGuard[CudaEngine]":
-    """Whether it works in a device's memory. A worker for the CPU never imports how that is done."""
+    """Whether it works in a device's memory. A worker for the CPU never imports such an engine."""
     if not engine.spec.overlapped_runs:
         return False
     from thirdrail_engines.cuda.engine import CudaEngine

@@ -82,7 +82,7 @@ class WantedPlans:
             return None
         try:
             request = self._of_tensorrt(builder, version, names, device, inputs, frozenset())
-            return request if cache.has(key_of(request)) else None
+            return request if cache.has(key_of(request, self._services.digest)) else None
         except ModelFileError:  # of which the model itself may know better
             return None
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from thirdrail_engines import Inspector
 from thirdrail_engines.compile_options import OnFailure
@@ -27,6 +28,9 @@ from thirdrail_server.worker.loading import EngineWish, PreparedVersion, prepare
 from thirdrail_server.worker.memory import Scale, Weighing
 from thirdrail_server.worker.plans import Plans, may_build
 from thirdrail_server.worker.worker_device import WorkerDevice
+
+if TYPE_CHECKING:
+    from thirdrail_engines.compiling import CompileServices
 
 WAITING = "waiting to build"  # the phase that is told
 
@@ -75,11 +79,16 @@ class Loaders:
                 derive_batch_rows=config.derive_batch_rows,
             )
         builds = await asyncio.to_thread(may_build, path, options)
+        services: CompileServices | None = None
 
         def prepare(building_of: Callable[[Weighing], Building]) -> PreparedVersion:
+            nonlocal services
             with self._scale.weigh() as weighing:
                 building = building_of(weighing)
-                services = self._plans.services(tell, cancelled, building) if builds else None
+                if services is not None:  # which know by now what the model's files contain
+                    services = replace(services, building=building)
+                elif builds:
+                    services = self._plans.services(tell, cancelled, building)
                 prepared = prepare_version(
                     command.name,
                     version,

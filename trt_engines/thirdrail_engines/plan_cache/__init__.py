@@ -15,7 +15,8 @@ All locks are flock's, which end with the process that holds them, however it en
 """
 
 from thirdrail_engines.plan_cache.cache import PlanCache
-from thirdrail_engines.plan_cache.key import PlanKey, digest_of, key_of
+from thirdrail_engines.plan_cache.digests import Digest, KnownDigests, digest_of
+from thirdrail_engines.plan_cache.key import PlanKey, key_of
 from thirdrail_engines.plan_cache.layout import default_folder
 from thirdrail_engines.plan_cache.manifest import Manifest
 from thirdrail_engines.plan_cache.reading import Plan
@@ -23,6 +24,8 @@ from thirdrail_engines.plan_cache.trust import CacheFolderError
 
 __all__ = [
     "CacheFolderError",
+    "Digest",
+    "KnownDigests",
     "Manifest",
     "Plan",
     "PlanCache",

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which files an ONNX model keeps weights in, found without parsing the model.
 
-Only the messages that can hold a tensor are walked; everything else is skipped by its length, so
-the cost grows with the number of nodes and not with the bytes. The field
-numbers are those of onnx.proto3 (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto3), the
-encoding is https://protobuf.dev/programming-guides/encoding/.
+Only the messages that can hold a tensor are walked, and of the small ones only those with the word
+in them that an external weight cannot do without; everything else is skipped by its length. So the
+cost grows with the number of nodes and not with the bytes. The field numbers are those of
+onnx.proto3 (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto3), the encoding is
+https://protobuf.dev/programming-guides/encoding/.
 """
 
 import os
@@ -28,10 +29,12 @@ _WALK: dict[str, dict[int, str]] = {
     "Tensor": {13: "Entry"},
 }
 _KEY, _VALUE = 1, 2  # of an Entry (StringStringEntryProto)
+_LOCATION = b"location"
 
 _WINDOW_BYTES = 1 << 16
 _VARINT_BYTES_MAX = 10
 _PLACE_BYTES_MAX = 4096
+_SEARCHED_BYTES_MAX = 4096
 
 
 def weights_beside(source: Path) -> list[str]:
@@ -93,10 +96,16 @@ def _locations(data: _Bytes, at: int, end: int, kind: str, depth: int) -> Iterat
         inner = walk.get(number)
         if inner == "Entry":
             entry = {n: _text(data, a, b) for n, a, b in _fields(data, start, stop)}
-            if entry.get(_KEY) == "location":
+            if entry.get(_KEY) == _LOCATION.decode():
                 yield entry.get(_VALUE, "")
-        elif inner is not None:
+        elif inner is not None and _may_name_a_place(data, start, stop):
             yield from _locations(data, start, stop, inner, depth + 1)
+
+
+def _may_name_a_place(data: _Bytes, start: int, stop: int) -> bool:
+    """Whether a message has to be walked: the large ones have, without reading their weights."""
+    size = stop - start
+    return size > _SEARCHED_BYTES_MAX or _LOCATION in data.at(start, size)
 
 
 def _text(data: _Bytes, start: int, stop: int) -> str:
@@ -125,8 +134,11 @@ def _fields(data: _Bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _varint(data: _Bytes, at: int) -> tuple[int, int]:
+    found = data.at(at, _VARINT_BYTES_MAX)
+    if found and found[0] < 0x80:  # nearly all are
+        return found[0], at + 1
     value = 0
-    for index, byte in enumerate(data.at(at, _VARINT_BYTES_MAX)):
+    for index, byte in enumerate(found):
         value |= (byte & 0x7F) << (7 * index)
         if byte < 0x80:
             return value, at + index + 1

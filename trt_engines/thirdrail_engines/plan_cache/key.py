@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thirdrail_engines.engine import ModelFileError
+from thirdrail_engines.plan_cache.digests import Digest, digest_of
 from thirdrail_engines.plan_cache.external_weights import weights_beside
 from thirdrail_engines.plans import PlanRequest
 
 KEY_FORMAT = 1  # another one makes every older plan a miss
-PIECE_BYTES = 1 << 18  # stays in a core's cache between being read and being hashed
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +28,19 @@ class PlanKey:
     parts: Mapping[str, str]
 
 
-def key_of(request: PlanRequest) -> PlanKey:
+def key_of(request: PlanRequest, digest: Digest = digest_of) -> PlanKey:
     """Reads the source, the weights that an .onnx file keeps beside itself, and the plugins.
 
+    digest: of a file, for those who have KnownDigests.
     Raises ModelFileError for what cannot be read.
     """
     values: dict[str, Any] = {"key_format": KEY_FORMAT}
     for each in dataclasses.fields(request):
         if each.compare:
-            values[each.name] = _plain(getattr(request, each.name))
+            values[each.name] = _plain(getattr(request, each.name), digest)
     values["source_format"] = request.source.suffix
     values["weights"] = {
-        location: digest_of(request.source.parent / location)
+        location: digest(request.source.parent / location)
         for location in weights_beside(request.source)
     }
     # A builder is told one capability after the other, and makes the same plan in any order.
@@ -49,16 +49,16 @@ def key_of(request: PlanRequest) -> PlanKey:
     return PlanKey(hashlib.sha256(_json(values).encode()).hexdigest(), parts)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, digest: Digest) -> Any:
     """What JSON tells apart wherever two requests differ; mappings in one order, files as bytes."""
     if isinstance(value, Path):
-        return digest_of(value)
+        return digest(value)
     if isinstance(value, tuple):
-        return [_plain(each) for each in value]
+        return [_plain(each, digest) for each in value]
     if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
+        return {str(name): _plain(each, digest) for name, each in value.items()}
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: _plain(getattr(value, f.name), digest) for f in dataclasses.fields(value)}
     if isinstance(value, str):  # also the members of a StrEnum
         return str(value)
     assert value is None or isinstance(value, int), f"no plain form of {value!r}"
@@ -67,17 +67,3 @@ def _plain(value: Any) -> Any:
 
 def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def digest_of(path: Path) -> str:
-    """Of a file's content, as the parts of a key have it. Raises ModelFileError."""
-    piece = memoryview(bytearray(PIECE_BYTES))
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(piece):
-                digest.update(piece[:count])
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ModelFileError(f"cannot read {path}: {reason}") from None
-    return f"sha256:{digest.hexdigest()}"
