@@ -4,7 +4,7 @@
 import contextlib
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,19 +50,19 @@ def model(tmp_path: Path) -> Path:
     return path
 
 
-def caught_builder() -> psutil.Process:
-    """The process that builds, as soon as there is one: it has not yet read what to build."""
-    found: list[psutil.Process] = []
+def catch_builder(act: Callable[[psutil.Process], None]) -> None:
+    """Do that to the process that builds as soon as there is one: it has not yet read what to
+    build."""
 
-    def is_there() -> bool:
+    def is_caught() -> bool:
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.NoSuchProcess):  # others come and go
                 if "child.py" in " ".join(child.cmdline()):
-                    found.append(child)
-        return bool(found)
+                    act(child)
+                    return True
+        return False
 
-    until(is_there)
-    return found[0]
+    until(is_caught)
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -135,7 +135,7 @@ def test_a_cancelled_build_leaves_nothing(cache: PlanCache, folder: Path, model:
     services = Services(cache)
     with ThreadPoolExecutor(1) as pool:
         building = pool.submit(compile_plan, request_for(model), services.given)
-        caught_builder().suspend()  # or it might be done before the cancel is seen
+        catch_builder(psutil.Process.suspend)  # or it might be done before the cancel is seen
         services.cancelled.set()
         with pytest.raises(BuildError) as caught:
             building.result()
@@ -149,7 +149,7 @@ def test_a_killed_build_is_an_error_and_the_next_succeeds(
 ) -> None:
     with ThreadPoolExecutor(1) as pool:
         building = pool.submit(compile_plan, request_for(model), Services(cache).given)
-        caught_builder().kill()
+        catch_builder(psutil.Process.kill)
         with pytest.raises(BuildError, match="was ended by SIGKILL") as caught:
             building.result()
     assert caught.value.fault is BuildFault.CRASHED

@@ -44,6 +44,8 @@ def device() -> Iterator[TwinDevice]:
 
 def test_two_processes_share_memory_and_the_order_of_their_work(device: TwinDevice) -> None:
     memory, events, stream = device.share_memory(5), device.share_events(2), device.new_stream()
+    assert memory.nbytes == 2 << 20
+    assert [each.is_done() for each in events.in_ready[:2]] == [True, True]  # nothing is recorded
     fds = [memory.export(), *events.export()]
     command = [sys.executable, "-c", OTHER]
     command += [str(each) for each in (fds[0], memory.nbytes, *fds[1:])]
@@ -53,8 +55,6 @@ def test_two_processes_share_memory_and_the_order_of_their_work(device: TwinDevi
     assert other.stdin is not None
     assert other.stdout is not None
     try:
-        assert memory.nbytes == 2 << 20
-        assert [events.in_ready[1].is_done(), events.in_ready[0].is_done()] == [True, True]
         assert other.stdout.readline() == "recorded\n"
         assert not events.in_ready[1].is_done()
         with stream.held():
