@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a build cannot see, reach or outlive."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import psutil
 import pytest
 
 from support.killable import until
-from thirdrail_engines.builds import BuildLimits, BuiltPlan, run_build
+from thirdrail_engines.builds import BuildLimits, BuiltPlan, memory_group, run_build
 from thirdrail_engines.builds.environment import build_environment
 from thirdrail_engines.plans import PlanRequest
 
@@ -179,3 +180,36 @@ def wait_for_child(pid: int) -> psutil.Process:
             return children[0]
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
+
+
+def test_a_group_goes_with_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which have just been killed, and still end."""
+    with group_of_the_kernel() as folder, subprocess.Popen(["sleep", "600"]) as child:
+        (folder / "cgroup.procs").write_text(str(child.pid))
+        monkeypatch.setattr(memory_group, "_made", lambda *_: folder)
+        with memory_group.of(child.pid, 1):
+            assert child.poll() is None
+        assert not folder.exists()
+        assert child.wait() == -signal.SIGKILL
+
+
+@contextlib.contextmanager
+def group_of_the_kernel() -> Iterator[Path]:
+    """A new one, of no controller, where we may make one."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    roots = [Path(mount[1]) for mount in mounts if mount[2] == "cgroup2"]
+    folder = next(iter(roots), Path("/sys/fs/cgroup")) / f"thirdrail-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+        (folder / "cgroup.kill").open("r+").close()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        pytest.skip(f"no group can be made: {error}")
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / "cgroup.kill").write_text("1")
+            until(lambda: not (folder / "cgroup.procs").read_text())
+            folder.rmdir()

@@ -8,11 +8,15 @@ is none. Documented in the kernel's admin-guide/cgroup-v2.rst.
 """
 
 import contextlib
+import errno
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 _ROOT = Path("/sys/fs/cgroup")
+_EMPTY_S_MAX = 1.0  # for killed processes to be gone, which takes milliseconds
+_LOOK_S = 0.005
 
 
 class MemoryGroup:
@@ -34,7 +38,7 @@ class MemoryGroup:
 
 @contextlib.contextmanager
 def of(pid: int, bytes_max: int) -> Iterator[MemoryGroup]:
-    """Put a process into a group of its own, for as long as the context lasts.
+    """Put a process into a group of its own, for as long as the context lasts. Never raises.
 
     All of its processes are killed at the end. bytes_max: 0 for none, and then there is no group.
     """
@@ -45,8 +49,19 @@ def of(pid: int, bytes_max: int) -> Iterator[MemoryGroup]:
         if folder is not None:
             with contextlib.suppress(OSError):
                 (folder / "cgroup.kill").write_text("1")
-            with contextlib.suppress(OSError):  # stays behind, empty, while its processes still end
-                folder.rmdir()
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """It stays behind, empty, where a killed process does not end."""
+    ends_s = time.monotonic() + _EMPTY_S_MAX
+    while True:  # ends: with the last process, or in time
+        try:
+            return folder.rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > ends_s:
+                return None
+        time.sleep(_LOOK_S)
 
 
 def _made(pid: int, bytes_max: int) -> Path | None:

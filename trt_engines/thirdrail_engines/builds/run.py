@@ -108,13 +108,13 @@ class _Build:
         home = folder / "home"
         home.mkdir(mode=0o700)
         process = _start([*command, str(os.getpid()), str(self._limits.niceness)], folder, home)
-        try:
-            with memory_group.of(process.pid, self._limits.memory_bytes_max) as group:
+        with memory_group.of(process.pid, self._limits.memory_bytes_max) as group:
+            try:
                 _hand_over(process, order)
                 self._attend(process, self._began_s + self._limits.seconds_max)
                 was_kernel = group.was_exceeded() or kernel_oom_kills() > kills_before
-        finally:
-            _end(process)
+            finally:
+                _end(process)  # before its group, which goes when it is empty
         self._check_end(process.returncode, was_kernel)
         assert self._result is not None
         return BuiltPlan(
