@@ -13,12 +13,20 @@ from google.protobuf import text_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from thirdrail.statuses import REASON_KEY
-from thirdrail.v1 import metrics_pb2, metrics_pb2_grpc, models_pb2, models_pb2_grpc
+from thirdrail.v1 import (
+    inference_pb2,
+    metrics_pb2,
+    metrics_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+    sessions_pb2,
+)
 from thirdrail_server.front.control import metrics_service
 from thirdrail_server.front.control.access import ControlAccess
-from thirdrail_server.front.control.health import HealthServicer
+from thirdrail_server.front.control.health import SERVER_NAMES, HealthServicer
 from thirdrail_server.front.control.metrics_service import MetricsEndpoint, MetricsServicer
 from thirdrail_server.front.control.models_service import ModelsServicer
+from thirdrail_server.inference import grpc_service_pb2
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -183,6 +191,12 @@ async def test_watch_tells_the_state_then_the_changes_then_the_end(
         plane.catalog.begin_stop()
         with pytest.raises(grpc.aio.AioRpcError, match="the server is stopping"):
             _ = [each async for each in watch]
+
+
+def test_the_name_of_each_service_is_known_to_health() -> None:
+    modules = (inference_pb2, models_pb2, metrics_pb2, sessions_pb2, grpc_service_pb2)
+    services = [each for module in modules for each in module.DESCRIPTOR.services_by_name.values()]
+    assert {"", *(each.full_name for each in services)} == set(SERVER_NAMES)
 
 
 async def test_health_follows_the_catalog(repository: Any, open_plane: Any, tmp_path: Path) -> None:

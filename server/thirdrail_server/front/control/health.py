@@ -27,6 +27,7 @@ SERVER_NAMES = (
     "thirdrail.v1.Inference",
     "thirdrail.v1.Models",
     "thirdrail.v1.Metrics",
+    "thirdrail.v1.Sessions",
     "inference.GRPCInferenceService",
 )
 
