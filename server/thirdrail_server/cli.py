@@ -23,6 +23,7 @@ from thirdrail_server.config import (
     SessionLimits,
     SwapOverBudget,
     WorkerConfig,
+    bytes_of_gib,
 )
 from thirdrail_server.serve_options import (
     compiling,
@@ -176,11 +177,11 @@ def serve(
             shutdown_s_max=shutdown_seconds,
             devices=models.devices_of(devices),
             memory=MemoryBudget(
-                round(memory_gib * GIB),
+                bytes_of_gib("bytes_max", memory_gib),
                 over_budget,
                 swap,
                 evict_after,
-                round(device_memory_gib * GIB),
+                bytes_of_gib("device_bytes_max", device_memory_gib),
             ),
             busy_poll_us=busy_poll_us,
             worker=WorkerConfig(
@@ -190,10 +191,10 @@ def serve(
                 derive_batch_rows=derive_batching,
                 compiling=CompileConfig(
                     cache_dir=cache_dir.absolute() if cache_dir else compiling.default_cache(),
-                    cache_bytes_max=round(cache_gib * GIB),
+                    cache_bytes_max=bytes_of_gib("cache_bytes_max", cache_gib),
                     read_only_caches=tuple(each.absolute() for each in read_only_cache or ()),
                     build_s_max=build_minutes_max * 60,
-                    build_memory_bytes_max=round(build_memory_gib * GIB),
+                    build_memory_bytes_max=bytes_of_gib("build_memory_bytes_max", build_memory_gib),
                     builds_at_once_max=builds_at_once,
                     falls_back=fallback,
                 ),

@@ -9,6 +9,7 @@ all sessions but the front's; engines take what their models take.
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -21,6 +22,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 PORT_MAX = 65535
 UID_MAX = 2**32 - 1  # this one means "none" to the kernel
+GRPC_BOUND_MAX = 2_000_000_000  # gRPC's own numbers have 32 bits
 
 
 class ConfigError(Exception):
@@ -31,6 +33,13 @@ def _require(settings: object, name: str, least: int) -> None:
     value = getattr(settings, name)
     if not value >= least:  # so that nan is refused as well
         raise ConfigError(f"{name} must be {least} or more, got {value}")
+
+
+def bytes_of_gib(name: str, gib: float) -> int:
+    """name: the setting's. Raises ConfigError for what is no amount."""
+    if not math.isfinite(gib):
+        raise ConfigError(f"{name} must be a number of GiB, got {gib}")
+    return round(gib * GIB)
 
 
 def host_and_port(address: str) -> tuple[str, int]:
@@ -331,6 +340,11 @@ class ServerConfig:
             "upload_bytes_max",
         ):
             _require(self, name, 1)
+        for name in ("concurrent_calls_max", "connections_max"):
+            if getattr(self, name) > GRPC_BOUND_MAX:
+                raise ConfigError(
+                    f"{name} must be at most {GRPC_BOUND_MAX}, got {getattr(self, name)}"
+                )
         _require(self, "shutdown_s_max", 0)
         _require(self, "busy_poll_us", 0)
         if not self.poll_interval_s > 0:

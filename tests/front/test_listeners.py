@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Why a server cannot listen, and which settings are refused: in words, before anything starts."""
 
+import math
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from thirdrail_server.config import ConfigError, ServerConfig, WorkerConfig, host_and_port
+from thirdrail_server.config import (
+    ConfigError,
+    ServerConfig,
+    WorkerConfig,
+    bytes_of_gib,
+    host_and_port,
+)
 from thirdrail_server.front.listeners import why_not_bindable
 
 
@@ -50,6 +57,11 @@ def test_what_is_no_address_is_refused(address: str) -> None:
     [
         ({"metrics_port": 65536}, "metrics_port must be 0 to 65535, got 65536"),
         ({"connections_max": 0}, "connections_max must be 1 or more, got 0"),
+        (
+            {"connections_max": 1 << 32},
+            "connections_max must be at most 2000000000, got 4294967296",
+        ),
+        ({"concurrent_calls_max": 1 << 32}, "concurrent_calls_max must be at most 2000000000"),
         ({"message_bytes_max": -1}, "message_bytes_max must be 1 or more, got -1"),
         ({"shutdown_s_max": -1.0}, "shutdown_s_max must be 0 or more, got -1.0"),
         ({"shutdown_s_max": float("nan")}, "shutdown_s_max must be 0 or more, got nan"),
@@ -60,6 +72,13 @@ def test_what_is_no_address_is_refused(address: str) -> None:
 def test_settings_of_the_server_are_checked(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         ServerConfig(Path("models"), **settings)
+
+
+def test_an_amount_of_memory_is_a_number() -> None:
+    assert bytes_of_gib("bytes_max", 1.5) == 3 << 29
+    for gib in (math.inf, math.nan):
+        with pytest.raises(ConfigError, match=f"bytes_max must be a number of GiB, got {gib}"):
+            bytes_of_gib("bytes_max", gib)
 
 
 @pytest.mark.parametrize(
