@@ -29,10 +29,12 @@ class ConfigError(Exception):
     """A setting is wrong. The text names it, what was expected and what came."""
 
 
-def _require(settings: object, name: str, least: int) -> None:
+def _require(settings: object, name: str, least: int, most: float = math.inf) -> None:
     value = getattr(settings, name)
     if not value >= least:  # so that nan is refused as well
         raise ConfigError(f"{name} must be {least} or more, got {value}")
+    if value > most:
+        raise ConfigError(f"{name} must be at most {most}, got {value}")
 
 
 def bytes_of_gib(name: str, gib: float) -> int:
@@ -332,19 +334,10 @@ class ServerConfig:
             host_and_port(self.address)
         if self.metrics_port is not None and not 0 <= self.metrics_port <= PORT_MAX:
             raise ConfigError(f"metrics_port must be 0 to {PORT_MAX}, got {self.metrics_port}")
-        for name in (
-            "message_bytes_max",
-            "concurrent_calls_max",
-            "connections_max",
-            "stream_requests_in_flight_max",
-            "upload_bytes_max",
-        ):
+        for name in ("message_bytes_max", "stream_requests_in_flight_max", "upload_bytes_max"):
             _require(self, name, 1)
         for name in ("concurrent_calls_max", "connections_max"):
-            if getattr(self, name) > GRPC_BOUND_MAX:
-                raise ConfigError(
-                    f"{name} must be at most {GRPC_BOUND_MAX}, got {getattr(self, name)}"
-                )
+            _require(self, name, 1, GRPC_BOUND_MAX)
         _require(self, "shutdown_s_max", 0)
         _require(self, "busy_poll_us", 0)
         if not self.poll_interval_s > 0:
