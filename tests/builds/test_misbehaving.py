@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from thirdrail_engines.builds import BuildLimits, BuiltPlan
-from thirdrail_engines.plans import BuildError, BuildFault
+from thirdrail_engines.builds import BuildLimits, BuiltPlan, run_build
+from thirdrail_engines.plans import (
+    Builder,
+    BuildError,
+    BuildFault,
+    PlanRequest,
+    Profile,
+    ShapeRange,
+)
 
 MIB = 1 << 20
 Misbehave = Callable[..., BuiltPlan]
@@ -72,6 +80,25 @@ def test_a_build_that_takes_too_long_is_ended(misbehave: Misbehave, what: str) -
     if what == "hang" and "still at it" not in said:  # a busy host had it wait for its turn
         said = out_of_time(misbehave, what, 20)
     assert ("still at it" in said) == (what == "hang")
+
+
+def test_a_build_that_never_reads_what_to_do_is_ended(source: Path, folder: Path) -> None:
+    """However much that is: more than a pipe holds."""
+    shapes = ShapeRange((1, 3, 32, 32), (4, 3, 64, 64), (8, 3, 128, 128))
+    profile = Profile({f"input_{number}": shapes for number in range(2000)})
+    request = PlanRequest(source, Builder.ONNXRUNTIME, "", profiles=(profile,))
+    limits = BuildLimits(seconds_max=0.1)
+    with pytest.raises(BuildError, match="took longer than"):
+        run_build(
+            request, folder, limits, lambda *_: None, threading.Event(), command=["sleep", "600"]
+        )
+
+
+def test_a_build_whose_folder_is_gone_is_an_error(misbehave: Misbehave, folder: Path) -> None:
+    folder.rmdir()
+    with pytest.raises(BuildError, match="cannot make a folder in") as caught:
+        misbehave("well")
+    assert caught.value.fault is BuildFault.OUT_OF_DISK
 
 
 def out_of_time(misbehave: Misbehave, what: str, seconds: float) -> str:

@@ -7,7 +7,6 @@ cancelled, late or too large. The process is never waited for without a bound, a
 this function ends the process and all that it started.
 """
 
-import contextlib
 import logging
 import os
 import selectors
@@ -105,12 +104,9 @@ class _Build:
     ) -> BuiltPlan:
         kills_before = kernel_oom_kills()
         order = wire.write_order(wire.Order(request, folder.absolute()))
-        home = folder / "home"
-        home.mkdir(mode=0o700)
-        process = _start([*command, str(os.getpid()), str(self._limits.niceness)], folder, home)
+        process = _start([*command, str(os.getpid()), str(self._limits.niceness)], folder, order)
         with memory_group.of(process.pid, self._limits.memory_bytes_max) as group:
             try:
-                _hand_over(process, order)
                 self._attend(process, self._began_s + self._limits.seconds_max)
                 was_kernel = group.was_exceeded() or kernel_oom_kills() > kills_before
             finally:
@@ -239,34 +235,44 @@ class _Build:
         )
 
 
-def _start(command: Sequence[str], folder: Path, home: Path) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], folder: Path, order: bytes) -> subprocess.Popen[bytes]:
+    """order: what it reads. Written already, since a pipe holds less, and whoever fills one waits
+    for as long as nobody reads."""
+    home = _home_in(folder)
     try:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            cwd=folder,
-            env=build_environment(os.environ, sys.path, home),
-            start_new_session=True,  # the terminal's Ctrl-C is not for it
-        )
+        with open(os.memfd_create("order"), "w+b", buffering=0) as stdin:
+            stdin.write(order)
+            stdin.seek(0)
+            return subprocess.Popen(
+                command,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                cwd=folder,
+                env=build_environment(os.environ, sys.path, home),
+                start_new_session=True,  # the terminal's Ctrl-C is not for it
+            )
     except OSError as error:  # no memory, or too many processes
         raise BuildError(
             BuildFault.CRASHED, f"no process could be started to build in: {error.strerror}"
         ) from None
 
 
+def _home_in(folder: Path) -> Path:
+    home = folder / "home"
+    try:
+        home.mkdir(mode=0o700)
+    except OSError as error:  # of a disk that is full, or gone by now
+        raise BuildError(
+            BuildFault.OUT_OF_DISK, f"cannot make a folder in {folder}: {error.strerror}"
+        ) from None
+    return home
+
+
 def _has_ended(pid: int) -> bool:
     """Without burying it: so long, no other process can get its number."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def _hand_over(process: subprocess.Popen[bytes], order: bytes) -> None:
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it has died: how, is seen soon
-        process.stdin.write(order)
-        process.stdin.close()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -276,10 +282,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait(_END_S_MAX)
     except subprocess.TimeoutExpired:  # in a driver's call that nothing interrupts
         _log.warning("process %d of a build was killed and does not end", process.pid)
-    for pipe in (process.stdin, process.stdout, process.stderr):
+    for pipe in (process.stdout, process.stderr):
         assert pipe is not None
-        with contextlib.suppress(BrokenPipeError):
-            pipe.close()
+        pipe.close()
 
 
 def _checked_plan(folder: Path, name: str) -> Path:
