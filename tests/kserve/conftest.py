@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from support.killable import until
 from support.regions import Regions, SharedMemory, files_in_shm
 from support.server import RunningServer, running_server
 from thirdrail.errors import ThirdrailError
@@ -223,7 +224,7 @@ def regions(region_server: RunningServer) -> Iterator[Regions]:
         yield calls
         calls.unregister()
         assert calls.status() == {}
-        assert files_in_shm(region_server.pid) == []
+        until(lambda: files_in_shm(region_server.pid) == [])
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from support.regions import (
     refusal,
     request_of,
     row,
+    says_taken,
 )
 from support.server import RunningServer, running_server
 from thirdrail.v1 import metrics_pb2, metrics_pb2_grpc
@@ -309,24 +310,35 @@ def test_a_model_without_the_device_is_refused_by_name(
 def test_a_region_in_use_goes_with_the_last_request(
     server: RunningServer, cuda: CudaRegions, memory: DeviceMemory
 ) -> None:
-    memory.write(ROW[1:2].tobytes())
     where = in_region("R", 4)
     x = Input(name="x", datatype="FP32", shape=[1], parameters=where)
     turns = Input(name="turns", datatype="INT64", shape=[])
-    count = np.array(100_000, np.int64).tobytes()
-    call = cuda.stub.ModelInfer.future(request_of("slow", x, turns, raw=(count,), y=where))
-    until(lambda: is_running(server, "slow"))
-    cuda.unregister("R")
-    assert list(cuda.status()) == ["R"]
-    again = request_of("plus_one", row("a", parameters=in_region("R", 16)))
-    assert refusal(lambda: cuda.stub.ModelInfer(again)) == (
-        Status.NOT_FOUND,
-        "Unable to find shared memory region: 'R'",
-    )
-    assert refusal(lambda: cuda.register("R", memory.handle, MIB))[0] is Status.ALREADY_EXISTS
-    memory.write(bytes(4))
-    assert list(call.result().raw_output_contents) == [b""]
-    assert memory.read(4) == ROW[1:2].tobytes()
+
+    def beside_a_run(count: int) -> tuple[list[str], bool]:
+        """What is listed, and whether its name is taken."""
+        memory.write(ROW[1:2].tobytes())
+        raw = (np.array(count, np.int64).tobytes(),)
+        call = cuda.stub.ModelInfer.future(request_of("slow", x, turns, raw=raw, y=where))
+        until(lambda: call.done() or is_running(server, "slow"))
+        cuda.unregister("R")
+        listed = list(cuda.status())
+        is_taken = says_taken(lambda: cuda.register("R", memory.handle, MIB))
+        again = request_of("plus_one", row("a", parameters=in_region("R", 16)))
+        assert not is_taken or refusal(lambda: cuda.stub.ModelInfer(again)) == (
+            Status.NOT_FOUND,
+            "Unable to find shared memory region: 'R'",
+        )
+        memory.write(bytes(4))
+        assert list(call.result().raw_output_contents) == [b""]
+        assert memory.read(4) == ROW[1:2].tobytes()
+        return listed, is_taken
+
+    found = beside_a_run(100_000)
+    if found != (["R"], True):  # the run was over before, on a busy machine
+        cuda.unregister()
+        cuda.register("R", memory.handle, MIB)
+        found = beside_a_run(1_000_000)
+    assert found == (["R"], True)
     assert cuda.status() == {}
 
 

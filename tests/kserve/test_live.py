@@ -218,7 +218,7 @@ def statistics_of(stub: Stub, model: str) -> kserve.ModelStatistics:
 
 def test_a_full_queue_and_an_expired_timeout_are_unavailable(server: RunningServer) -> None:
     """One request runs, one waits with a timeout, the third finds the queue full."""
-    soon = {"timeout": Parameter(int64_param=500_000)}
+    soon = {"timeout": Parameter(int64_param=1_000_000)}
     with server.channel() as channel:
         stub: Stub = GRPCInferenceServiceStub(channel)
         runs = stub.ModelInfer.future(slow_request("narrow", 400_000, id="runs"))

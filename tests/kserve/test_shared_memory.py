@@ -27,13 +27,14 @@ PAGE = 4096
 
 
 def test_a_region_is_shown_until_it_is_unregistered(regions: Regions) -> None:
-    with SharedMemory(3 * PAGE) as one, SharedMemory(PAGE, key="tr_test_no_slash") as two:
+    no_slash = f"tr_test_{os.getpid()}_no_slash"
+    with SharedMemory(3 * PAGE) as one, SharedMemory(PAGE, key=no_slash) as two:
         regions.register("one", one.key, PAGE + 5, offset=1)  # offsets need no alignment here
         regions.register("two", two.key, PAGE)
         shown = kserve.SystemSharedMemoryStatusResponse.RegionStatus
         expected = {
             "one": shown(name="one", key=one.key, offset=1, byte_size=PAGE + 5),
-            "two": shown(name="two", key="tr_test_no_slash", byte_size=PAGE),
+            "two": shown(name="two", key=no_slash, byte_size=PAGE),
         }
         assert regions.status() == expected
         assert regions.status("one") == {"one": expected["one"]}
@@ -91,7 +92,7 @@ def test_a_key_of_somebody_elses_objects(regions: Regions, key: str, prefix: str
 
 
 def test_keys_of_every_allowed_character_and_length(regions: Regions) -> None:
-    key = "/" + "aZ9._-".ljust(200, "x")
+    key = "/" + f"aZ9._-{os.getpid()}".ljust(200, "x")
     with SharedMemory(PAGE, key=key):
         regions.register("N", key, PAGE)
     code, text = refusal(lambda: regions.register("longer", f"{key}x", PAGE))

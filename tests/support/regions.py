@@ -109,6 +109,17 @@ def refusal(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
     raise AssertionError("the call was not refused")
 
 
+def says_taken(register: Callable[[], Any]) -> bool:
+    """Whether it is refused because there is a region of that name already."""
+    try:
+        register()
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.ALREADY_EXISTS:
+            raise
+        return True
+    return False
+
+
 def in_region(name: str, size: int, offset: int | None = None) -> dict[str, Any]:
     """The parameters of a tensor that is in a region."""
     parameters = {
