@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from thirdrail.cli import EXIT_REFUSED
-from thirdrail.cli.session import console, print_json, session_of
+from thirdrail.cli.session import print_json, print_whole, session_of
 from thirdrail.errors import FailedPrecondition, InvalidArgument, NotFound
 from thirdrail_engines.plan_cache import default_folder
 from thirdrail_engines.plan_cache.exporting import export_plans
@@ -76,7 +76,7 @@ def ls(ctx: typer.Context, cache_dir: CacheDir = None) -> None:
     if session_of(ctx).as_json:
         print_json([_brief(each) for each in found])
     elif found:
-        console().print(cache_tables.listing(found, time.time_ns()))
+        print_whole(cache_tables.listing(found, time.time_ns()))
     else:
         typer.echo(f"{layout.root} holds no plans.")
 
@@ -95,7 +95,7 @@ def show(
         print_json(_brief(entry) | {"manifest": manifest})
     else:
         for each in cache_tables.details(entry, layout, time.time_ns()):
-            console().print(each)
+            print_whole(each)
 
 
 @app.command()

@@ -65,11 +65,10 @@ def _state(entry: Entry) -> str:
 
 
 def details(entry: Entry, layout: Layout, now_ns: int) -> Iterator[RenderableType]:
-    table = new_table("", "")
-    table.show_header = False
-    for name, value in _facts(entry, layout, now_ns):
-        table.add_row(f"[bold]{plain(name)}[/]", plain(value))
-    yield table
+    facts = [(printable(name), printable(value)) for name, value in _facts(entry, layout, now_ns)]
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        yield Text.assemble((name.ljust(width + 2), "bold"), value)
     if entry.manifest is None:
         return
     if entry.manifest.tensors:

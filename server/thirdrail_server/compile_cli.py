@@ -15,7 +15,15 @@ from rich.table import Table
 
 from thirdrail.cli import EXIT_REFUSED
 from thirdrail.cli.bars import PhaseBar, progress_on
-from thirdrail.cli.session import console, new_table, print_json, session_of, typed_by_hand
+from thirdrail.cli.session import (
+    console,
+    new_table,
+    print_json,
+    print_notes,
+    print_whole,
+    session_of,
+    typed_by_hand,
+)
 from thirdrail_engines import EngineOptions
 from thirdrail_engines.ahead import PlanAhead, compile_ahead
 from thirdrail_engines.builds import BuildLimits
@@ -162,7 +170,10 @@ def compile(  # noqa: A001 the command's name
     if session_of(ctx).as_json:
         print_json([dataclasses.asdict(each) for each in outcomes])
     elif outcomes:
-        console().print(_table(outcomes))
+        print_whole(_table(outcomes))
+        print_notes(
+            (f"{each.model}, {targets}", each.reason) for each, targets in _failures(outcomes)
+        )
     else:
         typer.echo(f"{path} holds no models: there is no NAME/VERSION/model.onnx in it.", err=True)
     if not outcomes or any(each.result == "failed" for each in outcomes):
@@ -255,26 +266,24 @@ _STYLES = {"built": "green", "cached": "green", "failed": "red"}
 def _table(outcomes: list[Outcome]) -> Table:
     columns = ("MODEL", "VERSION", "TARGET", "BUILDER", "RESULT", "SECONDS", "MIB", "PLAN")
     table = new_table(*columns, right=_NUMBERS)
-    for each, targets in _rows(outcomes):
+    for each in outcomes:
         is_there = each.result != "failed"
         table.add_row(
             escape(each.model),
             str(each.version or "-"),
-            targets,
+            escape(each.target),
             each.builder,
             f"[{_STYLES[each.result]}]{each.result}[/]",
             f"{each.build_s:.1f}" if is_there else "-",
             f"{each.plan_bytes / MIB:.1f}" if is_there else "-",
-            each.plan_key[:12] if is_there else escape(each.reason),
+            each.plan_key[:12] if is_there else "-",
         )
     return table
 
 
-def _rows(outcomes: list[Outcome]) -> Iterator[tuple[Outcome, str]]:
+def _failures(outcomes: list[Outcome]) -> Iterator[tuple[Outcome, str]]:
     """What fails for several targets for the same reason is said once."""
     for _, group in groupby(outcomes, lambda each: (each.model, each.version, each.reason)):
         alike = list(group)
-        if alike[0].reason:
+        if alike[0].result == "failed":
             yield alike[0], ",".join(each.target for each in alike)
-        else:
-            yield from ((each, each.target) for each in alike)

@@ -68,7 +68,7 @@ class _Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] in extensions.names():
             ctx.invoked_subcommand = args[0]  # for the hint, if a package is missing
-            found = args[0], extensions.load(args[0]), args[1:]
+            found: Any = args[0], extensions.load(args[0]), args[1:]
         else:
             found = super().resolve_command(ctx, args)
         _let_help_flow(found[1])

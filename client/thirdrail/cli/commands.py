@@ -11,7 +11,14 @@ from rich.markup import escape
 from thirdrail.cli import EXIT_REFUSED
 from thirdrail.cli.bars import load_bar
 from thirdrail.cli.figures import dict_of_message
-from thirdrail.cli.session import console, new_table, print_json, session_of
+from thirdrail.cli.session import (
+    console,
+    new_table,
+    print_json,
+    print_notes,
+    print_whole,
+    session_of,
+)
 from thirdrail.models import EngineReport, ModelDescription, ModelStatus
 from thirdrail.tensors import TensorSpec
 
@@ -32,13 +39,21 @@ def models(
     if session.as_json:
         print_json([dataclasses.asdict(status) for status in found])
         return
-    table = new_table("MODEL", "VERSION", "STATE", "ENGINE", "WORKER", "REASON", right=("VERSION",))
+    if not found:
+        typer.echo("The server has no models.")
+        return
+    table = new_table("MODEL", "VERSION", "STATE", "ENGINE", "WORKER", right=("VERSION",))
     for status in found:
         state = f"[{_STATE_STYLES.get(status.state, 'yellow')}]{status.state}[/]"
         version = str(status.version or "-")
-        cells = map(escape, (status.engine, status.worker, _reason(status)))
+        cells = map(escape, (status.engine or "-", status.worker or "-"))
         table.add_row(escape(status.name), version, state, *cells)
-    console().print(table if found else "The server has no models.")
+    print_whole(table)
+    print_notes((_title(each), _reason(each)) for each in found if _reason(each))
+
+
+def _title(status: ModelStatus) -> str:
+    return f"{status.name} {status.version}" if status.version else status.name
 
 
 def _reason(status: ModelStatus) -> str:
@@ -84,7 +99,9 @@ def _print_description(found: ModelDescription) -> None:
     out, status = console(), found.status
     title = f"[bold]{escape(status.name)}[/] version {status.version}, {status.state}"
     if not (found.inputs or found.outputs):  # not loaded
-        out.print(f"{title}: {escape(_reason(status))}" if _reason(status) else title)
+        out.print(
+            f"{title}: {escape(_reason(status))}" if _reason(status) else title, soft_wrap=True
+        )
         return
     batching = (
         f"up to {found.batch_rows_max} rows a batch" if found.batch_rows_max else "no batching"
@@ -101,14 +118,15 @@ def _print_description(found: ModelDescription) -> None:
     out.print(table)
     _print_engine(found.engine_report, status)
     for warning in found.warnings:
-        out.print(f"[yellow]warning[/] {escape(warning)}")
+        out.print(f"[yellow]warning[/] {escape(warning)}", soft_wrap=True)
 
 
 def _print_engine(report: EngineReport, status: ModelStatus) -> None:
     out = console()
     if status.engine_reason:
         out.print(
-            f"[yellow]engine[/] {escape(status.engine)}, because {escape(status.engine_reason)}"
+            f"[yellow]engine[/] {escape(status.engine)}, because {escape(status.engine_reason)}",
+            soft_wrap=True,
         )
     if report.plan_key:
         origin = "found in the cache, built" if report.is_cache_hit else "built for this load"

@@ -7,7 +7,14 @@ import typer
 from rich.markup import escape
 
 from thirdrail.cli import EXIT_REFUSED
-from thirdrail.cli.session import console, new_table, print_json, session_of
+from thirdrail.cli.session import (
+    console,
+    new_table,
+    print_json,
+    print_notes,
+    print_whole,
+    session_of,
+)
 from thirdrail.probing import Findings, TransportFinding, probe_server
 
 MIB = 1 << 20
@@ -33,17 +40,20 @@ def probe(ctx: typer.Context) -> None:
 
 def _print(findings: Findings) -> None:
     out = console()
-    out.print(f"thirdrail {escape(findings.server_version)} at {escape(findings.address)}")
+    title = f"thirdrail {escape(findings.server_version)} at {escape(findings.address)}"
+    out.print(title, soft_wrap=True)
     numbers = ("ROUND TRIP", "P99", "TENSOR", "P99 ", "MIB/S")
-    table = new_table("TRANSPORT", "WORKS", *numbers, "", right=numbers)
+    table = new_table("TRANSPORT", "WORKS", *numbers, right=numbers)
     for each in findings.transports:
         works = "[green]yes[/]" if each.works else "[red]no[/]"
-        table.add_row(each.name, works, *_times(each), escape(each.reason or each.address))
-    out.print(table)
+        table.add_row(each.name, works, *_times(each))
+    print_whole(table)
+    print_notes((each.name, each.reason or each.address) for each in findings.transports)
     if findings.memory is not None:
         out.print(
-            f"shared memory: this process writes {findings.memory.write_mib_per_s:.0f} MiB/s and "
-            f"reads {findings.memory.read_mib_per_s:.0f} MiB/s"
+            f"\nshared memory: this process writes {findings.memory.write_mib_per_s:.0f} MiB/s and "
+            f"reads {findings.memory.read_mib_per_s:.0f} MiB/s",
+            soft_wrap=True,
         )
 
 

@@ -2,14 +2,16 @@
 """What the commands share: the client they call through, and how they print."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import grpc
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from thirdrail.channels import TlsOptions, open_channel
@@ -18,7 +20,8 @@ from thirdrail.discovery import find_address
 from thirdrail.errors import InvalidArgument
 from thirdrail.failures import rpc_errors
 
-_PIPE_COLUMNS = 240  # tables are not cut to a terminal's width where there is none
+_PIPE_COLUMNS = 240  # text is not cut to a terminal's width where there is none
+_WIDEST_COLUMNS = 10_000  # no table is wider
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,22 @@ def console(*, stderr: bool = False) -> Console:
     return found if found.is_terminal else Console(stderr=stderr, width=_PIPE_COLUMNS)
 
 
+def print_whole(content: RenderableType) -> None:
+    """Prints it as wide as it is. A narrower terminal breaks the lines: no figure is cut, and what
+    is copied from it is whole."""
+    out = console()
+    options = out.options.update(max_width=_WIDEST_COLUMNS)
+    width = max(out.width, Measurement.get(out, options, content).maximum)
+    Console(width=width, highlight=False).print(content, crop=False)
+
+
+def print_notes(notes: Iterable[tuple[str, str]]) -> None:
+    """Sentences about rows of a table, below it, where they may be long and can be copied."""
+    lines = [f"[bold]{escape(name)}[/]: {escape(text)}" for name, text in notes]
+    for line in ["", *lines] if lines else []:
+        console().print(line, soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
@@ -67,11 +86,18 @@ def print_json(value: Any) -> None:
 def new_table(*columns: str, right: tuple[str, ...] = (), gap: int = 2) -> Table:
     """A table without lines, so that its rows can be cut and searched as text.
 
-    right: the columns of numbers, which are never broken. gap: spaces between two columns.
+    right: the columns of numbers, which are never broken, as no heading is. gap: spaces between
+    two columns.
     """
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     for column in columns:
         is_number = column in right
         justify: Literal["left", "right"] = "right" if is_number else "left"
-        table.add_column(column, justify=justify, overflow="fold", no_wrap=is_number)
+        table.add_column(
+            column,
+            justify=justify,
+            overflow="fold",
+            no_wrap=is_number,
+            min_width=len(column) or None,
+        )
     return table

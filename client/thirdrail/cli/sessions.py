@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from thirdrail.cli.figures import dict_of_message
-from thirdrail.cli.session import console, new_table, print_json, session_of
+from thirdrail.cli.session import console, new_table, print_json, print_whole, session_of
 from thirdrail.lane.attach import OPEN_TIMEOUT_S, socket_candidates
 from thirdrail.transport import CannotAttach
 from thirdrail.v1 import sessions_pb2 as pb
@@ -54,7 +54,7 @@ def sessions(
             if session.as_json:
                 print_json([_dict_of_session(each) for each in found])
             else:
-                out.print(view(found))
+                print_whole(view(found))
             return
         with Live(Text("…"), console=out, screen=True, auto_refresh=False) as live:
             while True:

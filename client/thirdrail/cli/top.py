@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from thirdrail.cli.figures import Figures, ModelFigures, figures_between
-from thirdrail.cli.session import console, new_table, print_json, session_of
+from thirdrail.cli.session import console, new_table, print_json, print_whole, session_of
 from thirdrail.client import Client
 from thirdrail.v1.metrics_pb2 import SnapshotResponse
 
@@ -52,7 +52,7 @@ def top(
             if session.as_json:
                 print_json(dataclasses.asdict(figures))
             else:
-                out.print(view(figures))
+                print_whole(view(figures))
             return
         before = SnapshotResponse()
         with Live(Text("…"), console=out, screen=True, auto_refresh=False) as live:
