@@ -41,18 +41,26 @@ class CudaRegion:
     is_leaving: bool = False  # unregistered, but in use
     is_open: bool = False  # it was, once
     _opened_in: int = -1  # which of the worker's lives
-    _opening: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _opening: asyncio.Task[None] | None = None  # the last
     _closings: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def open(self) -> None:
-        """Have the worker map it, if this one has not yet. Raises what the worker says."""
-        async with self._opening:
-            life = self.worker.restarts
-            if self._opened_in == life:
-                return
-            fields = {"number": self.number, "handle": self.handle.hex(), "size": self.size}
-            await self.worker.call("open region", fields)
-            self._opened_in, self.is_open = life, True
+        """Have the worker map it, if this one has not yet. Raises what the worker says.
+
+        What a worker was asked it does, so that goes on when the caller is cancelled.
+        """
+        if self._opened_in == self.worker.restarts:
+            return
+        if self._opening is None or self._opening.done():
+            self._opening = asyncio.create_task(self._open(), name=f"open region {self.number}")
+            self._opening.add_done_callback(_seen)
+        await asyncio.shield(self._opening)
+
+    async def _open(self) -> None:
+        life = self.worker.restarts
+        fields = {"number": self.number, "handle": self.handle.hex(), "size": self.size}
+        await self.worker.call("open region", fields)
+        self._opened_in, self.is_open = life, True
 
     async def open_again(self) -> None:
         """The same for a request. Raises InvalidArgument where the memory is gone meanwhile."""
@@ -68,15 +76,25 @@ class CudaRegion:
 
     def close(self) -> None:
         """The worker lets go of it, soon."""
-        if self._opened_in == self.worker.restarts:
-            closing = asyncio.create_task(self._close(), name=f"close region {self.number}")
+        if self._opening is not None:
+            closing = asyncio.create_task(
+                self._close(self._opening), name=f"close region {self.number}"
+            )
             self._closings.add(closing)  # the loop's own references are weak
             closing.add_done_callback(self._closings.discard)
 
-    async def _close(self) -> None:
-        # Where the worker is gone, so is what it had open.
-        with contextlib.suppress(ThirdrailError):
-            await self.worker.call("close region", {"number": self.number})
+    async def _close(self, opening: asyncio.Task[None]) -> None:
+        await asyncio.wait((opening,))
+        if self._opened_in == self.worker.restarts:
+            # Where the worker is gone, so is what it had open.
+            with contextlib.suppress(ThirdrailError):
+                await self.worker.call("close region", {"number": self.number})
+
+
+def _seen(opening: asyncio.Task[None]) -> None:
+    """How it ended is of no more interest where nobody waits for it."""
+    if not opening.cancelled():
+        opening.exception()
 
 
 @dataclass(frozen=True, slots=True)
