@@ -18,8 +18,8 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_table_is_as_wide_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    table = new_table("NAME", "BYTES", right=("BYTES",))
-    table.add_row(NAME, "12345678901234567890")
+    table = new_table("NAME", "BYTES", "", right=("BYTES",))
+    table.add_row(NAME, "12345678901234567890", "")
     print_whole(Group(Text("title"), table))
     title, heading, row = capsys.readouterr().out.splitlines()
     assert (title.rstrip(), heading.split()) == ("title", ["NAME", "BYTES"])

@@ -69,7 +69,7 @@ def print_whole(content: RenderableType) -> None:
     out = console()
     options = out.options.update(max_width=_WIDEST_COLUMNS)
     width = max(out.width, Measurement.get(out, options, content).maximum)
-    Console(width=width, highlight=False).print(content, crop=False)
+    Console(width=width, height=out.height, highlight=False).print(content, crop=False)
 
 
 def print_notes(notes: Iterable[tuple[str, str]]) -> None:
@@ -98,6 +98,6 @@ def new_table(*columns: str, right: tuple[str, ...] = (), gap: int = 2) -> Table
             justify=justify,
             overflow="fold",
             no_wrap=is_number,
-            min_width=len(column) or None,
+            min_width=len(column) or 1,
         )
     return table
