@@ -30,7 +30,7 @@ from thirdrail.requests import Result
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2
 
-WAIT_S = 3
+WAIT_S = 20
 OPTIONS = Encoder().options("m", None, {})
 
 

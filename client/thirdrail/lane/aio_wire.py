@@ -8,7 +8,6 @@ exactly once: with the worker's final response, or when the lane ends.
 
 import asyncio
 import mmap
-import os
 import socket
 from abc import ABC, abstractmethod
 from typing import Generic, Self, TypeVar
@@ -170,14 +169,12 @@ class AsyncWire(ABC, Generic[P]):
             self.close(message.goodbye.status.message)
         else:
             fds = self._on_answer(kind or "", message, fds)
-        for fd in fds:  # nobody asked for these
-            os.close(fd)
+        packets.close_all(fds)  # nobody asked for these
 
     def _on_chunk_packet(self, chunk: lane_pb2.Chunk, fds: list[int]) -> None:
         is_input = chunk.role == lane_pb2.ARENA_ROLE_INPUT
         try:
-            (fd,) = fds
-            mapping = map_chunk(fd, chunk.size, writable=is_input)
+            mapping = map_chunk(packets.sole_fd(fds), chunk.size, writable=is_input)
         except (ValueError, OSError) as error:
             return self.close(f"the worker sent memory that cannot be used: {error}")
         self._on_chunk(chunk, mapping)

@@ -195,6 +195,8 @@ class BlockingLane:
             (place,) = self._talk.placer.reserve([nbytes], deadline_s, EMPTY_TIMEOUT_S)
         with self._talk.lock:
             shown = self._talk.memory.shown.show(place, writable=True)
+            # Who saw the place taken, and not yet an array's, may be waiting for a call's end.
+            self._talk.placer.room_freed()
         array: Array = shown[:nbytes].view(wanted).reshape(shape)
         return array
 

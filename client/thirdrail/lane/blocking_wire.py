@@ -7,6 +7,7 @@ thread could otherwise send into whatever was given its number.
 """
 
 import contextlib
+import io
 import os
 import select
 import socket
@@ -41,6 +42,11 @@ class BlockingWire:
         self._fd = sock.fileno()
         self._readable = select.poll()
         self._readable.register(self._fd, select.POLLIN)
+        # Rings for who looks out. A file: closing one twice closes nobody else's.
+        self._bell = io.FileIO(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), "r+")
+        self._news = select.poll()
+        for fd in (self._fd, self._bell.fileno()):
+            self._news.register(fd, select.POLLIN)
         self._window = BusyWindow(busy_poll_us)
         # One entry for each thread that uses the socket. A deque's operations are atomic, which
         # spares a lock on the way of every packet.
@@ -75,7 +81,7 @@ class BlockingWire:
             started_ns = time.perf_counter_ns()
             if not self._await_packet(started_ns, deadline_s):
                 return None
-            packet, fds = self._receive(packet_bytes_max)
+            packet, fds = packets.receive_with_fds(self._sock, packet_bytes_max)
             if deadline_s != 0:
                 now_ns = time.perf_counter_ns()
                 self._window.waited(now_ns - started_ns, now_ns)
@@ -90,10 +96,41 @@ class BlockingWire:
         try:
             return lane_pb2.LaneResponse.FromString(packet), fds
         except DecodeError:
-            close_all(fds)
+            packets.close_all(fds)
             raise LaneBroken(
                 "the worker broke the lane's rules: a packet is no LaneResponse"
             ) from None
+
+    def look_out(self, deadline_s: float | None) -> bool:
+        """Until there is something to receive, or another thread rings; for one thread at a time.
+
+        False: the deadline passed first, or the lane was closed.
+        """
+        self._users.append(None)
+        try:
+            if self._is_closed:
+                return False
+            started_ns = time.perf_counter_ns()
+            if not self._looked(self._news, started_ns, deadline_s) and not self._news.poll(
+                _milliseconds_until(deadline_s)
+            ):
+                return False
+            now_ns = time.perf_counter_ns()
+            self._window.waited(now_ns - started_ns, now_ns)
+            with contextlib.suppress(BlockingIOError):  # nobody rang
+                os.eventfd_read(self._bell.fileno())
+            return True
+        finally:
+            self._leave()
+
+    def ring(self) -> None:
+        """Whoever looks out has a look at something else."""
+        self._users.append(None)
+        try:
+            if not self._is_closed:
+                os.eventfd_write(self._bell.fileno(), 1)
+        finally:
+            self._leave()
 
     def close(self) -> None:
         """Hang up. Whoever is reading or sending finds out."""
@@ -108,21 +145,20 @@ class BlockingWire:
     def forget(self) -> None:
         """In a forked child: close what was inherited, without a word to the worker."""
         self._is_closed = True
-        self._sock.close()
+        self._close()
 
     def _await_packet(self, started_ns: int, deadline_s: float | None) -> bool:
         """False: none came until the deadline. Without one, it may be yet to come."""
-        may_look = deadline_s != 0 and self._window.ns
-        if may_look and self._window.look(self._readable.poll, started_ns):
-            return True
-        return deadline_s is None or bool(self._readable.poll(_milliseconds_until(deadline_s)))
+        return (
+            self._looked(self._readable, started_ns, deadline_s)
+            or deadline_s is None
+            or bool(self._readable.poll(_milliseconds_until(deadline_s)))
+        )
 
-    def _receive(self, packet_bytes_max: int) -> tuple[bytes, list[int]]:
-        try:
-            return packets.receive_with_fds(self._sock, packet_bytes_max)
-        except ConnectionResetError:
-            # Told once, before what the worker had sent by then: its goodbye, for example.
-            return packets.receive_with_fds(self._sock, packet_bytes_max)
+    def _looked(self, poll: select.poll, started_ns: int, deadline_s: float | None) -> bool:
+        """Whether something came while it was worth looking."""
+        may_look = deadline_s != 0 and self._window.ns
+        return bool(may_look and self._window.look(poll.poll, started_ns))
 
     def _send_later(self, packet: bytes, deadline_s: float | None) -> bool:
         writable = select.poll()
@@ -136,12 +172,11 @@ class BlockingWire:
     def _leave(self) -> None:
         self._users.pop()
         if self._is_closed and not self._users:
-            self._sock.close()
+            self._close()
 
-
-def close_all(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)
+    def _close(self) -> None:
+        self._sock.close()
+        self._bell.close()
 
 
 def _milliseconds_until(deadline_s: float | None) -> float:

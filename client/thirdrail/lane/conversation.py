@@ -15,16 +15,16 @@ import numpy as np
 
 from thirdrail.errors import ResourceExhausted, ThirdrailError, TimedOut, Unavailable
 from thirdrail.failures import with_note
-from thirdrail.lane.blocking_wire import BlockingWire, LaneBroken, close_all
+from thirdrail.lane.blocking_wire import BlockingWire, LaneBroken
 from thirdrail.lane.calls import Call, NotSent, timed_out
 from thirdrail.lane.device_chunks import DeviceChunks
 from thirdrail.lane.memory import map_chunk
-from thirdrail.lane.packets import varint
+from thirdrail.lane.packets import close_all, sole_fd, varint
 from thirdrail.lane.placing import Placer
 from thirdrail.lane.questions import Questions
 from thirdrail.lane.results import release_outputs
 from thirdrail.lane.session_memory import SessionMemory
-from thirdrail.lane.turns import Ticket, Turns
+from thirdrail.lane.turns import Notice, Turns
 from thirdrail.lane.watcher import Watcher
 from thirdrail.v1 import inference_pb2, lane_pb2
 
@@ -57,11 +57,12 @@ class Conversation:
 
     def _set_up_turns(self) -> None:
         self.lock = threading.Lock()  # guards the calls and the memory
-        self.turns = Turns(self.lock, self._read, self._expects_more)
+        wire = self._wire
+        self.turns = Turns(self.lock, self._read, self._expects_more, wire.look_out, wire.ring)
         self.watcher = Watcher(self.lock, self.turns)
         self.questions = Questions(self.lock, self.turns, self.send)
         self.placer = Placer(self.lock, self.turns, self.memory, self.send, is_debug=self._is_debug)
-        self._call_ended = Ticket()
+        self._call_ended = Notice()
 
     @property
     def calls_in_flight(self) -> int:
@@ -97,7 +98,7 @@ class Conversation:
     def withdraw(self, call: Call) -> None:
         """A call that was not sent leaves nothing behind."""
         with self.lock:
-            self._calls.pop(call.number, None)
+            self._take_out(call.number)
             if call.places:
                 self._leave_places(call)
 
@@ -195,6 +196,7 @@ class Conversation:
                 return False
             message, fds = received
             if message.HasField("infer"):
+                close_all(fds)
                 self._on_response(message.infer)
             elif message.HasField("chunk"):
                 self._on_chunk(message.chunk, fds)
@@ -212,21 +214,26 @@ class Conversation:
             # No version of ours asks for partial responses.
             return release_outputs(response, self.memory)
         with self.lock:
-            call = self._calls.pop(response.call, None)
+            call = self._take_out(response.call)
             if call is None:
                 return release_outputs(response, self.memory)
             call.response = response
             if call.places:
                 self._leave_places(call)
-            if len(self._calls) + 1 >= self._calls_max:
-                ended, self._call_ended = self._call_ended, Ticket()
-                self.turns.complete(ended)
             self.turns.complete(call)
             is_abandoned = call.is_abandoned
         if is_abandoned:
             release_outputs(response, self.memory)
         if call.on_done is not None:
             call.on_done()
+
+    def _take_out(self, number: int) -> Call | None:
+        """The call is no longer in flight. Wakes whoever waits until fewer are."""
+        call = self._calls.pop(number, None)
+        if call is not None and len(self._calls) + 1 >= self._calls_max:
+            ended, self._call_ended = self._call_ended, Notice()
+            self.turns.complete(ended)
+        return call
 
     def _leave_places(self, call: Call) -> None:
         faults = (checksum.fault() for checksum in call.checksums)
@@ -240,8 +247,7 @@ class Conversation:
             return self._on_device_chunk(self.device_chunks, chunk, fds)
         is_input = chunk.role == lane_pb2.ARENA_ROLE_INPUT
         try:
-            (fd,) = fds
-            mapping = map_chunk(fd, chunk.size, writable=is_input)
+            mapping = map_chunk(sole_fd(fds), chunk.size, writable=is_input)
         except (ValueError, OSError) as error:
             raise LaneBroken(f"the worker sent memory that cannot be used: {error}") from None
         with self.lock:
@@ -253,8 +259,7 @@ class Conversation:
         self, chunks: DeviceChunks, chunk: lane_pb2.Chunk, fds: Sequence[int]
     ) -> None:
         try:
-            (fd,) = fds
-            chunks.open(chunk, fd)
+            chunks.open(chunk, sole_fd(fds))
         except (ValueError, OSError, ThirdrailError) as error:
             raise LaneBroken(f"the worker sent memory that cannot be used: {error}") from None
         if chunk.role == lane_pb2.ARENA_ROLE_INPUT:

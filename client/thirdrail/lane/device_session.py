@@ -27,9 +27,9 @@ from thirdrail.errors import (
     ThirdrailError,
 )
 from thirdrail.failures import with_note
-from thirdrail.lane.blocking_wire import close_all
 from thirdrail.lane.calls import Call, timed_out
 from thirdrail.lane.device_chunks import DeviceChunks
+from thirdrail.lane.packets import close_all
 from thirdrail.lane.results import private_output, private_outputs
 from thirdrail.tensors import Array, element_count
 from thirdrail.v1 import inference_pb2, lane_pb2, tensor_pb2

@@ -7,7 +7,6 @@ import base64
 import binascii
 import math
 import mmap
-import os
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -17,6 +16,7 @@ from thirdrail.arrays import array_of_value, has_dtype
 from thirdrail.dtypes import BYTES, dtype_of_array, dtype_of_value
 from thirdrail.errors import FailedPrecondition, Internal, InvalidArgument, ThirdrailError
 from thirdrail.lane.memory import map_chunk, whole_pages
+from thirdrail.lane.packets import close_all, sole_fd
 from thirdrail.lane.places import Place, Role
 from thirdrail.lane.session_memory import SessionMemory
 from thirdrail.tensors import Array, array_of_bytes
@@ -225,11 +225,10 @@ def show_imported(
 
 
 def _mapped(fds: list[int], imported: lane_pb2.Imported) -> mmap.mmap:
-    if len(fds) != 1 or imported.size > imported.chunk_size:
-        for fd in fds:
-            os.close(fd)
+    if imported.size > imported.chunk_size:
+        close_all(fds)
         raise Internal("the worker sent no memory that the tensor fits")
     try:
-        return map_chunk(fds[0], imported.chunk_size, writable=False)
+        return map_chunk(sole_fd(fds), imported.chunk_size, writable=False)
     except (ValueError, OSError) as error:
         raise Internal(f"the worker sent memory that cannot be used: {error}") from None

@@ -6,8 +6,9 @@ import time
 
 from thirdrail.lane.attach import HELLO_TIMEOUT_S, not_answered, refused
 from thirdrail.lane.blocking import BlockingLane
-from thirdrail.lane.blocking_wire import BlockingWire, LaneBroken, close_all
+from thirdrail.lane.blocking_wire import BlockingWire, LaneBroken
 from thirdrail.lane.busy_poll import LONGEST_US
+from thirdrail.lane.packets import close_all
 from thirdrail.lane.wire import (
     ATTACH_PACKET_BYTES_MAX,
     DEBUG_FEATURE,

@@ -13,7 +13,7 @@ from thirdrail.errors import Cancelled, FailedPrecondition, NotFound, ThirdrailE
 from thirdrail.failures import with_note
 from thirdrail.lane.blocking import BlockingLane
 from thirdrail.lane.futures import LaneFuture
-from thirdrail.lane.turns import Ticket
+from thirdrail.lane.turns import Notice
 from thirdrail.requests import InferOptions, Inputs, Result
 from thirdrail.stream import IN_FLIGHT_MAX, NOT_ENTERED, OTHER_PROCESS, Stream
 from thirdrail.tensors import Array
@@ -43,7 +43,7 @@ class LaneStream(Stream):
         self._pid = os.getpid()
         self._lock = threading.Lock()  # guards the three below
         self._open: dict[LaneFuture, None] = {}
-        self._answered = Ticket()
+        self._answered = Notice()
         self._fault: ThirdrailError | None = FailedPrecondition(NOT_ENTERED)
 
     def __enter__(self) -> Self:
@@ -107,7 +107,7 @@ class LaneStream(Stream):
     def _on_answer(self, future: LaneFuture) -> None:
         with self._lock:
             self._open.pop(future, None)
-            answered, self._answered = self._answered, Ticket()
+            answered, self._answered = self._answered, Notice()
         self._lane.wake(answered)
 
     def _cancel_all(self) -> None:

@@ -6,7 +6,6 @@ take waits here, up to a bound that a peer within its credit never reaches.
 """
 
 import asyncio
-import os
 import socket
 import threading
 from collections import deque
@@ -55,10 +54,10 @@ class Outbox:
             self._keep(packet, fds)
             self._loop.add_writer(self._sock, self._on_writable)
         except OSError as error:
-            _close_all(fds)
+            packets.close_all(fds)
             self._fail(f"the peer is gone: {error.strerror}")
         else:
-            _close_all(fds)
+            packets.close_all(fds)
 
     def send_now(self, packet: bytes) -> bool:
         """Send from any thread, out of turn. False: it was not sent, and is left to the loop."""
@@ -73,7 +72,7 @@ class Outbox:
 
     def _keep(self, packet: bytes, fds: Sequence[int]) -> None:
         if self._is_closed:
-            return _close_all(fds)
+            return packets.close_all(fds)
         self._waiting.append((packet, fds))
         if len(self._waiting) > self.packets_max:
             self._fail(f"the peer does not read: {len(self._waiting)} packets wait for it")
@@ -84,7 +83,7 @@ class Outbox:
                 packet, fds = self._waiting[0]
                 packets.send(self._sock, packet, fds)
                 self._waiting.popleft()
-                _close_all(fds)
+                packets.close_all(fds)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -99,9 +98,4 @@ class Outbox:
             self._is_closed = True
         self._loop.remove_writer(self._sock)
         while self._waiting:
-            _close_all(self._waiting.popleft()[1])
-
-
-def _close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)
+            packets.close_all(self._waiting.popleft()[1])

@@ -5,7 +5,7 @@ included."""
 import array
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 FDS_PER_PACKET_MAX = 4
 _FD_BYTES = array.array("i").itemsize
@@ -62,10 +62,22 @@ def receive_with_fds(sock: socket.socket, size_max: int) -> tuple[bytes, list[in
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % _FD_BYTES])
     if flags & _TRUNCATED:
-        for fd in fds:
-            os.close(fd)
+        close_all(fds)
         raise PacketTooLarge(f"a packet of more than {size_max} bytes or {len(fds)} descriptors")
     return data, list(fds)
+
+
+def sole_fd(fds: Sequence[int]) -> int:
+    """The one that came. Raises ValueError, with nothing left open, for none or more."""
+    if len(fds) != 1:
+        close_all(fds)
+        raise ValueError(f"expected 1 file descriptor, got {len(fds)}")
+    return fds[0]
+
+
+def close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def varint(value: int) -> bytes:

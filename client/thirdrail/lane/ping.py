@@ -6,7 +6,6 @@ of it is what a tensor costs on the lane when nothing is computed.
 """
 
 import mmap
-import os
 import socket
 import struct
 from types import TracebackType
@@ -145,8 +144,7 @@ class PingLane:
 
     def _take_memory(self, chunk: lane_pb2.Chunk, fds: list[int]) -> None:
         if len(fds) != 1 or chunk.role not in self._chunks:
-            for fd in fds:
-                os.close(fd)
+            packets.close_all(fds)
             return
         is_input = chunk.role == lane_pb2.ARENA_ROLE_INPUT
         try:

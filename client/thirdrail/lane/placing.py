@@ -17,21 +17,22 @@ from thirdrail.lane.calls import Call, Checksum, NotSent, timed_out
 from thirdrail.lane.encoding import LargeInput
 from thirdrail.lane.places import Place, Role
 from thirdrail.lane.session_memory import SessionMemory
-from thirdrail.lane.turns import Ticket, Turns
+from thirdrail.lane.turns import Notice, Turns
 from thirdrail.v1 import lane_pb2
 
 Send = Callable[[lane_pb2.LaneRequest, float | None], None]
 
 
-class _Growth(Ticket):
+class _Growth(Notice):
     """A chunk that was asked for."""
 
-    __slots__ = ("place", "refusal")
+    __slots__ = ("is_given_up", "place", "refusal")
 
     def __init__(self) -> None:
         super().__init__()
         self.place: Place | None = None  # of a chunk that was asked for alone
         self.refusal: str | None = None
+        self.is_given_up = False  # nobody waits for it
 
 
 class Placer:
@@ -56,7 +57,7 @@ class Placer:
         self._memory = memory
         self._send = send
         self._growth: _Growth | None = None  # one at a time
-        self._room = Ticket()  # done when a place becomes free
+        self._room = Notice()  # done when a place becomes free
         self._has_ended = False
         self._is_debug = is_debug
 
@@ -164,16 +165,32 @@ class Placer:
                 if other is None:
                     self._growth = growth
             if other is None:
-                self._ask(request, deadline_s)
-            if not self._turns.wait(other or growth, deadline_s):
+                self._obtain(growth, request, deadline_s, timeout)
+                return growth
+            if not self._turns.wait(other, deadline_s):
                 raise timed_out(timeout)
-            if other is not None:
-                continue
-            if growth.refusal is not None:
-                raise with_note(ResourceExhausted(growth.refusal))
-            if self._has_ended:
-                raise NotSent("the lane has ended")
-            return growth
+
+    def _obtain(
+        self,
+        growth: _Growth,
+        request: lane_pb2.GrowRequest,
+        deadline_s: float | None,
+        timeout: float | None,
+    ) -> None:
+        self._ask(request, deadline_s)
+        try:
+            if not self._turns.wait(growth, deadline_s):
+                raise timed_out(timeout)
+        except BaseException:
+            with self._lock:
+                growth.is_given_up = True
+                if growth.place is not None:  # it came in the very moment
+                    self._memory.leave(growth.place)
+            raise
+        if growth.refusal is not None:
+            raise with_note(ResourceExhausted(growth.refusal))
+        if self._has_ended:
+            raise NotSent("the lane has ended")
 
     def _find(self, call: Call, large: LargeInput) -> tuple[Place, int] | None:
         """Where the input lies in the session's memory, taken for the call; None: elsewhere."""
@@ -204,6 +221,8 @@ class Placer:
 
     def chunk_came(self, alone: Place | None) -> None:
         growth, self._growth = self._growth, None
+        if alone is not None and (growth is None or growth.is_given_up):
+            self._memory.leave(alone)
         if growth is not None:
             growth.place = alone
             self._turns.complete(growth)
@@ -215,7 +234,7 @@ class Placer:
             self._turns.complete(growth)
 
     def room_freed(self) -> None:
-        room, self._room = self._room, Ticket()
+        room, self._room = self._room, Notice()
         self._turns.complete(room)
 
     def end(self) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from thirdrail.errors import ThirdrailError, error_of_reason
 from thirdrail.failures import with_note
-from thirdrail.lane.blocking_wire import close_all
 from thirdrail.lane.calls import NotSent, timed_out
+from thirdrail.lane.packets import close_all
 from thirdrail.lane.turns import Ticket, Turns
 from thirdrail.v1 import lane_pb2
 

@@ -5,6 +5,9 @@ A thread that waits for something becomes the leader if there is none: it reads 
 they are for, until its own thing has come, and hands the lead to another that waits. The others
 sleep until their thing has come or the lead is theirs. One lock guards all of it; nothing foreign
 runs under it, and nobody sleeps or reads with it held.
+
+Not everything comes by a packet: room may be given back by another thread. A leader who waits for
+such a thing looks out for that as well.
 """
 
 import threading
@@ -26,6 +29,12 @@ class Ticket:
         self.sleepers: list[threading.Lock] | None = None
 
 
+class Notice(Ticket):
+    """Something that other threads may bring as well."""
+
+    __slots__ = ()
+
+
 class Turns:
     """Who reads.
 
@@ -33,6 +42,7 @@ class Turns:
     read: reads one packet and acts on it; called by one thread at a time, without the lock. Takes a
         monotonic deadline in seconds or None, and returns False when it passed.
     expects_more: whether enough is still to come to look for it before it is waited for.
+    look_out: waits for a packet, or for `ring`; False: the deadline passed, or there are no more.
     """
 
     def __init__(
@@ -40,13 +50,23 @@ class Turns:
         lock: threading.Lock,
         read: Callable[[float | None], bool],
         expects_more: Callable[[], bool] = lambda: False,
+        look_out: Callable[[float | None], bool] = lambda _: False,
+        ring: Callable[[], None] = lambda: None,
     ) -> None:
         self._lock = lock
         self._read = read
         self._expects_more = expects_more
+        self._look_out = look_out
+        self._ring_leader = ring
         self._is_led = False
+        self._led_for: Ticket | None = None  # what the leader waits for
         self._asleep: dict[threading.Lock, None] = {}  # who waits, the longest first
         self._offered: threading.Lock | None = None  # whom the lead was handed to, until taken
+
+    @property
+    def is_led(self) -> bool:
+        """Whether somebody reads."""
+        return self._is_led
 
     @property
     def sleepers(self) -> int:
@@ -63,7 +83,7 @@ class Turns:
                     return True
                 is_leader = not self._is_led
                 if is_leader:
-                    self._is_led, self._offered = True, None
+                    self._is_led, self._offered, self._led_for = True, None, ticket
                 else:
                     bell = self._lie_down(ticket)
             if is_leader:
@@ -88,6 +108,8 @@ class Turns:
     def complete(self, ticket: Ticket) -> None:
         """Wake whoever waits for the ticket. To be called with the lock held."""
         ticket.is_done = True
+        if ticket is self._led_for and isinstance(ticket, Notice):
+            self._ring_leader()
         if ticket.sleepers is not None:
             for bell in ticket.sleepers:
                 self._ring(bell)
@@ -95,13 +117,17 @@ class Turns:
 
     def _lead(self, ticket: Ticket, deadline_s: float | None) -> bool:
         try:
-            while not ticket.is_done and self._read(deadline_s):
-                pass
+            if isinstance(ticket, Notice):
+                while not ticket.is_done and self._look_out(deadline_s):
+                    self._read(0.0)
+            else:
+                while not ticket.is_done and self._read(deadline_s):
+                    pass
             self._read_ahead()
             return ticket.is_done
         finally:
             with self._lock:
-                self._is_led = False
+                self._is_led, self._led_for = False, None
                 if self._asleep:
                     self._offer()
 

@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from thirdrail.lane.turns import Ticket, Turns
+from thirdrail.lane.turns import Notice, Turns
 
 
 class Watcher:
@@ -19,7 +19,7 @@ class Watcher:
         self._turns = turns
         self._watched: set[object] = set()
         self._work: deque[Callable[[], None]] = deque()
-        self._ticket = Ticket()  # done when there is something to do
+        self._ticket = Notice()  # done when there is something to do
         self._thread: threading.Thread | None = None
 
     def watch(self, future: object) -> None:
@@ -51,7 +51,7 @@ class Watcher:
     def _run(self) -> None:
         while True:
             with self._lock:
-                ticket = self._ticket = Ticket()
+                ticket = self._ticket = Notice()
                 work = self._work.popleft() if self._work else None
                 if work is None and not self._watched:
                     self._thread = None

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Waiting on a lane for what no packet brings: room that another thread gives back.
+
+The peer is scripted, so that the lane is as full as a test wants it.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from support.lanes import ScriptedPeer
+from thirdrail import errors
+from thirdrail.lane import blocking, packets
+from thirdrail.lane.memory import create_chunk
+from thirdrail.lane.places import Place
+from thirdrail.lane.turns import Notice
+from thirdrail.v1 import inference_pb2 as pb
+from thirdrail.v1 import lane_pb2
+
+WAIT_S = 20
+PAGE = 4096
+SMALL = {"x": np.zeros(4, np.float32)}
+
+
+class NarrowPeer(ScriptedPeer):
+    """One call at a time, and one page of input memory; nothing travels in the packet."""
+
+    LIMITS = lane_pb2.Limits(
+        packet_bytes=1 << 16, calls_in_flight=1, input_arena_bytes=PAGE, output_arena_bytes=PAGE
+    )
+
+    def give_chunk(self, *, alone: bool = False) -> None:
+        fd, mapping = create_chunk(PAGE, client_writes=True, alone=alone)
+        mapping.close()
+        chunk = lane_pb2.Chunk(role=lane_pb2.ARENA_ROLE_INPUT, size=PAGE, alone=alone)
+        packets.send(self.sock, lane_pb2.LaneResponse(chunk=chunk).SerializeToString(), [fd])
+        os.close(fd)
+
+    def until_somebody_leads(self) -> None:
+        until(lambda: self.caller.lane.talk.turns.is_led)
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_notice_reaches_a_leader_that_looks_out() -> None:
+    with NarrowPeer() as peer:
+        lane, notice = peer.caller.lane, Notice()
+        waiting = peer.beside(lambda: lane.wait(notice, None))
+        peer.until_somebody_leads()
+        lane.wake(notice)
+        assert waiting.result(WAIT_S)
+        assert not lane.wait(Notice(), time.monotonic() + 0.01), "it is told once"
+
+
+def test_a_request_that_could_not_be_sent_lets_the_next_one_go() -> None:
+    """As many as may are on their way, and the worker takes none of them in time."""
+    with NarrowPeer() as peer:
+        talk, empty = peer.caller.lane.talk, {"x": np.zeros(0, np.float32)}
+        with contextlib.suppress(errors.TimedOut):
+            while True:
+                talk.send(lane_pb2.LaneRequest(cancel=pb.Cancel(call=99)), 0.0)
+        stuck = peer.beside(lambda: peer.caller.infer("m", empty, timeout=0.2))
+        until(lambda: talk.calls_in_flight)
+        following = peer.beside(lambda: peer.caller.infer("m", empty))
+        assert isinstance(stuck.exception(WAIT_S), errors.TimedOut)
+        peer.answer(*peer.calls(1))
+        assert following.result(WAIT_S)["x"].size == 0
+
+
+def test_an_array_that_takes_the_last_room_is_told_to_who_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who saw the place taken, and no array over it, waits for a call's end that never comes."""
+    with NarrowPeer() as peer:
+        placer = peer.caller.lane.talk.placer
+        reserve = placer.reserve
+
+        def reserve_and_look_around(*arguments: Any) -> list[Place]:
+            places = reserve(*arguments)
+            monkeypatch.undo()
+            waiting.append(peer.beside(lambda: peer.caller.infer("m", SMALL)))
+            peer.until_somebody_leads()
+            return places
+
+        waiting: list[Any] = []
+        monkeypatch.setattr(placer, "reserve", reserve_and_look_around)
+        array = peer.beside(lambda: peer.caller.lane.empty((PAGE,), np.uint8, alone=False))
+        assert peer.receive().grow.size == PAGE
+        peer.give_chunk()
+        assert array.result(WAIT_S).size == PAGE
+        error = waiting[0].exception(WAIT_S)
+        assert isinstance(error, errors.ResourceExhausted)
+        assert "client.empty() hold" in str(error)
+
+
+def test_memory_that_comes_too_late_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocking, "EMPTY_TIMEOUT_S", 0.01)
+    with NarrowPeer() as peer:
+        lane = peer.caller.lane
+        with pytest.raises(errors.TimedOut):
+            lane.empty((PAGE,), np.uint8, alone=True)
+        assert peer.receive().grow.alone
+        peer.give_chunk(alone=True)
+        lane.poll()
+        lane.talk.give_back_unused()
+        assert peer.receive().HasField("drop")
+        assert lane.talk.memory.input_bytes_used == 0
+
+
+@pytest.mark.parametrize("what", ["an answer", "a chunk"])
+def test_descriptors_that_nobody_asked_for_are_closed(tmp_path: Path, what: str) -> None:
+    with NarrowPeer() as peer:
+        future = peer.caller.submit("m", {"x": np.zeros(0, np.float32)})
+        [request] = peer.calls(1)
+        if what == "an answer":
+            answer = pb.InferResponse(call=request.call, final=True, outputs=request.inputs)
+            message = lane_pb2.LaneResponse(infer=answer)
+        else:
+            message = lane_pb2.LaneResponse(chunk=lane_pb2.Chunk(size=PAGE))
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        packets.send(peer.sock, message.SerializeToString(), [writer, writer])
+        os.close(writer)
+        error = future.exception(WAIT_S)
+        assert (error is None) == (what == "an answer")
+        assert os.read(reader, 1) == b"", "its other end is open in nobody"
+        os.close(reader)
