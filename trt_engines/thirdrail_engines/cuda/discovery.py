@@ -37,7 +37,7 @@ def discover(driver: str = DRIVER) -> tuple[tuple[DeviceFacts, ...], str]:
         return (), f"there is no CUDA device here, as there is no NVIDIA driver ({driver})"
     try:
         child = subprocess.run(
-            (sys.executable, "-m", __name__),
+            (sys.executable, "-P", "-m", __name__),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             env={"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **os.environ},
