@@ -79,6 +79,17 @@ def test_a_disk_that_takes_nothing_costs_a_warning(
     assert "timings are not kept: " in caplog.text
 
 
+def test_a_folder_that_others_can_write_to_costs_a_warning(
+    cache: PlanCache, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And not the plan that was just built."""
+    assert cache.timings.keep(NAME, b"first")
+    (folder / "timings").chmod(0o777)
+    with caplog.at_level(logging.WARNING):
+        assert not cache.timings.keep(NAME, b"second")
+    assert "timings are not kept: the plan cache" in caplog.text
+
+
 KEEP_MANY = """
 import sys
 from pathlib import Path

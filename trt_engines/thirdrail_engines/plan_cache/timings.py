@@ -19,7 +19,12 @@ from thirdrail_engines.plan_cache.layout import Layout, check_note_name
 from thirdrail_engines.plan_cache.locks import open_folder
 from thirdrail_engines.plan_cache.opening import reason_of
 from thirdrail_engines.plan_cache.saving import write_synced
-from thirdrail_engines.plan_cache.trust import Untrusted, check_folder, open_trusted
+from thirdrail_engines.plan_cache.trust import (
+    CacheFolderError,
+    Untrusted,
+    check_folder,
+    open_trusted,
+)
 from thirdrail_engines.plan_cache.workspaces import workspace_in
 
 log = logging.getLogger(__name__)
@@ -63,8 +68,9 @@ class Timings:
             return False
         try:
             self._place(self._main, name, data)
-        except OSError as error:
-            log.warning("timings are not kept: %s", reason_of(error))
+        except (CacheFolderError, OSError) as error:
+            reason = reason_of(error) if isinstance(error, OSError) else error
+            log.warning("timings are not kept: %s", reason)
             return False
         return True
 
@@ -75,10 +81,17 @@ class Timings:
             staged = folder / name
             write_synced(staged, _first_line(data) + data)
             staged.rename(main.timings / name)
-        others = sorted(main.timings.iterdir(), key=lambda each: each.stat().st_mtime_ns)
+        others = sorted(main.timings.iterdir(), key=_written_ns)
         for oldest in others[:-TIMINGS_MAX]:
             with contextlib.suppress(FileNotFoundError):
                 oldest.unlink()
+
+
+def _written_ns(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # somebody else made room as well
+        return 0
 
 
 def _read(folder: Path, name: str) -> bytes:

@@ -2,8 +2,8 @@
 """Whose files are used. A plan is executable code: who can write to a cache can run code here.
 
 So a cache folder, and each file that is read from it, belongs to us or to root, and nobody else can
-write to it. Folders are checked when a cache is opened, files after they were opened: what was
-checked is then what is read.
+write to it, but for a group that it was given to. Folders are checked when a cache is opened, files
+after they were opened: what was checked is then what is read.
 """
 
 import os
