@@ -144,6 +144,16 @@ def test_cancelled_at_any_moment(source: Path, tmp_path: Path) -> None:
     assert cut_short > 1
 
 
+def test_a_package_that_was_replaced_under_a_running_server_builds_no_plan(
+    request_for: PlanRequest, folder: Path
+) -> None:
+    """It would be kept, and found, as one of the version that the server still runs."""
+    request = dataclasses.replace(request_for, builder_version="1.0.0")
+    with pytest.raises(BuildError, match=r"who asked for this build runs 1\.0\.0") as caught:
+        run_build(request, folder, BuildLimits(), lambda *_: None, threading.Event())
+    assert caught.value.fault is BuildFault.MISSING
+
+
 def test_builds_take_turns(source: Path, tmp_path: Path) -> None:
     request = PlanRequest(source, Builder.ONNXRUNTIME, "")
     told: list[str] = []

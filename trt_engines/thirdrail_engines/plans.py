@@ -62,7 +62,7 @@ class PlanRequest:
 
     source: Path  # .onnx (and the weights it keeps beside it), .pt2 or .pt
     builder: Builder
-    builder_version: str  # of the package
+    builder_version: str  # of the package; "": whichever is here
     precision: Precision = Precision.AS_IS
     profiles: tuple[Profile, ...] = ()
     compute_capabilities: tuple[str, ...] = ()  # "sm86"; none: the GPU at hand

@@ -28,10 +28,17 @@ _STEPS = 3
 
 
 def build(request: PlanRequest, model: Path, folder: Path, tell: TellProgress) -> Built:
-    """onnx: what to build, the request's source or what earlier steps made of it.
+    """model: what to build, the request's source or what earlier steps made of it.
 
-    Raises ModelFileError when ONNX Runtime refuses it, BuildError when it is too old for plans.
+    Raises ModelFileError when ONNX Runtime refuses it, BuildError when it is too old for plans, or
+    of another version than the plan is for.
     """
+    if request.builder_version not in ("", ort.__version__):
+        raise BuildError(
+            BuildFault.MISSING,
+            f"onnxruntime {ort.__version__} is installed now, and who asked for this build runs "
+            f"{request.builder_version}: restart the server",
+        )
     if not hasattr(ort.SessionOptions, "add_external_initializers_from_files_in_memory"):
         raise BuildError(
             BuildFault.MISSING,
