@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Input chunks for one tensor: made of exactly its size, exported whole, given back one by one."""
 
+import errno
 import fcntl
 import mmap
 import os
@@ -45,6 +46,22 @@ def grow_alone(arena: InputArena, size: int) -> ArenaRef:
     chunk.close()
     assert chunk.message.alone
     return ArenaRef(epoch=arena.epoch, chunk=chunk.message.chunk, size=size)
+
+
+def test_a_chunk_without_a_descriptor_leaves_nothing(
+    arena: InputArena, charged: Charged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(fd: int) -> int:
+        kept.append(fd)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    kept: list[int] = []
+    monkeypatch.setattr(os, "dup", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        arena.grow(PAGE, is_alone=True)
+    assert (charged.size, arena.total_bytes) == (0, 0)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(kept[0])
 
 
 def test_a_chunk_has_the_tensors_size_and_can_be_sealed_later(

@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Output slots: leased once, released once; late, doubled and foreign releases change nothing."""
 
+import mmap
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
-from thirdrail.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from thirdrail.errors import Cancelled, FailedPrecondition, InvalidArgument, ResourceExhausted
 from thirdrail.v1 import tensor_pb2
 from thirdrail_server.worker.chunks import CHUNK_BYTES_MIN
 from thirdrail_server.worker.input_arena import InputArena
-from thirdrail_server.worker.output_arena import POISON, OutputArena
+from thirdrail_server.worker.output_arena import POISON, SPARE_BYTES_MAX, OutputArena
+
+WAIT_S_MAX = 20
 
 
 def test_slots_do_not_share_memory() -> None:
@@ -63,6 +70,71 @@ def test_the_arena_grows_by_chunks_and_ends_at_its_bound() -> None:
         arena.lease(1)
     assert arena.total_bytes <= 3 * CHUNK_BYTES_MIN
     for chunk in (*chunks, *arena.take_new_chunks()):
+        chunk.close()
+
+
+class Maker:
+    """Makes chunks that no client sees, each when it is let."""
+
+    def __init__(self) -> None:
+        self.is_asked = threading.Semaphore(0)
+        self.may_make = threading.Semaphore(0)
+
+    def __call__(self, size: int, *, client_writes: bool) -> tuple[int, mmap.mmap]:
+        self.is_asked.release()
+        assert self.may_make.acquire(timeout=WAIT_S_MAX)
+        return os.open(os.devnull, os.O_RDONLY), mmap.mmap(-1, size)
+
+
+def test_nobody_waits_while_memory_is_made_for_another() -> None:
+    """Above all not the worker's loop, which releases and looks for all sessions."""
+    make = Maker()
+    arena = OutputArena(1 << 24, make_chunk=make)
+    make.may_make.release()
+    ref, _ = arena.lease(1000)
+    with ThreadPoolExecutor() as threads:
+        leasing = threads.submit(arena.lease, 2 * CHUNK_BYTES_MIN)
+        for _ in range(2):
+            assert make.is_asked.acquire(timeout=WAIT_S_MAX)
+        try:
+            threads.submit(lambda: arena.view("x", ref).tolist()).result(WAIT_S_MAX)
+            threads.submit(arena.release, ref.epoch, ref.slot, ref.generation).result(WAIT_S_MAX)
+            assert threads.submit(lambda: arena.lease(1000)[0].slot).result(WAIT_S_MAX) == ref.slot
+        finally:
+            make.may_make.release()
+        leased, _ = leasing.result(WAIT_S_MAX)
+    assert leased.chunk == 1
+    for chunk in arena.take_new_chunks():
+        chunk.close()
+
+
+def test_memory_that_is_made_too_late_is_given_back() -> None:
+    charged: list[int] = []
+
+    def charge(size: int, /, *, is_spare: bool = False) -> None:
+        charged.append(size)
+
+    make = Maker()
+    arena = OutputArena(1 << 24, charge, make)
+    with ThreadPoolExecutor() as threads:
+        leasing = threads.submit(arena.lease, 1000)
+        assert make.is_asked.acquire(timeout=WAIT_S_MAX)
+        assert arena.close() == []
+        make.may_make.release()
+        with pytest.raises(Cancelled):
+            leasing.result(WAIT_S_MAX)
+    assert (sum(charged), arena.total_bytes, arena.take_new_chunks()) == (0, 0, [])
+
+
+def test_chunks_are_small_enough_to_be_made_on_the_loop() -> None:
+    make = Maker()
+    arena = OutputArena(1 << 30, make_chunk=make)
+    for _ in range(100):
+        make.may_make.release()
+        arena.lease(CHUNK_BYTES_MIN)
+    chunks = arena.take_new_chunks()
+    assert max(chunk.message.size for chunk in chunks) == SPARE_BYTES_MAX
+    for chunk in chunks:
         chunk.close()
 
 

@@ -16,7 +16,7 @@ from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2
 from thirdrail_server.config import SessionLimits, WorkerConfig
 from thirdrail_server.worker.arena_ledger import ArenaLedger
-from thirdrail_server.worker.chunks import charged_chunk_bytes
+from thirdrail_server.worker.chunks import Budget
 
 MIB = 1 << 20
 TOTAL = 8 * MIB
@@ -130,9 +130,10 @@ async def test_nobody_ends_for_memory_that_is_only_good_to_have() -> None:
     ledger = ArenaLedger(SessionLimits(arena_bytes_total_max=100 * MIB))
     greedy, needy = (ledger.open(SomeSession(number)) for number in (1, 2))
     greedy.charge(70 * MIB)
-    needy.charge(20 * MIB)
-    size = charged_chunk_bytes(5 * MIB, needy.size, 100 * MIB, needy.charge)
-    assert (size, needy.size) == (5 * MIB, 25 * MIB)  # 8 and more would have been better
+    needy.charge(25 * MIB)
+    budget = Budget(100 * MIB, needy.charge)
+    assert budget.take_chunk(5 * MIB) == 5 * MIB  # 8 would have been better
+    assert budget.used_bytes == 5 * MIB
     assert not greedy.has_ended
 
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pieces of an arena: how large, charged to whom, and on their way to the client."""
 
+import contextlib
 import itertools
 import mmap
 import os
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -56,30 +59,91 @@ class NewChunk:
         os.close(self.fd)
 
 
-def charged_chunk_bytes(
-    size: int,
-    total: int,
-    total_max: int,
-    charge: Charge,
-    granularity_bytes: int = mmap.PAGESIZE,
-) -> int | None:
-    """How large a chunk to make for a piece of `size` bytes, and that much charged: doubling the
-    arena, or, where that is too much, only what is needed. None: it does not fit the arena.
+class Memory(Protocol):
+    def close(self) -> None: ...
+
+
+M = TypeVar("M", bound=Memory)
+
+
+@dataclass(frozen=True, slots=True)
+class Made(Generic[M]):
+    """A chunk, and a descriptor of it for the client. Both are the caller's to close."""
+
+    memory: M
+    nbytes: int
+    fd: int
+
+
+class Budget:
+    """The bytes of one arena: bounded, and charged in the books of all sessions. Any thread.
 
     granularity_bytes: chunks have a multiple of it, which is a power of two.
-    Raises ResourceExhausted where not even that can be charged.
+    spare_bytes_max: how large a chunk is made where less is needed.
     """
-    needed = -(-max(size, 1) // granularity_bytes) * granularity_bytes
-    left = total_max - total
-    if needed > left:
-        return None
-    generous = max(CHUNK_BYTES_MIN, granularity_bytes, total, 1 << (needed - 1).bit_length())
-    if needed < generous <= left:
+
+    def __init__(
+        self,
+        bytes_max: int,
+        charge: Charge,
+        *,
+        granularity_bytes: int = mmap.PAGESIZE,
+        spare_bytes_max: int | None = None,
+    ) -> None:
+        self.bytes_max = bytes_max
+        self.used_bytes = 0  # also when the arena is closed: until its memory is given back
+        self._charge = charge
+        self._granularity_bytes = granularity_bytes
+        self._spare_bytes_max = bytes_max if spare_bytes_max is None else spare_bytes_max
+        self._lock = threading.Lock()
+
+    def take(self, size: int, *, is_spare: bool = False) -> bool:
+        """Exactly so much. False: it does not fit the arena. Raises what `Charge` does."""
+        with self._lock:
+            if self.used_bytes + size > self.bytes_max:
+                return False
+            self._charge(size, is_spare=is_spare)
+            self.used_bytes += size
+            return True
+
+    def take_chunk(self, size: int) -> int | None:
+        """How large a chunk to make for a piece of `size` bytes, and that much taken: doubling the
+        arena, or, where that is too much, only what is needed. None: it does not fit the arena.
+
+        Raises ResourceExhausted where not even that can be charged.
+        """
+        needed = self._whole(size)
+        double = min(self.used_bytes, self._spare_bytes_max)
+        generous = max(
+            CHUNK_BYTES_MIN, self._granularity_bytes, double, 1 << (needed - 1).bit_length()
+        )
+        with contextlib.suppress(ResourceExhausted):
+            if generous > needed and self.take(generous, is_spare=True):
+                return generous
+        return needed if self.take(needed) else None
+
+    def make(self, size: int, make: Callable[[int, int], Made[M]]) -> Made[M] | None:
+        """A chunk with room for a piece of `size` bytes. None: it does not fit the arena.
+
+        make: one of so many bytes, or of fewer, but no fewer than the second number.
+        Raises ResourceExhausted where it cannot be charged, and what `make` raises.
+        """
+        nbytes = self.take_chunk(size)
+        if nbytes is None:
+            return None
         try:
-            charge(generous, is_spare=True)
-        except ResourceExhausted:
-            pass
-        else:
-            return generous
-    charge(needed)
-    return needed
+            made = make(nbytes, self._whole(size))
+        except BaseException:
+            self.give_back(nbytes)
+            raise
+        if made.nbytes < nbytes:
+            self.give_back(nbytes - made.nbytes)
+        return made
+
+    def _whole(self, size: int) -> int:
+        return -(-max(size, 1) // self._granularity_bytes) * self._granularity_bytes
+
+    def give_back(self, size: int) -> None:
+        with self._lock:
+            self.used_bytes -= size
+        self._charge(-size)

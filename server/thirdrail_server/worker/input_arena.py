@@ -8,7 +8,6 @@ be exported. From then on it belongs to the books of exports.
 
 import mmap
 import os
-import threading
 
 import numpy as np
 
@@ -17,12 +16,13 @@ from thirdrail.lane.allocator import ALIGNMENT_BYTES
 from thirdrail.lane.memory import create_chunk, whole_pages
 from thirdrail.v1 import lane_pb2, tensor_pb2
 from thirdrail_server.worker.chunks import (
+    Budget,
     Bytes,
     Charge,
+    Made,
     MakeChunk,
     NewChunk,
     charge_nothing,
-    charged_chunk_bytes,
     new_epoch,
 )
 from thirdrail_server.worker.tensor_memory import TensorMemory, memory_for_client
@@ -39,34 +39,36 @@ class InputArena:
         make_chunk: MakeChunk = create_chunk,
     ) -> None:
         self.epoch = new_epoch()
-        self.total_bytes = 0  # also after `close`: until it is unmapped
-        self._bytes_max = bytes_max
-        self._charge = charge
+        self._budget = Budget(bytes_max, charge)
         self._alone_chunks_max = alone_chunks_max
         self._make_chunk = make_chunk
-        self._lock = threading.Lock()  # memory is made on another thread than it is given back
         self._made = 0  # chunks so far
         self._chunks: dict[int, mmap.mmap] = {}  # without those given back
         self._alone: dict[int, TensorMemory] = {}  # by chunk
         self._exported: set[int] = set()  # of these; charged for and let go by others
 
+    @property
+    def total_bytes(self) -> int:
+        """Also after `close`: until it is unmapped."""
+        return self._budget.used_bytes
+
     def grow(self, size: int, *, is_alone: bool = False) -> NewChunk:
         """One more chunk with room for `size` bytes. Raises ResourceExhausted at a bound, OSError
-        where the host has no memory. Takes long for large chunks: call it off the loop.
+        where the host has no memory. Takes long for large chunks: call it off the loop, one at a
+        time.
 
         is_alone: for one tensor of exactly this size.
         """
         if is_alone:
             return self._grow_alone(size)
-        chunk_bytes = charged_chunk_bytes(size, self.total_bytes, self._bytes_max, self._charge)
-        if chunk_bytes is None:
+        made = self._budget.make(size, self._make)
+        if made is None:
             raise self._full(size)
-        try:
-            fd, mapping = self._make_chunk(chunk_bytes, client_writes=True)
-        except BaseException:
-            self._charge(-chunk_bytes)
-            raise
-        return NewChunk(self._add(mapping), fd)
+        return NewChunk(self._add(made.memory), made.fd)
+
+    def _make(self, nbytes: int, _least: int) -> Made[mmap.mmap]:
+        fd, mapping = self._make_chunk(nbytes, client_writes=True)
+        return Made(mapping, nbytes, fd)
 
     def _grow_alone(self, size: int) -> NewChunk:
         if len(self._alone) >= self._alone_chunks_max:
@@ -75,26 +77,22 @@ class InputArena:
                 "may"
             )
         chunk_bytes = whole_pages(size)
-        if self.total_bytes + chunk_bytes > self._bytes_max:
+        if not self._budget.take(chunk_bytes):
             raise self._full(size)
-        self._charge(chunk_bytes)
         try:
-            memory = memory_for_client(size)
+            memory, fd = _memory_and_descriptor(size)
         except BaseException:
-            self._charge(-chunk_bytes)
+            self._budget.give_back(chunk_bytes)
             raise
-        fd = os.dup(memory.fd)
         message = self._add(memory.mapping)
         message.alone = True
         self._alone[message.chunk] = memory
         return NewChunk(message, fd)
 
     def _add(self, mapping: mmap.mmap) -> lane_pb2.Chunk:
-        with self._lock:
-            self.total_bytes += len(mapping)
-            number = self._made
-            self._chunks[number] = mapping
-            self._made += 1
+        number = self._made
+        self._chunks[number] = mapping
+        self._made += 1
         return lane_pb2.Chunk(
             role=lane_pb2.ARENA_ROLE_INPUT, epoch=self.epoch, chunk=number, size=len(mapping)
         )
@@ -102,7 +100,7 @@ class InputArena:
     def _full(self, size: int) -> ResourceExhausted:
         return ResourceExhausted(
             f"{size} more bytes of input memory were asked for, {self.total_bytes} of "
-            f"{self._bytes_max} are in use"
+            f"{self._budget.bytes_max} are in use"
         )
 
     def view(self, name: str, ref: tensor_pb2.ArenaRef) -> Bytes:
@@ -151,7 +149,7 @@ class InputArena:
         """The books of exports have a chunk now."""
         if chunk not in self._exported:
             self._exported.add(chunk)
-            self._uncharge(self._alone[chunk])
+            self._budget.give_back(len(self._alone[chunk]))
 
     def drop(self, chunk: int) -> TensorMemory | None:
         """The client gives a chunk back that it had asked for alone; unknown ones are ignored."""
@@ -162,13 +160,8 @@ class InputArena:
         if chunk in self._exported:
             self._exported.remove(chunk)
         else:
-            self._uncharge(memory)
+            self._budget.give_back(len(memory))
         return memory
-
-    def _uncharge(self, memory: TensorMemory) -> None:
-        with self._lock:
-            self.total_bytes -= len(memory)
-        self._charge(-len(memory))
 
     def close(self) -> list[mmap.mmap]:
         """Let go of the memory; what a request still reads lives as long as its view. The mappings
@@ -181,3 +174,13 @@ class InputArena:
             else:
                 os.close(memory.fd)
         return list(chunks.values())
+
+
+def _memory_and_descriptor(size: int) -> tuple[TensorMemory, int]:
+    """For one tensor, and for the client to map it."""
+    memory = memory_for_client(size)
+    try:
+        return memory, os.dup(memory.fd)
+    except OSError:
+        memory.close()
+        raise

@@ -228,5 +228,5 @@ class SessionDevice:
             if not self._ring.is_quiet:
                 raise BufferError("the device still uses the session's memory")
             self.input.close()
-            self.output.close()
+            self.output.give_back()
             self.events.close()
