@@ -200,19 +200,27 @@ def test_a_reload_swaps_under_load_and_no_request_fails(controlled: RunningServe
 
 
 def test_requests_in_flight_finish_on_their_version(controlled: RunningServer) -> None:
+    inputs = {"x": np.zeros(1, np.float32), "turns": np.array(1)}
+
+    def overtakes(client: Client, version: int, turns: int) -> bool:
+        """Whether the next version is loaded and answers while the one before it runs."""
+        old = client.submit("slow", {**inputs, "turns": np.array(turns)})
+        waiting = client.submit("slow", inputs)
+        until(lambda: old.done() or _running(client, "slow") == 1)
+        write(controlled.repository, "slow", slow(), version=version + 1)
+        client.load("slow")
+        new = client.infer("slow", inputs)
+        is_overtaken = not old.done()
+        assert (new.model_version, old.result().model_version) == (version + 1, version)
+        assert waiting.result().model_version == version
+        return is_overtaken
+
     write(controlled.repository, "slow", slow(), version=1)
     with client_of(controlled) as client:
         client.load("slow")
-        inputs = {"x": np.zeros(1, np.float32), "turns": np.array(200_000)}
-        old = client.submit("slow", inputs)
-        waiting = client.submit("slow", {**inputs, "turns": np.array(1)})
-        until(lambda: _running(client, "slow") == 1)
-        write(controlled.repository, "slow", slow(), version=2)
-        client.load("slow")
-        new = client.infer("slow", {**inputs, "turns": np.array(1)})
-        assert not old.done(), "the load waits for nobody"
-        assert (new.model_version, old.result().model_version) == (2, 1)
-        assert waiting.result().model_version == 1
+        # The second where the first was over before, as on a busy machine.
+        is_overtaken = overtakes(client, 1, 200_000) or overtakes(client, 2, 4_000_000)
+        assert is_overtaken, "the load waits for nobody"
 
 
 def _running(client: Client, name: str) -> int:
@@ -225,7 +233,7 @@ def test_unload_lets_requests_in_flight_finish(controlled: RunningServer) -> Non
         client.load("slow")
         inputs = {"x": np.zeros(1, np.float32), "turns": np.array(200_000)}
         running = client.submit("slow", inputs)
-        until(lambda: _running(client, "slow") == 1)
+        until(lambda: running.done() or _running(client, "slow") == 1)
         client.unload("slow")
         assert _running(client, "slow") == 0, "unload ends when the last request has"
         assert running.result().model_version == 1
