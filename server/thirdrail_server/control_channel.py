@@ -164,20 +164,28 @@ class ControlChannel:
     async def _read(self) -> None:
         reason = "the other end of the control channel is gone"
         try:
-            while line := await self.reader.readline():
+            while line := await self._next_line():
                 self.lines_heard += 1
                 self._take(line)
-        except ConnectionError:
-            pass
-        except ValueError:  # StreamReader's word for a line beyond its limit
-            reason = f"a control line is longer than {self.limits.control_line_bytes_max} bytes"
-            _log.error("%s; hanging up", reason)
         except ProtocolViolation as violation:
             reason = f"the other end of the control channel broke its rules: {violation}"
             _log.error("%s; hanging up", reason)
+        except Exception:  # or whoever has asked something would wait for ever
+            reason = "this end of the control channel failed"
+            _log.exception("%s; hanging up", reason)
         self._end(reason)
         if self.on_close is not None:
             self.on_close()
+
+    async def _next_line(self) -> bytes:
+        """Empty at the end of the file."""
+        try:
+            return await self.reader.readline()
+        except ConnectionError:
+            return b""
+        except ValueError:  # StreamReader's word for a line beyond its limit
+            limit = self.limits.control_line_bytes_max
+            raise ProtocolViolation(f"a line of more than {limit} bytes") from None
 
     def _take(self, line: bytes) -> None:
         message = _parse(line)

@@ -169,6 +169,18 @@ async def test_the_end_of_the_file_fails_what_is_unanswered_and_is_told_once() -
     assert ends == ["end"]
 
 
+async def test_a_listener_to_progress_who_fails_leaves_nobody_waiting(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(_fields: Fields) -> None:
+        raise ValueError("our own fault")
+
+    async with channels() as (a, _):
+        with pytest.raises(ChannelClosed, match=r"this end .* failed"):
+            await a.call("count", on_progress=fail)
+    assert "our own fault" in caplog.text
+
+
 async def test_our_own_close_is_not_told() -> None:
     ends: list[str] = []
     async with channels(on_close=lambda: ends.append("end")) as (a, _):
