@@ -2,6 +2,7 @@
 """What a person sees who starts a server: first lines, and every way not to start."""
 
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -69,6 +70,19 @@ def test_wrong_flags_are_named(
     repository: Path, start_server: StartServer, arguments: list[str], text: str
 ) -> None:
     assert text in refusal(start_server(repository, *arguments, wait=False), 2)
+
+
+@pytest.mark.slow
+def test_it_may_have_as_many_files_as_the_system_lets_it(
+    repository: Path, start_server: StartServer
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard - 1, 1000), hard))
+    try:
+        server = start_server(repository)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (hard, hard)
 
 
 def test_a_taken_port_is_told_without_noise(repository: Path, start_server: StartServer) -> None:

@@ -45,7 +45,7 @@ from thirdrail_server.front.sessions.service import SessionsServicer
 from thirdrail_server.inference import grpc_service_pb2
 from thirdrail_server.repository.device_choice import CPU, Device
 from thirdrail_server.worker.plans import refuse_untrusted_caches
-from thirdrail_server.worker.process import GIL_SWITCH_S
+from thirdrail_server.worker.process import GIL_SWITCH_S, allow_descriptors
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +224,7 @@ async def run_front(config: ServerConfig) -> None:
     Raises ConfigError or RepositoryError when the server cannot start.
     """
     sys.setswitchinterval(GIL_SWITCH_S)
+    allow_descriptors()
     ending = _until_signalled()
     front = Front(config, await asyncio.to_thread(find_devices, config))
     announcing = asyncio.create_task(_announce(front.catalog, config))

@@ -56,7 +56,7 @@ def run_worker(config: WorkerConfig, inherited: InheritedSockets) -> int:
     watch = _die_with(inherited.front_pid, inherited.leftovers)
     configure_logging(process=f"worker {config.name}")
     sys.setswitchinterval(GIL_SWITCH_S)
-    _allow_descriptors()
+    allow_descriptors()
     # A terminal's Ctrl-C reaches the whole group, and a service manager's SIGTERM every process of
     # the service: the front decides how its workers end, which may still have requests to answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -71,8 +71,9 @@ def run_worker(config: WorkerConfig, inherited: InheritedSockets) -> int:
     os._exit(0)
 
 
-def _allow_descriptors() -> None:
-    """As many as the system lets us have: a session takes two, and one for each piece of memory."""
+def allow_descriptors() -> None:
+    """As many as the system lets us have: a session takes two, and one for each piece of memory; a
+    connection of the front takes one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
