@@ -61,7 +61,8 @@ class MetricsServicer(metrics_pb2_grpc.MetricsServicer):
 
     async def text(self) -> str:
         """In Prometheus' text format."""
-        return prometheus_text(await self.snapshot())
+        # Of a thousand models it takes most of a second, in which calls are to be answered.
+        return await asyncio.to_thread(prometheus_text, await self.snapshot())
 
     async def Snapshot(self, request: pb.SnapshotRequest, context: Context) -> pb.SnapshotResponse:
         async with failures_as_status(context):
