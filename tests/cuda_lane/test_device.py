@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,6 +146,8 @@ def test_a_client_without_the_device(server: RunningServer, client: thirdrail.Cl
         pytest.raises(thirdrail.CallerError, match=f"computes on {UUID} .*, not on 'GPU-ff'"),
     ):
         thirdrail.Device(another, "GPU-ff")
+    with pytest.raises(thirdrail.CallerError, match=f"computes on {UUID}, not on 'GPU-ff'"):
+        thirdrail.Device(client, "GPU-ff")
     with (
         thirdrail.Client(f"unix:{server.socket}", transport="grpc") as remote,
         pytest.raises(thirdrail.CallerError, match="lane"),
@@ -181,6 +184,29 @@ def test_threads_share_a_device(device: thirdrail.Device) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(use, range(40))) == [[8 * number] * 4 for number in range(40)]
+
+
+def test_debug_mode_looks_at_inputs_on_the_host(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with thirdrail.Client(f"unix:{server.socket}", debug=True) as client:
+        device = thirdrail.Device(client)
+        x = client.empty((10_000,))
+        x[:] = 1
+        lane = client._connected().access.lane()
+        assert lane is not None
+        send_call = lane.talk.send_call
+
+        def write_meanwhile(*arguments: Any) -> None:
+            x[0] = 2
+            send_call(*arguments)
+
+        monkeypatch.setattr(lane.talk, "send_call", write_meanwhile)
+        with pytest.raises(thirdrail.CallerError, match="input 'x' was written while"):
+            device.infer("twin_double", {"x": x})
+        monkeypatch.undo()
+        for _ in range(lane.device("")._place_count + 1):  # its place came back
+            assert device.infer("twin_double", {"x": x})["y"].numpy()[0] == 4
 
 
 def has_ended(device: thirdrail.Device) -> bool:

@@ -109,7 +109,8 @@ def _session_of(client: "Client", uuid: str) -> "DeviceSession":
     lane = lanes.home.lane()
     if lane is None:
         raise FailedPrecondition(needs_lane(client.transport))
-    named = [each for each in lanes.home.workers if each.startswith(WORKER_PREFIX + uuid)]
+    wanted = (WORKER_PREFIX + uuid).lower()
+    named = [each for each in lanes.home.workers if each.lower().startswith(wanted)]
     if named and named[0] != lanes.home.workers[0]:
         (access,) = lanes.to((named[0],))
         lane = access.lane()

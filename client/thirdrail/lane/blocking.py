@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from thirdrail.dtypes import extent
-from thirdrail.errors import FailedPrecondition, ThirdrailError
+from thirdrail.errors import FailedPrecondition, InvalidArgument, ThirdrailError
 from thirdrail.lane import forks
 from thirdrail.lane.blocking_wire import BlockingWire
 from thirdrail.lane.calls import Call, timed_out
@@ -140,6 +140,11 @@ class BlockingLane:
         with self._device_lock:
             if self._device is None:
                 self._device = attach_device(self, uuid)
+            there = self._device.uuid
+            if not there.lower().startswith(uuid.lower()):  # as the worker compares
+                raise InvalidArgument(
+                    f"this session's worker computes on {there}, not on {uuid[:80]!a}"
+                )
             return self._device
 
     def wait(self, ticket: Ticket, deadline_s: float | None) -> bool:

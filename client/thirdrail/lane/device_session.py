@@ -192,6 +192,9 @@ class DeviceSession:
         if not in_time:
             self._abandon(call, held)
             raise timed_out(timeout)
+        if call.error is not None:  # the lane has ended, or the result is worth nothing
+            self._recover(call, held)
+            raise call.error
         return self._result_of(call, held.place, stream)
 
     def _take_place(self) -> int:
@@ -257,9 +260,7 @@ class DeviceSession:
 
     def _result_of(self, call: Call, place: int, stream: int) -> DeviceResult:
         response = call.response
-        if response is None:
-            assert call.error is not None
-            raise call.error  # the lane has ended, and the place with it
+        assert response is not None
         refs = [tensor.ref for tensor in response.outputs if self._is_on_device(tensor)]
         if not refs:
             self._places.append(place)
