@@ -60,6 +60,7 @@ def test_an_order_arrives_whole() -> None:
         profiles=(Profile({"x": ShapeRange((1, 3), (4, 3), (8, 3))}), Profile({})),
         compute_capabilities=("sm86", "sm120"),
         target="GPU-1",
+        rules="positions 7",
         workspace_bytes=1 << 30,
         optimization_level=3,
         is_version_compatible=True,

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a plan is asked to be, where more than the owner's wishes changes it."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
-from thirdrail_engines import plan_requests
+from thirdrail_engines import plan_requests, positions
 from thirdrail_engines.compile_options import CompileOptions
 from thirdrail_engines.plan_requests import onnxruntime_request
 from thirdrail_engines.plans import Precision
@@ -16,6 +17,27 @@ def converter_of(precision: Precision) -> str:
         Path("model.onnx"), CompileOptions(), precision=precision, threads_max=1
     )
     return request.converter
+
+
+def test_a_plan_belongs_to_the_rules_by_which_its_inputs_were_judged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def rules() -> str:
+        return onnxruntime_request(
+            Path("model.onnx"), CompileOptions(), precision=Precision.AS_IS, threads_max=1
+        ).rules
+
+    before = rules()
+    monkeypatch.setattr(positions, "RULES", 99)
+    assert (before, rules()) == ("positions 1", "positions 99")
+
+
+def test_the_rules_have_another_number_when_their_tables_change() -> None:
+    """A plan of older rules would go on to say that an input may be bound in place."""
+    tables = {**positions.READERS, "followed": None, **positions.FOLLOWED}
+    rows = sorted(f"{name} {inputs and sorted(inputs)}" for name, inputs in tables.items())
+    digest = hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
+    assert (positions.RULES, digest) == (1, "66c5ea7d8969de15")
 
 
 def test_a_plan_in_another_precision_belongs_to_what_converted_it(

@@ -71,6 +71,7 @@ CHANGES: dict[str, list[Callable[[PlanRequest], Any]]] = {
     "builder_version": [lambda r: "1.7.2", lambda r: "1.71"],
     "precision": [lambda r: Precision.FP16],
     "converter": [lambda r: "rules 1, onnxruntime 1.31.1"],
+    "rules": [lambda r: "positions 1"],
     "profiles": [
         lambda r: (),
         lambda r: (PROFILE, PROFILE),

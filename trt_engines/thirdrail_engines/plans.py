@@ -68,6 +68,7 @@ class PlanRequest:
     compute_capabilities: tuple[str, ...] = ()  # "sm86"; none: the GPU at hand
     target: str = ""
     converter: str = ""  # what made the precision, and its version; "" for AS_IS
+    rules: str = ""  # of ours, by which more is written into the plan; "" where nothing is
     workspace_bytes: int | None = None
     optimization_level: int | None = None
     is_version_compatible: bool = False

@@ -31,6 +31,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+# Raised with every change of the rule or the tables: plans hold what was found by them.
+RULES = 1
+
 FLOAT_TYPES = frozenset({1, 10, 11, 16})  # TensorProto: FLOAT, FLOAT16, DOUBLE, BFLOAT16
 STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
 

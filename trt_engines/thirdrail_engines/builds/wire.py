@@ -79,6 +79,7 @@ def write_order(order: Order) -> bytes:
             "builder_version": request.builder_version,
             "precision": request.precision,
             "converter": request.converter,
+            "rules": request.rules,
             "profiles": [_plain_profile(profile) for profile in request.profiles],
             "compute_capabilities": request.compute_capabilities,
             "target": request.target,
