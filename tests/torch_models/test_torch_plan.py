@@ -11,6 +11,7 @@ from thirdrail.tensors import TensorSpec
 from thirdrail_engines.engine import EngineError, ModelFileError
 from thirdrail_engines.torch_plan import Sizes, read_plan, write_plan
 
+BOUNDS, DAMAGED = b'{"s0": [1, 64], "s1": [2, null]}', "its plan has a damaged header"
 FP32 = dtypes.BY_NAME["FP32"]
 SIZES = Sizes({"x": ("s0", 8), "y": ("s1", "s0")}, {"s0": (1, 64), "s1": (2, None)})
 INPUTS = (TensorSpec("x", FP32, (-1, 8)), TensorSpec("y", FP32, (-1, -1)))
@@ -34,12 +35,13 @@ def test_what_is_written_is_read(plan: bytes) -> None:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda plan: b"", "its plan is none that was made by AOTInductor"),
-        (lambda plan: b"PK" + plan, "its plan is none that was made by AOTInductor"),
+        (lambda plan: b"", "its plan is none that AOTInductor's builder made"),
+        (lambda plan: b"PK" + plan, "its plan is none that AOTInductor's builder made"),
         (lambda plan: plan[:60], "its plan has a damaged header"),
         (lambda plan: plan.replace(b'"FP32"', b'"FP99"'), "its plan has a damaged header"),
         (lambda plan: plan.replace(b'["s0", 8]', b'["s9", 8]'), "its plan has a damaged header"),
         (lambda plan: plan.replace(b'["s0", 8]', b'["s0",-8]'), "its plan has a damaged header"),
+        (lambda plan: plan.replace(BOUNDS, b"[]" + b" " * (len(BOUNDS) - 2)), DAMAGED),
         (lambda plan: plan[:-1], "the package in its plan has 699 bytes, expected 700"),
         (lambda plan: plan + b"!", "the package in its plan has 701 bytes, expected 700"),
     ],

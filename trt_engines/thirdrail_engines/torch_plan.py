@@ -4,12 +4,10 @@
 Compiled code checks nothing: with other shapes than it was compiled for, it reads and writes beyond
 its tensors. So the header says exactly which sizes it takes, and no run begins with others.
 
-Bytes: _MAGIC, the length of the header in 8 bytes (little endian), the header in JSON, the package
-(a zip archive, which torch.export calls a `.pt2` as well).
+The file (plan_files.py) has one part, the package: a zip archive, which torch.export calls a `.pt2`
+as well.
 """
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +16,9 @@ from typing import Any
 from thirdrail import dtypes
 from thirdrail.tensors import TensorSpec
 from thirdrail_engines.engine import EngineError, ModelFileError
+from thirdrail_engines.plan_files import checking_header, read_plan_file, write_plan_file
 
-_MAGIC = b"thirdrail aot_inductor plan 1\n"
-_LENGTH_BYTES = 8
-_HEADER_BYTES_MAX = 16 << 20
+_KIND = b"thirdrail aot_inductor plan 1\n"
 
 Size = int | str  # a number, or the name of an open one; those of one name are equal
 
@@ -74,35 +71,21 @@ def write_plan(
     path: Path, package: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec],
     sizes: Sizes,
 ) -> None:  # fmt: skip
-    header = json.dumps(
-        {
-            "inputs": [[spec.name, spec.dtype.name, sizes.inputs[spec.name]] for spec in inputs],
-            "outputs": [[spec.name, spec.dtype.name, spec.shape] for spec in outputs],
-            "bounds": dict(sizes.bounds),
-            "package_bytes": package.stat().st_size,
-        }
-    ).encode()
-    with path.open("xb") as file, package.open("rb") as content:
-        file.write(_MAGIC + len(header).to_bytes(_LENGTH_BYTES, "little") + header)
-        shutil.copyfileobj(content, file, 1 << 20)
+    header = {
+        "inputs": [[spec.name, spec.dtype.name, sizes.inputs[spec.name]] for spec in inputs],
+        "outputs": [[spec.name, spec.dtype.name, spec.shape] for spec in outputs],
+        "bounds": dict(sizes.bounds),
+        "package_bytes": package.stat().st_size,
+    }
+    write_plan_file(path, _KIND, header, [package])
 
 
 def read_plan(name: str, data: bytes | memoryview) -> TorchPlan:
     """The package is a view of `data`. Raises ModelFileError when that is no whole plan."""
-    view = memoryview(data)
-    start = len(_MAGIC) + _LENGTH_BYTES
-    if bytes(view[: len(_MAGIC)]) != _MAGIC or view.nbytes < start:
-        raise ModelFileError(f"{name}: its plan is none that was made by AOTInductor")
-    header_bytes = int.from_bytes(view[len(_MAGIC) : start], "little")
-    try:
-        if header_bytes > _HEADER_BYTES_MAX:
-            raise ValueError
-        package = view[start + header_bytes :]
-        header: dict[str, Any] = json.loads(bytes(view[start : start + header_bytes]))
+    header, package = read_plan_file(name, data, _KIND, "AOTInductor's builder")
+    with checking_header(name):
         plan = _plan(header, package)
         package_bytes = int(header["package_bytes"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ModelFileError(f"{name}: its plan has a damaged header") from None
     if package.nbytes != package_bytes:
         raise ModelFileError(
             f"{name}: the package in its plan has {package.nbytes} bytes, expected {package_bytes}"
