@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model versions prepared as the worker prepares them, and sessions that use them."""
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import thirdrail_engines
 from support.engines import WatchedEngine
 from support.models import write
+from support.served import WAIT_S_MAX, Served
 from support.sessions import Session
 from thirdrail_engines import EngineOptions, Inspector, LoadedEngine
 from thirdrail_engines.plans import TellProgress
@@ -18,6 +20,7 @@ from thirdrail_server.config import WorkerConfig
 from thirdrail_server.control_messages import LoadCommand
 from thirdrail_server.front.control.load_source import LoadSource, prepare
 from thirdrail_server.worker.loading import PreparedVersion, prepare_version
+from thirdrail_server.worker.run_place import RunPlace
 
 Prepare = Callable[..., PreparedVersion]
 OpenSession = Callable[..., Session]
@@ -106,3 +109,23 @@ def session(open_session: OpenSession) -> Session:
 def command_of(name: str, repository: Path) -> LoadCommand:
     """What the front would tell a worker to load."""
     return prepare(name, LoadSource(repository)).command
+
+
+@pytest.fixture
+def serving(prepare_model: Prepare, session: Session) -> Callable[..., Any]:
+    """async with serving(model, config, place) as served: everything is closed at its end."""
+
+    @contextlib.asynccontextmanager
+    async def serve(
+        built: Any, config: str = "", place: RunPlace | None = None
+    ) -> AsyncIterator[Served]:
+        served = Served(prepare_model(built, config), session, place)
+        try:
+            yield served
+        finally:
+            served.engine.gate.set()
+            if not served.engine.closed.is_set():
+                await served.version.retire("the test is over", WAIT_S_MAX)
+        assert served.session.output.leased_bytes == 0
+
+    return serve
