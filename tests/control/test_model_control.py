@@ -248,6 +248,21 @@ async def test_a_worker_that_never_starts_is_tried_again_and_stops_at_once(
         assert not (await plane.worker.status()).is_serving
 
 
+@pytest.mark.slow
+async def test_a_model_whose_worker_dies_while_it_is_unloaded_is_unloaded(
+    repository: Any, open_plane: Any
+) -> None:
+    repository.write("m")
+    async with open_plane(**EXPLICIT, load_models=("m",)) as plane:
+        await plane.until(plane.catalog.all_ready)
+        os.kill((await plane.worker.status()).pid, signal.SIGSTOP)
+        unload = asyncio.create_task(plane.control.unload("m"))
+        await plane.until(lambda: plane.reason("m") == "unloading")
+        await plane.kill_worker()
+        await unload
+        assert plane.reason("m") == "unloaded"
+
+
 async def test_a_worker_that_says_nothing_is_killed_and_tried_again(
     repository: Any, open_plane: Any
 ) -> None:

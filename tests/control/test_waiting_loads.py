@@ -67,6 +67,7 @@ async def test_a_model_does_not_come_back_that_was_unloaded_while_its_worker_was
         assert plane.reason("m") == "unloaded"
 
 
+@pytest.mark.slow
 async def test_a_load_that_waits_for_room_survives_its_worker(
     repository: Any, open_plane: Any
 ) -> None:
@@ -80,6 +81,7 @@ async def test_a_load_that_waits_for_room_survives_its_worker(
         await plane.until(plane.catalog.all_ready)
 
 
+@pytest.mark.slow
 async def test_what_serves_comes_back_beside_a_load_that_waited_for_room(
     repository: Any, open_plane: Any
 ) -> None:

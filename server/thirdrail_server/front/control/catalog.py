@@ -303,7 +303,8 @@ class Catalog:
         reason = f"worker '{worker}' died; restarting"
         for name in list(self._parts):
             for part in self._parts_of(name, worker):
-                if any(each.state != UNAVAILABLE for each in part.versions):
+                # What is being unloaded has the end that it was to have.
+                if any(each.state in (LOADING, READY) for each in part.versions):
                     lost = all_unavailable(part, reason)
                     self._put(replace(lost, is_expected_back=name in names))
         self._tell("")
