@@ -22,6 +22,7 @@ ALLOWED = {
         "thirdrail.tensors",
         "thirdrail.dtypes",
         "thirdrail.errors",
+        "thirdrail.pages",
         "thirdrail.device",  # what both ends of shared device memory agree on
         "thirdrail._version",
     ),

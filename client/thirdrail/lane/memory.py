@@ -11,19 +11,17 @@ A chunk that holds one tensor alone gets that last seal later, when the tensor i
 process: its maker's mapping stays as it is, the other process can only read.
 """
 
-import errno
 import fcntl
-import functools
 import mmap
 import os
-from typing import Any
+
+from thirdrail.pages import make_pages
 
 _SEALED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _F_SEAL_FUTURE_WRITE = (
     0x0010  # linux/fcntl.h; the fcntl module has no name for it before Python 3.13
 )
 _READERS_ONLY = _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
-_MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h, since Linux 5.14
 
 
 def whole_pages(size: int) -> int:
@@ -50,40 +48,14 @@ def create_chunk(
     try:
         os.ftruncate(fd, size)
         mapping = mmap.mmap(fd, size, flags=mmap.MAP_SHARED)
-        _make_pages(fd, mapping)
+        if not make_pages(mapping):
+            os.posix_fallocate(fd, 0, size)
         seals = _SEALED if client_writes else _SEALED | _F_SEAL_FUTURE_WRITE
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals if alone else seals | fcntl.F_SEAL_SEAL)
     except BaseException:
         os.close(fd)
         raise
     return fd, mapping
-
-
-def _make_pages(fd: int, mapping: mmap.mmap) -> None:
-    """Have all pages of a new chunk made, and mapped.
-
-    By a foreign call, for which Python lets go of the GIL: it holds it in `mmap.madvise`, and
-    before 3.13 also in `mmap.mmap`, however long MAP_POPULATE takes (0.3 s for 256 MiB).
-    """
-    import ctypes  # here: of those who import this module, only a worker makes chunks
-
-    start = ctypes.c_char.from_buffer(mapping)
-    while _madvise()(ctypes.addressof(start), len(mapping), _MADV_POPULATE_WRITE):
-        error = ctypes.get_errno()
-        if error == errno.EINVAL:  # an older kernel: its first writers map the pages
-            return os.posix_fallocate(fd, 0, len(mapping))
-        if error != errno.EINTR:
-            raise OSError(error, os.strerror(error))
-    return None
-
-
-@functools.cache
-def _madvise() -> Any:
-    import ctypes
-
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return madvise
 
 
 def seal_for_readers(fd: int) -> None:
