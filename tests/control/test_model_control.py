@@ -313,6 +313,19 @@ async def test_stopping_in_the_middle_of_a_load_leaves_no_process(
     assert not psutil.pid_exists(pid)
 
 
+async def test_files_that_change_during_a_load_are_loaded_once_more_and_not_more_often(
+    repository: Any, open_plane: Any
+) -> None:
+    repository.write("m", "forever")
+    async with open_plane(model_control="poll", poll_interval_s=3600) as plane:
+        await plane.until(lambda: plane.reason("m") == "loading")
+        next_load = asyncio.create_task(plane.control._reload("m"))
+        await asyncio.sleep(0)
+        for _ in range(9):
+            await plane.control._reload("m")
+        assert not next_load.done()
+
+
 async def test_poll_mode_follows_the_repository(repository: Any, open_plane: Any) -> None:
     repository.write("stays")
     repository.write("goes")

@@ -180,8 +180,11 @@ class ModelControl:
             self._loads.spawn(self._reload(decision.name))
 
     async def _reload(self, name: str) -> None:
+        order = self._from_repository(name)
+        if self._loads.will_read(name, order.source):
+            return  # files that change all the time would else fill the line behind a long load
         await self._loads.end_improvements(name)
-        await asyncio.shield(self._loads.order(self._from_repository(name)))
+        await asyncio.shield(self._loads.order(order))
 
     async def _unload_and_remove(self, name: str) -> None:
         await self._loads.end(name)

@@ -95,6 +95,10 @@ class ModelLoads:
         task.add_done_callback(lambda _: self._orders.remove(order))
         return task
 
+    def will_read(self, name: str, source: LoadSource) -> bool:
+        """Whether a load that was ordered will find what lies there now."""
+        return self._orders.will_read(name, source)
+
     async def end(self, name: str) -> None:
         """All loads of a model that were asked for until now, for its unload."""
         self._orders.end(name, UNLOADED_MEANWHILE)
@@ -239,7 +243,7 @@ class ModelLoads:
             return []
 
     async def _prepare(self, order: Order) -> tuple[PreparedLoad, Placed]:
-        name = order.name
+        name, order.has_read = order.name, True
         try:
             prepared = await asyncio.to_thread(prepare, name, order.source)
             devices = devices_of(prepared.command.config, self._gpus)

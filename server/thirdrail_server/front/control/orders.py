@@ -32,6 +32,7 @@ class Order:
     is_patient: bool = False
     improves: bool = False
     settles_for: str = ""
+    has_read: bool = False  # its files, or is about to
     _why_not: str = ""
     _waiting: set[asyncio.Task[object]] = field(default_factory=set)
 
@@ -107,6 +108,13 @@ class Orders:
         for order in found:
             order.end(why)
         return bool(found)
+
+    def will_read(self, name: str, source: LoadSource) -> bool:
+        """Whether one of all of a model has yet to read its files from there."""
+        return any(
+            order.source == source and not (order.has_read or order.worker or order._why_not)
+            for order in self._live.get(name, ())
+        )
 
     def end_parts(self, name: str, source: LoadSource, why: str) -> None:
         """Of a model, those for single workers that would load it from another source."""
