@@ -152,7 +152,7 @@ def test_the_selector_finds_what_comes_while_it_looks_and_while_it_sleeps() -> N
         for delay_s in (0.0, 0.00002, 0.02):
             timer = threading.Timer(delay_s, theirs.send, [b"x"])
             timer.start()
-            ready = selector.select(5)
+            ready = selector.select(60)
             assert [(key.data, events) for key, events in ready] == [("news", selectors.EVENT_READ)]
             assert ours.recv(1) == b"x"
             timer.join()
@@ -170,10 +170,10 @@ def test_a_quiet_loop_uses_no_core() -> None:
     async def idle() -> float:
         for _ in range(200):  # events as fast as they come: the window is open
             await asyncio.sleep(0)
-        started = time.process_time()
+        started = time.thread_time()  # other threads are other tests'
         for _ in range(20):
             await asyncio.sleep(0.02)
-        return time.process_time() - started
+        return time.thread_time() - started
 
     with asyncio.Runner(loop_factory=lambda: new_loop(LONGEST_US)) as runner:
         assert runner.run(idle()) < 0.1
@@ -216,6 +216,6 @@ def test_a_deadline_holds_while_it_looks() -> None:
     wire = BlockingWire(ours, busy_poll_us=LONGEST_US)
     started = time.monotonic()
     assert wire.receive(1 << 16, started + 0.02) is None
-    assert 0.02 <= time.monotonic() - started < 5
+    assert 0.02 <= time.monotonic() - started < 60
     wire.close()
     theirs.close()

@@ -17,7 +17,7 @@ from thirdrail.tensors import Array, tensor_of_array
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2, sessions_pb2, tensor_pb2
 
-ANSWER_S_MAX = 20
+ANSWER_S_MAX = 60
 PACKET_BYTES_MAX = 64 << 10
 X = np.array([1, 2, 3], np.float32)
 

@@ -30,7 +30,7 @@ MODEL = "identity_fp32"
 SMALL = np.arange(16, dtype=np.float32)
 LARGE = np.arange(8192, dtype=np.float32)
 PACKET_BYTES_MAX = 1 << 16
-ANSWER_S_MAX = 20
+ANSWER_S_MAX = 60
 
 _TO_WORKER, _TO_CLIENT, _WITH_MEMORY = ">", "<", "<+"
 

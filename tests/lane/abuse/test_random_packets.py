@@ -16,7 +16,7 @@ from support.worker import RunningWorker, running_worker
 from thirdrail.lane.aio import AsyncLane
 from thirdrail_server.config import LaneLimits, WorkerConfig
 
-ANSWER_S_MAX = 20
+ANSWER_S_MAX = 60
 MIB = 1 << 20
 
 
@@ -62,9 +62,8 @@ def test_random_packets(worker: RunningWorker, neighbour: AsyncLane) -> None:
     throw(worker, neighbour, 150)
     ended = sockets - len(worker.sockets)
     until(lambda: worker.status().sessions == len(worker.sockets) + 1)
-    after_rss, after_fds = footprint(worker)
-    assert after_rss - rss < 20 * MIB
-    assert after_fds <= fds - ended
+    until(lambda: worker.fd_count() <= fds - ended)
+    assert footprint(worker)[0] - rss < 20 * MIB
 
 
 @pytest.mark.slow
