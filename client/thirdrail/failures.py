@@ -62,7 +62,7 @@ _NOTES: dict[type[ThirdrailError], str] = {
 def not_ready(timeout: float, fault: str) -> errors.TimedOut:
     """Of a wait for a server or model. timeout: seconds. fault: what was seen last."""
     error = errors.TimedOut(f"not ready within {timeout:g} s: {fault}")
-    error.add_note("`thirdrail models` shows the state of every model, and why")
+    error.add_note("where a server runs, `thirdrail models` shows every model's state, and why")
     return error
 
 

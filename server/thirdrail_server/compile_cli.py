@@ -34,7 +34,7 @@ from thirdrail_engines.plan_cache import CacheFolderError, PlanCache, PlanKey, d
 from thirdrail_engines.plans import Precision
 from thirdrail_engines.profiles import ShapesUnknown
 from thirdrail_server.compile_jobs import Job, Wish, jobs_at, read_profiles
-from thirdrail_server.config import GIB, CompileConfig
+from thirdrail_server.config import GIB, CompileConfig, ConfigError, bytes_of_gib
 from thirdrail_server.repository.errors import RepositoryError
 
 MIB = 1 << 20
@@ -153,16 +153,17 @@ def compile(  # noqa: A001 the command's name
     try:
         limits = BuildLimits(
             seconds_max=build_minutes_max * 60,
-            memory_bytes_max=round(build_memory_gib * GIB),
+            memory_bytes_max=bytes_of_gib("--build-memory-gib", build_memory_gib),
             niceness=_NICENESS,
         )
         with typed_by_hand():
             profiles = read_profiles(profile or ())
             wish = Wish(asked, engine, precision, derive_batching, profiles)
             jobs = list(jobs_at(path, wish))
-        with PlanCache(cache_dir or _default_cache(), round(cache_gib * GIB)) as cache:
+        cache_bytes_max = bytes_of_gib("--cache-gib", cache_gib)
+        with PlanCache(cache_dir or _default_cache(), cache_bytes_max) as cache:
             outcomes = [_in_cache(each, cache) for each in list(_with_bars(jobs, cache, limits))]
-    except (RepositoryError, ValueError) as error:
+    except (ConfigError, RepositoryError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
     except (CacheFolderError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)

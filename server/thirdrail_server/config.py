@@ -39,8 +39,8 @@ def _require(settings: object, name: str, least: int, most: float = math.inf) ->
 
 def bytes_of_gib(name: str, gib: float) -> int:
     """name: the setting's. Raises ConfigError for what is no amount."""
-    if not math.isfinite(gib):
-        raise ConfigError(f"{name} must be a number of GiB, got {gib}")
+    if not 0 <= gib * GIB < math.inf:  # so that nan is refused as well
+        raise ConfigError(f"{name} must be a number of GiB, 0 or more, got {gib}")
     return round(gib * GIB)
 
 

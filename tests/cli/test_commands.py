@@ -181,6 +181,11 @@ def test_load_and_unload(
     url = f"--url={server.url}"
     assert typed("unload", "echo", url).out == "echo is unloaded\n"
     assert typed("infer", "echo", "-i", "x=1", url).code == 1
+    (tmp_path / "repository/broken/1").mkdir(parents=True)
+    (tmp_path / "repository/broken/1/model.onnx").write_bytes(b"no model")
+    assert "not a readable ONNX file" in typed("load", "broken", url).err
+    done = typed("infer", "broken", "-i", "x=1", url)
+    assert (done.code, "'broken' has no available versions" in done.err) == (1, True)
     done = typed("load", "echo", url)
     assert (done.code, done.out, done.err) == (0, "echo is ready: version 1\n", "")
     config = tmp_path / "other.pbtxt"

@@ -147,6 +147,8 @@ def test_shapes_that_cannot_be_say_what_could(text: str, says: str) -> None:
         (("--engine=onnxruntime", "--for=sm86"), "plans are for this CPU"),
         (("--engine=torch", "--for=sm86"), "PyTorch's plans are for this CPU"),
         (("--build-minutes-max=0",), "--build-minutes-max"),
+        (("--build-memory-gib=inf",), "--build-memory-gib must be a number of GiB"),
+        (("--cache-gib=1e300",), "--cache-gib must be a number of GiB"),
     ],
 )
 def test_wishes_that_cannot_be_are_refused(

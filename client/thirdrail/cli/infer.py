@@ -89,11 +89,15 @@ def infer(
 
 
 def _arrays(texts: dict[str, str], description: ModelDescription) -> dict[str, Array]:
+    if not (description.inputs or description.outputs):  # not loaded, as the server will say
+        return {}
     specs = {spec.name: spec for spec in description.inputs}
     arrays = {}
     for name, text in texts.items():
         if name not in specs:
-            raise InvalidArgument(f"unknown input '{name}', the model has {', '.join(specs)}")
+            raise InvalidArgument(
+                f"unknown input '{name}', the model has {', '.join(specs) or 'none'}"
+            )
         arrays[name] = values.array_of_text(text, specs[name])
     return arrays
 
