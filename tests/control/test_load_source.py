@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model folder to the worker's load command."""
+"""From a model folder to the worker's load command, and its answer."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from thirdrail.errors import Internal
+from thirdrail_server.control_messages import Fields, LoadedModel, VersionEngine
 from thirdrail_server.front.control.load_source import LoadSource, ModelMissing, prepare
+from thirdrail_server.front.control.worker_load import load_in_worker
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.repository import layout
 from thirdrail_server.repository.errors import RepositoryError
@@ -111,3 +115,30 @@ def test_a_kind_that_is_not_served_is_named_although_it_has_no_model_file(
 def test_a_name_without_a_folder_is_told_apart(tmp_path: Path) -> None:
     with pytest.raises(ModelMissing, match="the repository has no folder 'm'"):
         prepare("m", LoadSource(tmp_path))
+
+
+class AnsweringWorker:
+    """Has loaded version 1, and says so much more of others."""
+
+    def __init__(self, **more: dict[int, object]) -> None:
+        answer = LoadedModel(ModelConfig(name="m"), {1: None}, {1: ["x"]}, [], {})
+        for name, others in more.items():
+            getattr(answer, name).update(others)
+        self._answer = answer.to_fields()
+
+    async def call(self, _do: str, _fields: Fields, _progress: object) -> Fields:
+        return self._answer
+
+
+@pytest.mark.parametrize(
+    "more", [{"versions": {-1: None}}, {"in_place": {2: []}}, {"engines": {3: VersionEngine("e")}}]
+)
+async def test_an_answer_about_versions_that_nobody_asked_for_is_refused(
+    tmp_path: Path, more: dict[str, Any]
+) -> None:
+    prepared = prepare("m", write(tmp_path, {"m/1/model.onnx": ""}))
+    honest: Any = AnsweringWorker()
+    assert (await load_in_worker(honest, prepared, print)).ready_versions == [1]
+    lying: Any = AnsweringWorker(**more)
+    with pytest.raises(Internal, match="versions that it was not asked for"):
+        await load_in_worker(lying, prepared, print)

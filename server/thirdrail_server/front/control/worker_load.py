@@ -33,6 +33,10 @@ async def load_in_worker(
     if "too_large_bytes" in answer:
         raise TooLarge(int(answer["too_large_bytes"]))
     loaded = LoadedModel.from_fields(answer)
+    if {*loaded.versions, *loaded.in_place, *loaded.engines} - dict(
+        prepared.command.versions
+    ).keys():
+        raise Internal("the worker answered for versions that it was not asked for")
     versions: dict[int, str | None] = {**loaded.versions, **prepared.failures}
     if None not in versions.values():
         raise Internal("; ".join(f"version {v}: {text}" for v, text in sorted(versions.items())))
