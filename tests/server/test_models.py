@@ -336,17 +336,17 @@ def test_polling_leaves_half_written_files_alone(
     repository: Path, start_server: StartServer
 ) -> None:
     """A file that grows at every look is no model yet, and no broken one either."""
-    server = start_server(repository, *POLL)
+    server = start_server(repository, "--model-control=poll", "--poll-interval=2")
     with client_of(server) as client:
         whole = identity().SerializeToString()
         target = repository / "growing" / "1" / "model.onnx"
         target.parent.mkdir(parents=True)
         with target.open("wb", buffering=0) as file:
-            for byte in range(20):
+            for byte in range(60):  # 6 s; it stands still for 2 s only where everything does
                 file.write(whole[byte : byte + 1])
                 time.sleep(0.1)
                 assert state_of(client, "growing") in ("", "loading")
-            file.write(whole[20:])
+            file.write(whole[60:])
         until(lambda: state_of(client, "growing") == "ready")
     assert "failed to load 'growing'" not in server.log_text()
 

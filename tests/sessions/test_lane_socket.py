@@ -27,7 +27,7 @@ from thirdrail_server.config import ConfigError, ServerConfig
 from thirdrail_server.front.sessions.lane_socket import bind_lane, lane_path
 from thirdrail_server.front.sessions.service import is_local
 
-UNTIL_S_MAX = 20
+UNTIL_S_MAX = 60
 
 
 def until(is_so: Callable[[], bool]) -> None:

@@ -22,7 +22,7 @@ from thirdrail_server.worker.farewells import LINGERING_MAX
 
 TESTS = Path(__file__).parent.parent
 STRANGER = 54321
-UNTIL_S_MAX = 20
+UNTIL_S_MAX = 60
 
 # Connects as another user and says what it is told.
 CHILD = """

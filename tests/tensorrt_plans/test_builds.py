@@ -122,7 +122,7 @@ def test_in_a_process_of_its_own(
     built = run_build(
         request,
         tmp_path,
-        BuildLimits(seconds_max=60, niceness=1),
+        BuildLimits(seconds_max=110, niceness=1),
         lambda phase, done, steps: told.append(phase),
         threading.Event(),
     )
