@@ -21,6 +21,7 @@ from thirdrail.dtypes import extent
 from thirdrail.errors import FailedPrecondition, NotFound, ThirdrailError, Unavailable
 from thirdrail.failures import IS_CLOSED, rpc_errors, with_note
 from thirdrail.lane.aio_lane_stream import AsyncLaneStream
+from thirdrail.lane.attach import ASK_TIMEOUT_S
 from thirdrail.lane.calls import NotSent, timed_out
 from thirdrail.lane.encoding import Encoder
 from thirdrail.models import DescriptionCache, ModelDescription
@@ -31,6 +32,7 @@ from thirdrail.requests import (
     named_arrays,
     needs_description,
     outcome_of_response,
+    require_timeout,
     write_request,
 )
 from thirdrail.stream import IN_FLIGHT_MAX
@@ -88,7 +90,8 @@ class AsyncClient(AsyncServerCalls):
             outputs: names of the outputs wanted; all by default.
             version: of the model; the newest that is ready by default.
             request_id: given back in the result and written to the server's log.
-            timeout: seconds after which TimedOut is raised; none by default.
+            timeout: seconds after which TimedOut is raised; none by default. Getting onto the lane
+                and asking for the model's declaration, where that has to be, come before.
             priority: 1 is the highest; the model's own by default.
             parameters: a mapping of bool, int, float or str.
             classes: the best N classes as b"value:index[:label]" instead of each output.
@@ -283,7 +286,7 @@ class AsyncClient(AsyncServerCalls):
 
     async def _workers_of(self, model: str) -> tuple[str, ...]:
         try:
-            return (await self.describe(model)).status.workers
+            return (await self._describe(model, 0, ASK_TIMEOUT_S)).status.workers
         except NotFound:
             return ()  # the first worker is asked, and knows it no more
         except ThirdrailError:  # a busy server is no reason why the lane should not be used
@@ -295,7 +298,8 @@ class AsyncClient(AsyncServerCalls):
         """What the server says of a model that its worker does not know. It may be on its way."""
         self._connected().lanes.forget(model)
         try:
-            status = (await self.describe(model, version=options.get("version", 0))).status
+            version = options.get("version", 0)
+            status = (await self._describe(model, version, ASK_TIMEOUT_S)).status
         except NotFound:
             return error
         except ThirdrailError as reason:
@@ -328,11 +332,12 @@ class AsyncClient(AsyncServerCalls):
     ) -> ModelDescription | None:
         if not needs_description(inputs, options):
             return None
-        version = options.get("version", 0)
+        version, timeout = options.get("version", 0), options.get("timeout")
         now_ns = time.monotonic_ns()
         description = self._descriptions.get(model, version, now_ns)
         if description is None:
-            description = await self.describe(model, version=version)
+            require_timeout(timeout)
+            description = await self._describe(model, version, timeout)
             models.require_declaration(description)
             self._descriptions.put(model, version, description, now_ns)
         return description

@@ -9,10 +9,10 @@ from typing import Any
 
 from thirdrail import health, models
 from thirdrail.aio_connection import AsyncConnection
-from thirdrail.errors import NotFound, Unavailable
+from thirdrail.errors import NotFound, TimedOut, Unavailable
 from thirdrail.failures import not_ready, rpc_errors
 from thirdrail.models import ModelChange, ModelDescription, ModelStatus, OnProgress
-from thirdrail.server_calls import READY_POLL_SECONDS
+from thirdrail.server_calls import READY_POLL_SECONDS, ready_answer_seconds
 from thirdrail.v1 import metrics_pb2, models_pb2
 
 
@@ -31,10 +31,13 @@ class AsyncServerCalls(ABC):
 
     async def describe(self, model: str, *, version: int = 0) -> ModelDescription:
         """A model's inputs, outputs and configuration; of the newest ready version by default."""
+        return await self._describe(model, version, None)
+
+    async def _describe(self, model: str, version: int, timeout: float | None) -> ModelDescription:
         connection = self._connected()
         request = models_pb2.DescribeRequest(name=model, version=version)
-        with rpc_errors(connection.address):
-            response = await connection.models.Describe(request)
+        with rpc_errors(connection.address, timeout):
+            response = await connection.models.Describe(request, timeout=timeout)
         return models.description_of_message(response)
 
     async def load(
@@ -74,9 +77,12 @@ class AsyncServerCalls(ABC):
 
     async def health(self, model: str = "") -> bool:
         """Whether the server, or a model, can serve now. Raises NotFound for an unknown model."""
+        return await self._is_serving(model, None)
+
+    async def _is_serving(self, model: str, timeout: float | None) -> bool:
         connection = self._connected()
-        with rpc_errors(connection.address):
-            return bool(await connection.check(model) == health.SERVING)
+        with rpc_errors(connection.address, timeout):
+            return bool(await connection.check(model, timeout=timeout) == health.SERVING)
 
     async def metrics(self) -> str:
         """The server's metrics as Prometheus text."""
@@ -96,13 +102,14 @@ class AsyncServerCalls(ABC):
         timeout: seconds. Raises TimedOut with the last reason.
         """
         deadline = time.monotonic() + timeout
-        while (fault := await self._ready_fault(model)) is not None:
+        while (fault := await self._ready_fault(model, deadline)) is not None:
             if time.monotonic() >= deadline:
                 raise not_ready(timeout, fault)
             await asyncio.sleep(READY_POLL_SECONDS)
 
-    async def _ready_fault(self, model: str) -> str | None:
+    async def _ready_fault(self, model: str, deadline: float) -> str | None:
         try:
-            return None if await self.health(model) else "it says that it is not serving"
-        except (Unavailable, NotFound) as error:
+            is_serving = await self._is_serving(model, ready_answer_seconds(deadline))
+            return None if is_serving else "it says that it is not serving"
+        except (Unavailable, NotFound, TimedOut) as error:
             return str(error)

@@ -21,6 +21,7 @@ from thirdrail.discovery import find_address
 from thirdrail.dtypes import extent
 from thirdrail.errors import FailedPrecondition, NotFound, ThirdrailError, Unavailable
 from thirdrail.failures import IS_CLOSED, rpc_errors, with_note
+from thirdrail.lane.attach import ASK_TIMEOUT_S
 from thirdrail.lane.busy_poll import LONGEST_US, BusyWindow
 from thirdrail.lane.calls import NotSent
 from thirdrail.lane.encoding import Encoder
@@ -32,6 +33,7 @@ from thirdrail.requests import (
     named_arrays,
     needs_description,
     outcome_of_response,
+    require_timeout,
     write_request,
 )
 from thirdrail.server_calls import ServerCalls
@@ -112,7 +114,8 @@ class Client(ServerCalls):
             outputs: names of the outputs wanted; all by default.
             version: of the model; the newest that is ready by default.
             request_id: given back in the result and written to the server's log.
-            timeout: seconds after which TimedOut is raised; none by default.
+            timeout: seconds after which TimedOut is raised; none by default. Getting onto the lane
+                and asking for the model's declaration, where that has to be, come before.
             priority: 1 is the highest; the model's own by default.
             parameters: a mapping of bool, int, float or str.
             classes: the best N classes as b"value:index[:label]" instead of each output.
@@ -359,7 +362,7 @@ class Client(ServerCalls):
 
     def _workers_of(self, model: str) -> tuple[str, ...]:
         try:
-            return self.describe(model).status.workers
+            return self._describe(model, 0, ASK_TIMEOUT_S).status.workers
         except NotFound:
             return ()  # the first worker is asked, and knows it no more
         except ThirdrailError:  # a busy server is no reason why the lane should not be used
@@ -369,7 +372,8 @@ class Client(ServerCalls):
         """What the server says of a model that its worker does not know. It may be on its way."""
         self._connected().lanes.forget(model)
         try:
-            status = self.describe(model, version=options.get("version", 0)).status
+            version = options.get("version", 0)
+            status = self._describe(model, version, ASK_TIMEOUT_S).status
         except NotFound:
             return error
         except ThirdrailError as reason:
@@ -388,13 +392,14 @@ class Client(ServerCalls):
     ) -> ModelDescription | None:
         if not needs_description(inputs, options):
             return None
-        return self._description(model, options.get("version", 0))
+        return self._description(model, options.get("version", 0), options.get("timeout"))
 
-    def _description(self, model: str, version: int) -> ModelDescription:
+    def _description(self, model: str, version: int, timeout: float | None) -> ModelDescription:
         now_ns = time.monotonic_ns()
         description = self._descriptions.get(model, version, now_ns)
         if description is None:
-            description = self.describe(model, version=version)
+            require_timeout(timeout)
+            description = self._describe(model, version, timeout)
             models.require_declaration(description)
             self._descriptions.put(model, version, description, now_ns)
         return description

@@ -277,15 +277,18 @@ def _whole_number(name: str, value: int) -> pb.Parameter:
     raise InvalidArgument(f"parameter '{name}' must fit 64 bits, got {value}")
 
 
-def _microseconds(timeout: float | None) -> int:
-    if timeout is None:
-        return 0
-    if not 0 < timeout <= TIMEOUT_S_MAX:
+def require_timeout(timeout: float | None) -> None:
+    """Raises InvalidArgument for one that no clock takes."""
+    if timeout is not None and not 0 < timeout <= TIMEOUT_S_MAX:
         raise InvalidArgument(
             f"timeout must be above 0 and at most {TIMEOUT_S_MAX:g} seconds, got {timeout}; None "
             "waits for ever"
         )
-    return max(1, round(timeout * 1e6))
+
+
+def _microseconds(timeout: float | None) -> int:
+    require_timeout(timeout)
+    return 0 if timeout is None else max(1, round(timeout * 1e6))
 
 
 def _read_only(tensor: Any) -> Array:

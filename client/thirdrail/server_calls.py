@@ -8,12 +8,18 @@ from typing import Any
 
 from thirdrail import health, models
 from thirdrail.connection import Connection
-from thirdrail.errors import NotFound, Unavailable
+from thirdrail.errors import NotFound, TimedOut, Unavailable
 from thirdrail.failures import not_ready, rpc_errors
 from thirdrail.models import ModelChange, ModelDescription, ModelStatus, OnProgress
 from thirdrail.v1 import metrics_pb2, models_pb2
 
 READY_POLL_SECONDS = 0.05
+READY_ANSWER_SECONDS_MAX = 5.0  # then it is asked again
+
+
+def ready_answer_seconds(deadline: float) -> float:
+    """How long to wait for one answer. A second at least: a busy server is no silent one."""
+    return min(max(1.0, deadline - time.monotonic()), READY_ANSWER_SECONDS_MAX)
 
 
 class ServerCalls(ABC):
@@ -31,10 +37,13 @@ class ServerCalls(ABC):
 
     def describe(self, model: str, *, version: int = 0) -> ModelDescription:
         """A model's inputs, outputs and configuration; of the newest ready version by default."""
+        return self._describe(model, version, None)
+
+    def _describe(self, model: str, version: int, timeout: float | None) -> ModelDescription:
         connection = self._connected()
         request = models_pb2.DescribeRequest(name=model, version=version)
-        with rpc_errors(connection.address):
-            response = connection.models.Describe(request)
+        with rpc_errors(connection.address, timeout):
+            response = connection.models.Describe(request, timeout=timeout)
         return models.description_of_message(response)
 
     def load(
@@ -74,9 +83,12 @@ class ServerCalls(ABC):
 
     def health(self, model: str = "") -> bool:
         """Whether the server, or a model, can serve now. Raises NotFound for an unknown model."""
+        return self._is_serving(model, None)
+
+    def _is_serving(self, model: str, timeout: float | None) -> bool:
         connection = self._connected()
-        with rpc_errors(connection.address):
-            return bool(connection.check(model) == health.SERVING)
+        with rpc_errors(connection.address, timeout):
+            return bool(connection.check(model, timeout=timeout) == health.SERVING)
 
     def metrics(self) -> str:
         """The server's metrics as Prometheus text."""
@@ -96,13 +108,14 @@ class ServerCalls(ABC):
         timeout: seconds. Raises TimedOut with the last reason.
         """
         deadline = time.monotonic() + timeout
-        while (fault := self._ready_fault(model)) is not None:
+        while (fault := self._ready_fault(model, deadline)) is not None:
             if time.monotonic() >= deadline:
                 raise not_ready(timeout, fault)
             time.sleep(READY_POLL_SECONDS)
 
-    def _ready_fault(self, model: str) -> str | None:
+    def _ready_fault(self, model: str, deadline: float) -> str | None:
         try:
-            return None if self.health(model) else "it says that it is not serving"
-        except (Unavailable, NotFound) as error:
+            is_serving = self._is_serving(model, ready_answer_seconds(deadline))
+            return None if is_serving else "it says that it is not serving"
+        except (Unavailable, NotFound, TimedOut) as error:
             return str(error)

@@ -87,7 +87,7 @@ class Device:
         Returns when the device was given the run, or is done where anything is on the host.
         Raises the request's error; TimedOut where the inputs were not ready in time, too.
         """
-        description = self._client._description(model, version)
+        description = self._client._description(model, version, timeout)
         names = (
             list(outputs) if outputs is not None else [spec.name for spec in description.outputs]
         )

@@ -23,6 +23,7 @@ from thirdrail.transport import CannotAttach
 from thirdrail.v1 import inference_pb2, sessions_pb2
 
 OPEN_TIMEOUT_S = 2.0  # of the call OpenSession
+ASK_TIMEOUT_S = 2.0  # where a model is, or why it is not
 CONNECT_TIMEOUT_S = 1.0  # while the server's queue of connections is full
 CONNECT_RETRY_S = 0.005
 HELLO_TIMEOUT_S = 10.0
