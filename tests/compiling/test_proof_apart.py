@@ -155,11 +155,11 @@ def test_without_a_cache_a_reference_is_computed_among_temporary_files(
     open_model: OpenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    engine, before = open_model(two_layers()), [*tmp_path.iterdir()]
+    engine = open_model(two_layers())
     request = ReferenceRequest(tmp_path / "open0.onnx", None, ())
     proof = proof_apart.prove_apart(engine, request, None, Tolerance(max_abs=0), CompileServices())
     assert proof.is_proven
-    assert [*tmp_path.iterdir()] == before
+    assert [*tmp_path.glob("*/*/*")] == []  # but empty folders of this user's builds
 
 
 def test_a_proof_here_and_one_apart_are_the_same(

@@ -3,6 +3,9 @@
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +14,13 @@ import pytest
 
 from support.plan_caches import content, key, put, tell_nobody
 from support.small_disk import can_mount, run_on_small_disk, run_read_only
-from thirdrail_engines.plan_cache import CacheFolderError, Manifest, Plan, PlanCache
+from thirdrail_engines.plan_cache import (
+    CacheFolderError,
+    Manifest,
+    Plan,
+    PlanCache,
+    scratch_workspace,
+)
 from thirdrail_engines.plans import BuildError, BuildFault
 
 MIB = 1 << 20
@@ -110,6 +119,20 @@ def test_a_cache_that_cannot_be_made_holds_nothing(
         with cache.building(key("a"), threading.Event(), tell_nobody):
             assert bytes(put(cache, key("a"), b"plan").data) == b"plan"
         assert list((tmp_path / f"thirdrail-builds-{os.geteuid()}/work").iterdir()) == []
+
+
+def test_what_a_killed_build_without_a_cache_left_goes_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "from thirdrail_engines.plan_cache import scratch_workspace as made; import os, signal\n"
+    code += "with made() as folder: (folder / 'plan').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob("*/work/*/plan"))) == 1
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with scratch_workspace() as folder:
+        assert list(tmp_path.glob("*/work/*")) == [folder]
+    assert list(tmp_path.glob("*/work/*")) == []
 
 
 def test_where_others_could_build_nothing_is_built(

@@ -8,10 +8,9 @@ handed over unsaved.
 """
 
 import logging
-import tempfile
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +28,7 @@ from thirdrail_engines.plan_cache import (
     PlanCache,
     PlanKey,
     key_of,
+    scratch_workspace,
 )
 from thirdrail_engines.plans import BuildError, BuildFault, PlanRequest, TellProgress
 from thirdrail_engines.repetitions import once_each
@@ -106,17 +106,21 @@ def _built(request: PlanRequest, key: PlanKey, cache: PlanCache, services: Compi
 
 def _built_unsaved(request: PlanRequest, key: PlanKey, services: CompileServices) -> Plan:
     """Built in a cache that is gone when the plan is here."""
-    with _folder() as folder, _cache_in(Path(folder)) as cache:
+    with temporary_workspace() as folder, _cache_in(folder) as cache:
         return _built(request, key, cache, services)
 
 
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    try:
-        return tempfile.TemporaryDirectory(prefix="thirdrail-plan-")
-    except OSError as error:  # which says where, or where all it tried
-        raise BuildError(
-            BuildFault.OUT_OF_DISK, f"there is no folder to build in: {error}"
-        ) from None
+@contextmanager
+def temporary_workspace() -> Iterator[Path]:
+    """PlanCache.workspace for those without a cache. Raises BuildError OUT_OF_DISK."""
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(scratch_workspace())
+        except (CacheFolderError, OSError) as error:  # which says where, or where all it tried
+            raise BuildError(
+                BuildFault.OUT_OF_DISK, f"there is no folder to build in: {error}"
+            ) from None
+        yield folder
 
 
 def _cache_in(folder: Path) -> PlanCache:

@@ -8,13 +8,12 @@ memory of its own. Whatever it does to itself makes an engine that is not proven
 
 import dataclasses
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from thirdrail_engines.builds import run_reference
-from thirdrail_engines.compiling import CompileServices
+from thirdrail_engines.compiling import CompileServices, temporary_workspace
 from thirdrail_engines.engine import Engine
 from thirdrail_engines.expectation_file import NoExpectations, read_expectations
 from thirdrail_engines.expectations import Expectation, ReferenceRequest, Skipped
@@ -97,12 +96,6 @@ def _cancelled(request: ReferenceRequest) -> BuildError:
     return BuildError(BuildFault.CANCELLED, f"the load of {request.source.name} was cancelled")
 
 
-@contextmanager
-def _workspace(services: CompileServices) -> Iterator[Path]:
-    """Private, and removed at the end; what a killed worker left in a cache is removed later."""
-    if services.cache is not None:
-        with services.cache.workspace() as folder:
-            yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="thirdrail-proof-") as name:
-        yield Path(name)
+def _workspace(services: CompileServices) -> AbstractContextManager[Path]:
+    """Private, and removed at the end; what a killed worker left is removed later."""
+    return services.cache.workspace() if services.cache else temporary_workspace()

@@ -19,6 +19,7 @@ from thirdrail_engines.plan_cache.digests import Digest, KnownDigests, digest_of
 from thirdrail_engines.plan_cache.key import PlanKey, key_of
 from thirdrail_engines.plan_cache.layout import default_folder
 from thirdrail_engines.plan_cache.manifest import Manifest
+from thirdrail_engines.plan_cache.opening import scratch_workspace
 from thirdrail_engines.plan_cache.reading import Plan
 from thirdrail_engines.plan_cache.trust import CacheFolderError
 
@@ -33,4 +34,5 @@ __all__ = [
     "default_folder",
     "digest_of",
     "key_of",
+    "scratch_workspace",
 ]

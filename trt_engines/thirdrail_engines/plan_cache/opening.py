@@ -2,14 +2,17 @@
 """Opening cache folders: made where there is none, refused where others can write, used as it is
 where we cannot."""
 
+import contextlib
 import errno
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from thirdrail_engines.plan_cache.layout import Layout
 from thirdrail_engines.plan_cache.trust import CacheFolderError, check_folder
+from thirdrail_engines.plan_cache.workspaces import sweep, workspace_in
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,16 @@ def open_scratch() -> Layout:
     for each in (layout.locks, layout.work):
         each.mkdir(mode=0o700, exist_ok=True)
     return layout
+
+
+@contextlib.contextmanager
+def scratch_workspace() -> Iterator[Path]:
+    """A private folder there, removed at the end, and by the next who asks for one if this process
+    dies before. Raises as `open_scratch`."""
+    work = open_scratch().work
+    sweep(work)
+    with workspace_in(work) as folder:
+        yield folder
 
 
 def _refusal(folder: Path) -> OSError:
