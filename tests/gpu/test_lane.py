@@ -6,7 +6,6 @@ Not yet run on a GPU; THIRDRAIL_TEST_TWIN=1 runs it on a twin.
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +13,8 @@ import pytest
 
 import thirdrail
 from cuda_lane.test_device import (
+    client,
+    device,
     test_arrays_belong_to_one_session,
     test_arrays_stay_readable_after_the_session,
     test_errors_of_requests,
@@ -24,6 +25,8 @@ from support.server import RunningServer
 from thirdrail.v1 import metrics_pb2, metrics_pb2_grpc
 
 __all__ = [
+    "client",
+    "device",
     "test_arrays_belong_to_one_session",
     "test_arrays_stay_readable_after_the_session",
     "test_errors_of_requests",
@@ -49,17 +52,6 @@ while True:
 @pytest.fixture
 def server(gpu_server: RunningServer) -> RunningServer:
     return gpu_server
-
-
-@pytest.fixture
-def client(server: RunningServer) -> Iterator[thirdrail.Client]:
-    with thirdrail.Client(f"unix:{server.socket}") as client:
-        yield client
-
-
-@pytest.fixture
-def device(client: thirdrail.Client) -> thirdrail.Device:
-    return thirdrail.Device(client)
 
 
 def test_many_threads_get_their_own_results(device: thirdrail.Device) -> None:
