@@ -11,6 +11,7 @@ import pytest
 
 from support.anchored import Anchored
 from support.holdings import Watch
+from support.killable import warm_up
 from support.models import BATCHED_CONFIG, add, gather, identity, slow, write
 from support.neighbours import Neighbour
 from support.server import RunningServer, running_server
@@ -34,6 +35,7 @@ def server(
     abused_repository: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
     """One for all tests here; its worker may not be killed."""
+    warm_up()
     with running_server(abused_repository, tmp_path_factory.mktemp("server")) as running:
         yield running
 

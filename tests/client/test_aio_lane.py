@@ -199,6 +199,7 @@ def test_one_client_in_two_loops_one_after_the_other(server: RunningServer) -> N
 
 
 async def test_calls_in_flight_when_it_is_closed(server: RunningServer) -> None:
+    await until(lambda: not sessions_of(server))
     client = AsyncClient(server.url, transport="lane")
     task = client.submit("slow", SLOW)
     await until(lambda: sessions_of(server))

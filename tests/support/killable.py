@@ -75,6 +75,16 @@ def killable(work: Callable[..., None], *arguments: Any) -> Iterator[Killable]:
         child.pipe.close()
 
 
+def warm_up() -> None:
+    """The first process may take seconds on a busy machine, and a token is not good for many."""
+    with killable(_say_so) as first:
+        assert first.hear()
+
+
+def _say_so(pipe: Connection) -> None:
+    pipe.send(True)
+
+
 class Anchor(Killable):
     """A process that has connected to the lane and handed its socket to the test, which so speaks
     in its name. To the server, its death is the client's.
