@@ -22,6 +22,7 @@ from support.regions import (
     Regions,
     SharedMemory,
     in_region,
+    plus_one_in,
     refusal,
     request_of,
     row,
@@ -260,11 +261,7 @@ def test_batched_calls_get_their_own(cuda: CudaRegions, memory: DeviceMemory) ->
 def test_what_is_outside_the_region(
     cuda: CudaRegions, memory: DeviceMemory, offset: int, size: int, text: str, output: bool
 ) -> None:
-    where = in_region("R", size, offset)
-    if output:
-        request = request_of("plus_one", row("a"), raw=(ROW.tobytes(),), c=where)
-    else:
-        request = request_of("plus_one", row("a", parameters=where))
+    request = plus_one_in(in_region("R", size, offset), is_output=output)
     code, message = refusal(lambda: cuda.stub.ModelInfer(request))
     assert code is Status.INVALID_ARGUMENT
     assert message.startswith(f"[request id: r-1] {text}")

@@ -16,6 +16,7 @@ from support.regions import (
     SharedMemory,
     identity,
     in_region,
+    plus_one_in,
     refusal,
     request_of,
     row,
@@ -126,11 +127,7 @@ def test_one_region_for_inputs_and_outputs_of_many_calls(
 def test_what_is_outside_the_region(
     regions: Regions, memory: SharedMemory, offset: int, size: int, text: str, output: bool
 ) -> None:
-    where = in_region("R", size, offset)
-    if output:
-        request = request_of("plus_one", row("a"), raw=(ROW.tobytes(),), c=where)
-    else:
-        request = request_of("plus_one", row("a", parameters=where))
+    request = plus_one_in(in_region("R", size, offset), is_output=output)
     code, message = refusal(lambda: regions.stub.ModelInfer(request))
     assert code is Status.INVALID_ARGUMENT
     assert message.startswith(f"[request id: r-1] {text}")
@@ -138,11 +135,7 @@ def test_what_is_outside_the_region(
 
 @pytest.mark.parametrize("output", [False, True])
 def test_an_unknown_region(regions: Regions, output: bool) -> None:
-    where = in_region("N", 16)
-    if output:
-        request = request_of("plus_one", row("a"), raw=(ROW.tobytes(),), c=where)
-    else:
-        request = request_of("plus_one", row("a", parameters=where))
+    request = plus_one_in(in_region("N", 16), is_output=output)
     expected = "Unable to find shared memory region: 'N'"
     assert refusal(lambda: regions.stub.ModelInfer(request)) == (Status.NOT_FOUND, expected)
     (message,) = regions.stub.ModelStreamInfer(iter([request]))

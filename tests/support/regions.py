@@ -150,3 +150,10 @@ def identity(kind: str, count: int, where: dict[str, Any], **y: Any) -> kserve.M
 def row(name: str, **fields: Any) -> Input:
     """An input of the models add and plus_one: 16 bytes."""
     return Input(name=name, datatype="FP32", shape=[1, 4], **fields)
+
+
+def plus_one_in(where: dict[str, Any], *, is_output: bool) -> kserve.ModelInferRequest:
+    """A request to the model plus_one whose output, or input, has these parameters."""
+    if is_output:
+        return request_of("plus_one", row("a"), raw=(bytes(16),), c=where)
+    return request_of("plus_one", row("a", parameters=where))
