@@ -16,6 +16,7 @@ from thirdrail.tensors import Array
 from thirdrail_engines.cuda.placed import Placement
 from thirdrail_engines.cuda_engines import is_cuda
 from thirdrail_engines.engine import Engine
+from thirdrail_server.worker.device_regions import RegionPart
 from thirdrail_server.worker.device_tensors import DeviceTensor
 from thirdrail_server.worker.members import Member, Outcome
 from thirdrail_server.worker.results import Slot
@@ -38,7 +39,8 @@ def bind_regions(
     if not is_cuda(engine):
         return tensors
     for member, inputs in zip(members, tensors, strict=True):
-        parts = {id(array): part for part, array in member.request.fetches}
+        fetches = member.request.fetches
+        parts = {id(array): part for part, array in fetches if isinstance(part, RegionPart)}
         for name, array in member.request.inputs.items():
             part = parts.get(id(array))
             if part is None or not part.is_on(engine.device_uuid) or array.dtype == np.bool_:

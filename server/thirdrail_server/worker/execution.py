@@ -26,6 +26,8 @@ from thirdrail.tensors import Array
 from thirdrail_engines.cuda_engines import is_cuda
 from thirdrail_engines.engine import DeviceLost, Engine, EngineError
 from thirdrail_server.worker.device_execution import bind_regions, run_with_device
+from thirdrail_server.worker.device_regions import RegionPart
+from thirdrail_server.worker.large_texts import LargeText
 from thirdrail_server.worker.members import Member, Outcome
 from thirdrail_server.worker.requests import VersionSpec
 from thirdrail_server.worker.results import Slot, error_for_caller, scatter, slots_in_place
@@ -94,8 +96,8 @@ def _run_together(
     try:
         tensors: Sequence[Mapping[str, Any]] = [member.request.inputs for member in members]
         if holding is not None:
-            tensors = bind_regions(engine, members, holding)
-            _fetch(members, tensors, outcomes)
+            tensors = bound = bind_regions(engine, members, holding)
+            _fetch(members, bound, outcomes)
         is_fetched = True
         device = members[0].device  # whose requests share a batch with nobody
         if len(members) > 1 and is_cuda(engine):
@@ -164,18 +166,24 @@ def _run_alone(
 
 
 def _fetch(
-    members: Sequence[Member], tensors: Sequence[Mapping[str, Any]], outcomes: Sequence[Outcome]
+    members: Sequence[Member], tensors: Sequence[dict[str, Any]], outcomes: Sequence[Outcome]
 ) -> None:
-    """From memory of others on the device. It may be gone, which its owner alone answers for.
+    """From memory of others on the device, which may be gone; and texts, which may be none. Their
+    owners alone answer for that.
 
-    tensors: of each member; arrays are to be filled, all else is read where it is.
+    tensors: of each member. What is not the array of the request any more is read where it is.
     """
     for member, inputs, outcome in zip(members, tensors, outcomes, strict=True):
-        arrays = {id(tensor) for tensor in inputs.values()}
-        wanted = [fetch for fetch in member.request.fetches if id(fetch[1]) in arrays]
-        for part, array in wanted:
-            part.read_into(array)
-        outcome.copies += bool(wanted)
+        names = {id(tensor): name for name, tensor in inputs.items()}
+        is_copied = False
+        for part, array in member.request.fetches:
+            name = names.get(id(array))
+            if isinstance(part, LargeText) and name is not None:
+                inputs[name] = part.elements(array.shape)
+            elif isinstance(part, RegionPart) and name is not None:
+                part.read_into(array)
+                is_copied = True
+        outcome.copies += is_copied
 
 
 def _gather(

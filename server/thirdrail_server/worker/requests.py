@@ -20,7 +20,9 @@ from thirdrail.tensors import Array, TensorSpec
 from thirdrail.v1 import inference_pb2, tensor_pb2
 from thirdrail_server.worker.device_regions import RegionPart
 from thirdrail_server.worker.device_tensors import DeviceBytes, DeviceTensor
+from thirdrail_server.worker.large_texts import LargeText
 from thirdrail_server.worker.output_shapes import OutputShapes
+from thirdrail_server.worker.run_place import INLINE_INPUT_BYTES_MAX
 
 INPUTS_MAX = 64
 
@@ -77,8 +79,9 @@ class Request:
     rows: int  # 1 where the model does not batch
     signature: tuple[object, ...]  # requests with different ones never share a batch
     input_bytes: int
-    # Inputs whose elements are still in a region, and the arrays of `inputs` that wait for them.
-    fetches: tuple[tuple[RegionPart, Array], ...] = ()
+    # Inputs whose elements are still in a region, or are not taken apart yet, and the arrays of
+    # `inputs` that stand for them.
+    fetches: tuple[tuple[RegionPart | LargeText, Array], ...] = ()
 
 
 def no_part(ref: tensor_pb2.RegionRef) -> RegionPart:
@@ -100,7 +103,7 @@ def read_request(
         tensors_in = _in_the_models_order(message, spec)
     inputs: dict[str, Array] = {}
     copy_first: list[str] = []
-    fetches: list[tuple[RegionPart, Array]] = []
+    fetches: list[tuple[RegionPart | LargeText, Array]] = []
     rows = input_bytes = 0
     all_values = True
     for tensor in tensors_in:
@@ -115,7 +118,7 @@ def read_request(
             array = _room_for(tensor, shape, count, expected, spec)
             fetches.append((part_of(tensor.region), array))
         else:
-            array = _read_data(tensor, form, shape, count, expected, spec, view_of)
+            array = _read_data(tensor, form, shape, count, expected, spec, view_of, fetches)
         inputs[name] = array
         input_bytes += array.nbytes
         if form != "values":
@@ -124,6 +127,8 @@ def read_request(
         is_shared = form == "ref" and array.flags.writeable and expected.dtype is not BYTES
         if is_shared and name not in spec.positional_inputs:
             copy_first.append(name)
+    if fetches:  # of texts the arrays have nothing yet
+        input_bytes += sum(len(part) for part, _ in fetches if isinstance(part, LargeText))
     return Request(
         message.call,
         message.request_id,
@@ -133,7 +138,7 @@ def read_request(
         rows or 1,
         _signature(inputs, spec) if spec.batch_rows_max else (),
         input_bytes,
-        tuple(fetches),
+        tuple(fetches) if fetches else (),
     )
 
 
@@ -241,7 +246,9 @@ def _read_data(
     expected: TensorSpec,
     spec: VersionSpec,
     view_of: ViewOf,
+    fetches: list[tuple[RegionPart | LargeText, Array]],
 ) -> Array:
+    """fetches: what is to be done yet is added there."""
     if form == "values":
         return tensors.array_of_values(tensor.name, expected.dtype, shape, tensor.values)
     if form is None and count:
@@ -255,9 +262,13 @@ def _read_data(
         if isinstance(data, DeviceBytes):
             return _on_device(tensor, data, shape, count, expected, spec)
     if expected.dtype is BYTES:
-        # Copied before it is looked at: its lengths are read more than once.
         whose = f" for inference input '{tensor.name}' for model '{spec.model}'"
-        return dtypes.object_array(dtypes.decode_bytes(bytes(data), count, whose), shape)
+        text = LargeText(data, count, whose)
+        if len(text) <= INLINE_INPUT_BYTES_MAX:
+            return text.elements(shape)
+        array = np.broadcast_to(np.empty((), object), shape)  # takes no memory
+        fetches.append((text, array))
+        return array
     _check_size(tensor, len(data), count, expected, spec)
     array = np.frombuffer(data, expected.dtype.numpy)
     return array if len(shape) == 1 else array.reshape(shape)
