@@ -1,23 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading, replacing and unloading models of a running server, end to end."""
+"""Loading, replacing and unloading models of a running server on demand, end to end."""
 
-import contextlib
 import os
 import shutil
-import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
-import psutil
 import pytest
-from onnx import helper
 
 from conftest import StartServer
-from support.models import add, constant, identity, model, slow, tensor, write
+from server.controlled import EXPLICIT, client_of, reason_of, state_of, until, value_of
+from support.models import add, identity, slow, write
 from support.server import RunningServer, running_server
 from thirdrail import Client
 from thirdrail.errors import (
@@ -28,10 +23,6 @@ from thirdrail.errors import (
     ThirdrailError,
 )
 from thirdrail.models import LoadProgress
-
-A = np.zeros((1, 4), np.float32)
-EXPLICIT = ("--model-control=explicit", "--load-model=*")
-POLL = ("--model-control=poll", "--poll-interval=0.2")
 
 
 @pytest.fixture
@@ -63,47 +54,6 @@ def controlled(shared: RunningServer) -> RunningServer:
         write(shared.repository, "plus", add(1))
         client.load("plus")
     return shared
-
-
-@contextlib.contextmanager
-def client_of(server: RunningServer, *, tcp: bool = False) -> Iterator[Client]:
-    with Client(server.address if tcp else server.url) as client:
-        yield client
-
-
-def value_of(client: Client, version: int = 0) -> int:
-    """What the model `plus` adds."""
-    return int(client.infer("plus", {"a": A}, version=version)["c"][0, 0])
-
-
-def state_of(client: Client, name: str) -> str:
-    return ", ".join(each.state for each in client.models() if each.name == name)
-
-
-def reason_of(client: Client, name: str) -> str:
-    return next(each.reason for each in client.models() if each.name == name)
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def warmed_up(count: int) -> str:
-    """A configuration whose warm-up runs the slow model's loop `count` times."""
-    return (
-        f'model_warmup {{ name: "long" count: {count}'
-        ' inputs { key: "x" value { data_type: TYPE_FP32 dims: 1 zero_data: true } }'
-        ' inputs { key: "turns" value { data_type: TYPE_INT64 input_data_file: "turns" } } }'
-    )
-
-
-def write_slow_to_load(repository: Path, name: str, turns: int) -> None:
-    write(repository, name, slow(), warmed_up(1))
-    (repository / name / "warmup").mkdir()
-    (repository / name / "warmup" / "turns").write_bytes(np.array(turns).tobytes())
 
 
 # On demand
@@ -286,165 +236,3 @@ def test_a_socket_that_others_may_use_controls_nothing(controlled: RunningServer
         with pytest.raises(PermissionDenied, match="chmod 700"):
             client.load("plus")
         assert value_of(client) == 1
-
-
-# Versions
-
-
-POLICIES = {
-    "highest": ("", [10]),
-    "latest": ("version_policy { latest { num_versions: 2 } }", [9, 10]),
-    "all": ("version_policy { all {} }", [2, 9, 10]),
-    "specific": ("version_policy { specific { versions: [2, 9] } }", [2, 9]),
-}
-
-
-def test_the_version_policy_chooses(repository: Path, start_server: StartServer) -> None:
-    for name, (policy, _) in POLICIES.items():
-        for version in (2, 9, 10):
-            write(repository, name, add(version), policy, version)
-    with client_of(start_server(repository)) as client:
-        for name, (_, versions) in POLICIES.items():
-            assert [each.version for each in client.models() if each.name == name] == versions
-            for version in versions:
-                answer = client.infer(name, {"a": A}, version=version)
-                assert (answer.model_version, int(answer["c"][0, 0])) == (version, version)
-            assert client.infer(name, {"a": A}).model_version == max(versions)
-            for version in {2, 9, 10} - set(versions):
-                with pytest.raises(NotFound, match=f"'{name}' version {version} is not found"):
-                    client.infer(name, {"a": A}, version=version)
-
-
-# Following the files
-
-
-def test_polling_follows_the_files(repository: Path, start_server: StartServer) -> None:
-    with client_of(start_server(repository, *POLL)) as client:
-        write(repository, "plus", add(2))
-        until(lambda: value_of(client) == 2)
-        write(repository, "late", identity())
-        until(lambda: state_of(client, "late") == "ready")
-        shutil.rmtree(repository / "late")
-        until(lambda: not state_of(client, "late"))
-        write(repository, "plus", add(3), version=2)
-        until(lambda: value_of(client) == 3)
-        assert client.health()
-
-
-@pytest.mark.slow
-def test_polling_leaves_half_written_files_alone(
-    repository: Path, start_server: StartServer
-) -> None:
-    """A file that grows at every look is no model yet, and no broken one either."""
-    server = start_server(repository, "--model-control=poll", "--poll-interval=2")
-    with client_of(server) as client:
-        whole = identity().SerializeToString()
-        target = repository / "growing" / "1" / "model.onnx"
-        target.parent.mkdir(parents=True)
-        with target.open("wb", buffering=0) as file:
-            for byte in range(60):  # 6 s; it stands still for 2 s only where everything does
-                file.write(whole[byte : byte + 1])
-                time.sleep(0.1)
-                assert state_of(client, "growing") in ("", "loading")
-            file.write(whole[60:])
-        until(lambda: state_of(client, "growing") == "ready")
-    assert "failed to load 'growing'" not in server.log_text()
-
-
-@pytest.mark.slow
-def test_polling_keeps_the_old_one_when_the_new_one_is_broken(
-    repository: Path, start_server: StartServer
-) -> None:
-    server = start_server(repository, *POLL)
-    with client_of(server) as client:
-        (repository / "plus" / "1" / "model.onnx").write_bytes(b"broken")
-        until(lambda: "failed to load 'plus'" in server.log_text())
-        assert (value_of(client), state_of(client, "plus")) == (1, "ready")
-        write(repository, "plus", add(4))
-        until(lambda: value_of(client) == 4)
-
-
-# Deaths and memory
-
-
-def test_a_model_whose_load_costs_the_worker_its_life_is_not_loaded_again(
-    repository: Path, start_server: StartServer
-) -> None:
-    server = start_server(repository, *EXPLICIT)
-    write_slow_to_load(repository, "deadly", turns=10_000_000)
-    with client_of(server) as client:
-        failures: list[ThirdrailError] = []
-
-        def load() -> None:
-            try:
-                client.load("deadly")
-            except ThirdrailError as error:
-                failures.append(error)
-
-        loading = threading.Thread(target=load)
-        loading.start()
-        until(lambda: state_of(client, "deadly") == "loading")
-        assert value_of(client) == 1, "a load is beside the requests"
-        os.kill(server.worker_pid(), signal.SIGKILL)
-        loading.join()
-        assert "worker died while loading it: signal 9 (SIGKILL)" in str(failures[0])
-        until(lambda: _serve(client, "plus", "other"))
-        assert value_of(client) == 1
-        assert state_of(client, "deadly") == "unavailable"
-        assert "worker died while loading it" in reason_of(client, "deadly")
-        assert client.snapshot().workers[0].restarts == 1
-
-
-@pytest.mark.slow
-def test_a_startup_model_that_kills_the_worker_is_given_up(
-    repository: Path, start_server: StartServer
-) -> None:
-    write_slow_to_load(repository, "deadly", turns=10_000_000)
-    server = start_server(repository, wait=False)
-    until(server.socket.exists)
-    with client_of(server) as client:
-        until(lambda: state_of(client, "deadly") == "loading" and _serve(client, "plus", "other"))
-        os.kill(server.worker_pid(), signal.SIGKILL)
-        until(lambda: state_of(client, "deadly") == "unavailable")
-        until(lambda: _serve(client, "plus", "other"))
-        assert value_of(client) == 1
-        assert not client.health(), "ready only when every startup model is"
-        assert client.snapshot().workers[0].restarts == 1
-
-
-def _serve(client: Client, *names: str) -> bool:
-    return all(client.health(name) for name in names)
-
-
-def _resident(pid: int) -> int:
-    return int(psutil.Process(pid).memory_info().rss)
-
-
-def weighty(megabytes: int) -> onnx.ModelProto:
-    """c = a + b, where b are weights of so many megabytes."""
-    shape = ("n", megabytes * 250_000)
-    weights = constant("b", np.ones(shape[1], np.float32))
-    node = helper.make_node("Add", ["a", "b"], ["c"])
-    return model([node], [tensor("a", "FP32", shape)], [tensor("c", "FP32", shape)], [weights])
-
-
-@pytest.mark.slow
-def test_twenty_loads_and_unloads_leave_no_memory_behind(
-    repository: Path, start_server: StartServer
-) -> None:
-    write(repository, "heavy", weighty(megabytes=16))
-    server = start_server(repository, *EXPLICIT)
-    with client_of(server) as client:
-
-        def cycle(*names: str) -> None:
-            for name in names:
-                client.unload(name)
-                client.load(name)
-
-        cycle(*("plus", "heavy") * 3)
-        before = _resident(server.worker_pid()), _resident(server.pid)
-        cycle(*("plus", "heavy") * 10)
-        after = _resident(server.worker_pid()), _resident(server.pid)
-        assert value_of(client) == 1
-    assert after[0] - before[0] < 10 << 20
-    assert after[1] - before[1] < 10 << 20
