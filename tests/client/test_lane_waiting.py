@@ -35,10 +35,11 @@ class NarrowPeer(ScriptedPeer):
         packet_bytes=1 << 16, calls_in_flight=1, input_arena_bytes=PAGE, output_arena_bytes=PAGE
     )
 
-    def give_chunk(self, *, alone: bool = False) -> None:
+    def give_chunk(self, *, epoch: int = 1, number: int = 0, alone: bool = False) -> None:
         fd, mapping = create_chunk(PAGE, client_writes=True, alone=alone)
         mapping.close()
-        chunk = lane_pb2.Chunk(role=lane_pb2.ARENA_ROLE_INPUT, size=PAGE, alone=alone)
+        role = lane_pb2.ARENA_ROLE_INPUT
+        chunk = lane_pb2.Chunk(role=role, epoch=epoch, chunk=number, size=PAGE, alone=alone)
         packets.send(self.sock, lane_pb2.LaneResponse(chunk=chunk).SerializeToString(), [fd])
         os.close(fd)
 
@@ -116,6 +117,15 @@ def test_memory_that_comes_too_late_goes_back(monkeypatch: pytest.MonkeyPatch) -
         lane.talk.give_back_unused()
         assert peer.receive().HasField("drop")
         assert lane.talk.memory.input_bytes_used == 0
+
+
+@pytest.mark.parametrize(("epoch", "number"), [(1, 1), (2, 0), (0, 0)])
+def test_a_chunk_out_of_its_turn_ends_the_lane(epoch: int, number: int) -> None:
+    with NarrowPeer() as peer:
+        future = peer.caller.submit("m", {"x": np.zeros(0, np.float32)})
+        peer.give_chunk(epoch=epoch, number=number)
+        with pytest.raises(errors.Unavailable, match=f"chunk {number} of epoch {epoch}, expected"):
+            future.result(WAIT_S)
 
 
 @pytest.mark.parametrize("what", ["an answer", "a chunk"])

@@ -175,15 +175,16 @@ class AsyncWire(ABC, Generic[P]):
         is_input = chunk.role == lane_pb2.ARENA_ROLE_INPUT
         try:
             mapping = map_chunk(packets.sole_fd(fds), chunk.size, writable=is_input)
+            self._on_chunk(chunk, mapping)
         except (ValueError, OSError) as error:
-            return self.close(f"the worker sent memory that cannot be used: {error}")
-        self._on_chunk(chunk, mapping)
+            self.close(f"the worker sent memory that cannot be used: {error}")
 
     @abstractmethod
     def _on_attached(self, attached: lane_pb2.Attached) -> None: ...
 
     @abstractmethod
-    def _on_chunk(self, chunk: lane_pb2.Chunk, mapping: mmap.mmap) -> None: ...
+    def _on_chunk(self, chunk: lane_pb2.Chunk, mapping: mmap.mmap) -> None:
+        """Raises ValueError for one that did not come in its turn."""
 
     @abstractmethod
     def _on_grow_refused(self, message: str) -> None: ...

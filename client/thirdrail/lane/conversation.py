@@ -248,12 +248,12 @@ class Conversation:
         is_input = chunk.role == lane_pb2.ARENA_ROLE_INPUT
         try:
             mapping = map_chunk(sole_fd(fds), chunk.size, writable=is_input)
+            with self.lock:
+                alone = self.memory.add_chunk(chunk, np.frombuffer(mapping, np.uint8))
+                if is_input:
+                    self.placer.chunk_came(alone)
         except (ValueError, OSError) as error:
             raise LaneBroken(f"the worker sent memory that cannot be used: {error}") from None
-        with self.lock:
-            alone = self.memory.add_chunk(chunk, np.frombuffer(mapping, np.uint8))
-            if is_input:
-                self.placer.chunk_came(alone)
 
     def _on_device_chunk(
         self, chunks: DeviceChunks, chunk: lane_pb2.Chunk, fds: Sequence[int]

@@ -49,11 +49,20 @@ class SessionMemory:
     # Input
 
     def add_chunk(self, chunk: lane_pb2.Chunk, memory: Bytes) -> Place | None:
-        """A chunk that came. Returns the place of one that was asked for alone."""
-        if chunk.role == lane_pb2.ARENA_ROLE_OUTPUT:
+        """A chunk that came. Returns the place of one that was asked for alone.
+
+        Raises ValueError for one that is not the next of its arena.
+        """
+        is_output = chunk.role == lane_pb2.ARENA_ROLE_OUTPUT
+        epoch = self._output_epoch if is_output else self._input_epoch
+        number = len(self._output_chunks if is_output else self._input_chunks)
+        if (chunk.epoch, chunk.chunk) != (epoch, number):
+            raise ValueError(
+                f"chunk {chunk.chunk} of epoch {chunk.epoch}, expected {number} of {epoch}"
+            )
+        if is_output:
             self._output_chunks.append(memory)
             return None
-        number = len(self._input_chunks)
         self._input_chunks.append(memory)
         if chunk.alone:
             self._alone_bytes += memory.nbytes
