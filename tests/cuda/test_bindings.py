@@ -8,7 +8,7 @@ import re
 import pytest
 
 from thirdrail.device import cuda_runtime, virtual_memory
-from thirdrail_engines.cuda import chunks, driver_events
+from thirdrail_engines.cuda import chunks, driver_events, driver_streams
 from thirdrail_engines.cuda import driver as our_driver
 from thirdrail_engines.cuda.errors import RELAUNCH, STICKY
 
@@ -31,7 +31,7 @@ def calls_of(source: str) -> dict[str, set[int]]:
 def test_every_function_exists_and_takes_what_we_pass() -> None:
     from cuda.bindings import driver
 
-    ours = (our_driver, chunks, driver_events, virtual_memory, cuda_runtime)
+    ours = (our_driver, driver_streams, chunks, driver_events, virtual_memory, cuda_runtime)
     calls = calls_of("".join(map(inspect.getsource, ours)))
     assert len(calls) > 50
     for name, counts in calls.items():
@@ -43,7 +43,7 @@ def test_every_function_exists_and_takes_what_we_pass() -> None:
 def test_every_constant_exists() -> None:
     from cuda.bindings import driver
 
-    source = inspect.getsource(our_driver)
+    source = inspect.getsource(our_driver) + inspect.getsource(driver_streams)
     members = {
         name: owner
         for owner in ("CUevent_flags", "CUstream_flags", "CUstreamCaptureMode")

@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from thirdrail_engines.cuda.driver import DriverEvent
+from thirdrail_engines.cuda.driver_streams import DriverEvent
 from thirdrail_engines.engine import DeviceLost, EngineError
 
 if TYPE_CHECKING:
