@@ -187,7 +187,6 @@ def canonical(name: str) -> str:
         ("--url A models --tls-ca F", "--url A --tls-ca F models"),
         ("infer m -i x=--json", "infer m -i x=--json"),
         ("infer m -- --json", "infer m -- --json"),
-        ("models --url", "--url models"),
         ("serve --json --tls-key K", "serve --json --tls-key K"),
         ("--json", "--json"),
         ("", ""),

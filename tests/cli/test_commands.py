@@ -217,6 +217,7 @@ def test_load_and_unload(
         (("infer", "identity_bytes", "-i", "x=a", "--save", "/none/y"), "cannot write /none/y"),
         (("infer", "identity_int8", "-i", "x=1", "--save", "/none/y.npy"), "No such file"),
         (("health", "--url", "http://here"), "expected host:port"),
+        (("health", "--url"), "Option '--url' requires an argument"),
         (("load", "add", "--config", "/nowhere"), "does not exist"),
         (("load", "add", "--config", sys.executable), "no text in UTF-8"),
         (("health", "--tls-ca", "/nowhere"), "does not exist"),

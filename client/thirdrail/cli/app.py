@@ -107,7 +107,10 @@ def _let_help_flow(command: Any) -> None:
 
 
 def shared_options_first(args: list[str], names: set[str]) -> list[str]:
-    """Moves shared options from behind one of the commands `names` to before it."""
+    """Moves shared options from behind one of the commands `names` to before it.
+
+    Raises BadParameter for one without its value, which would take the command for it.
+    """
     at = 0
     while at < len(args) and args[at].startswith("-"):
         at += 2 if args[at] in _SHARED_WITH_VALUE else 1
@@ -120,7 +123,10 @@ def shared_options_first(args: list[str], names: set[str]) -> list[str]:
         if arg == "--":
             kept += [arg, *rest]
         elif arg in _SHARED_WITH_VALUE:
-            moved += [arg, *(value for value in [next(rest, None)] if value is not None)]
+            value = next(rest, None)
+            if value is None:
+                raise typer.BadParameter(f"Option '{arg}' requires an argument.")
+            moved += [arg, value]
         elif arg in _SHARED_FLAGS or arg.partition("=")[0] in _SHARED_WITH_VALUE:
             moved.append(arg)
         else:
