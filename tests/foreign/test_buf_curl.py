@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A person at a terminal: `buf curl` finds the services by reflection, with no proto file at hand.
 
-The README's grpcurl lines make the same calls.
+The grpcurl lines of docs/grpc.md make the same calls.
 """
 
 import json
