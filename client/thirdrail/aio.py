@@ -35,7 +35,7 @@ from thirdrail.requests import (
     require_timeout,
     write_request,
 )
-from thirdrail.stream import IN_FLIGHT_MAX
+from thirdrail.stream import IN_FLIGHT_MAX, require_room
 from thirdrail.tensors import Array
 from thirdrail.transport import (
     LIFETIME_S,
@@ -118,7 +118,11 @@ class AsyncClient(AsyncServerCalls):
         return asyncio.create_task(self.infer(model, inputs, **options))
 
     def stream(self, *, in_flight_max: int = IN_FLIGHT_MAX) -> AsyncStream:
-        """A stream for many requests to any models: `async with client.stream() as stream:`."""
+        """A stream for many requests to any models: `async with client.stream() as stream:`.
+
+        in_flight_max: so many wait for their answers at most, then `submit` waits; 1 or more.
+        """
+        require_room(in_flight_max)
         connection = self._connected()
         return AsyncLaneStream(
             connection.access,

@@ -37,7 +37,7 @@ from thirdrail.requests import (
     write_request,
 )
 from thirdrail.server_calls import ServerCalls
-from thirdrail.stream import IN_FLIGHT_MAX, Stream
+from thirdrail.stream import IN_FLIGHT_MAX, Stream, require_room
 from thirdrail.tensors import Array
 from thirdrail.transport import (
     LIFETIME_S,
@@ -161,7 +161,11 @@ class Client(ServerCalls):
         return future_of_call(call, connection.address, timeout)
 
     def stream(self, *, in_flight_max: int = IN_FLIGHT_MAX) -> Stream:
-        """A stream for many requests to any models: `with client.stream() as stream:`."""
+        """A stream for many requests to any models: `with client.stream() as stream:`.
+
+        in_flight_max: so many wait for their answers at most, then `submit` waits; 1 or more.
+        """
+        require_room(in_flight_max)
         connection = self._connected()
 
         def stream_on(lane: "BlockingLane | None") -> Stream:

@@ -170,11 +170,15 @@ def encode_bytes(elements: Iterable[bytes | str]) -> bytes:
 
 
 def to_bytes(element: Any) -> bytes:
-    """One BYTES element. Raises InvalidArgument for anything that is neither text nor bytes."""
+    """One BYTES element. Raises InvalidArgument for anything that is neither text nor bytes, and
+    for text that UTF-8 has not."""
     if isinstance(element, bytes):
         return element
     if isinstance(element, str):
-        return element.encode()
+        try:
+            return element.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(f"a BYTES element cannot be sent: {error}") from None
     if isinstance(element, (bytearray, memoryview, np.bytes_)):
         return bytes(element)
     raise InvalidArgument(f"a BYTES element must be bytes or str, got {type(element).__name__}")

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from thirdrail.errors import FailedPrecondition, ThirdrailError, Unavailable
+from thirdrail.errors import FailedPrecondition, InvalidArgument, ThirdrailError, Unavailable
 from thirdrail.failures import rpc_errors
 from thirdrail.requests import InferOptions, Inputs, Result, outcome_of_answer
 from thirdrail.v1 import inference_pb2 as pb
@@ -142,3 +142,9 @@ def settle(future: Future[Result], outcome: Result | ThirdrailError) -> None:
         future.set_result(outcome)
     else:
         future.set_exception(outcome)
+
+
+def require_room(in_flight_max: int) -> None:
+    """Raises InvalidArgument where no request would ever be sent."""
+    if in_flight_max < 1:
+        raise InvalidArgument(f"in_flight_max must be 1 or more, got {in_flight_max}")

@@ -11,6 +11,7 @@ import pytest
 
 from support.echo import EchoServer
 from thirdrail import Client, Stream, Unreachable, errors
+from thirdrail.aio import AsyncClient
 
 X = {"x": np.array([[1, 2]], np.float32)}
 
@@ -131,6 +132,12 @@ def test_an_exception_inside_cancels_what_is_open(client: Client, echo: EchoServ
 def test_a_stream_must_be_entered(client: Client) -> None:
     with pytest.raises(errors.FailedPrecondition, match="with"):
         client.stream().submit("echo", X)
+
+
+@pytest.mark.parametrize("client_class", [Client, AsyncClient])
+def test_a_stream_without_room_is_refused(client_class: type[Client | AsyncClient]) -> None:
+    with pytest.raises(errors.InvalidArgument, match="in_flight_max must be 1 or more, got 0"):
+        client_class("unix:/nobody").stream(in_flight_max=0)
 
 
 def test_a_forked_child_is_refused(client: Client) -> None:

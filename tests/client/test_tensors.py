@@ -328,3 +328,8 @@ def test_bfloat16_is_the_upper_half_of_a_float() -> None:
     wire = bytes(tensors.bytes_of_array(array))
     wide = np.array([1.0, -2.5], dtype="<f4").tobytes()
     assert wire == wide[2:4] + wide[6:8]
+
+
+def test_text_that_utf_8_has_not_is_the_callers_mistake() -> None:
+    with pytest.raises(InvalidArgument, match="a BYTES element cannot be sent"):
+        dtypes.encode_bytes(["\ud800"])
