@@ -138,10 +138,10 @@ def _result_json(result: Result) -> dict[str, Any]:
 
 def _print_result(result: Result, saved: Path | None) -> None:
     out, timing = console(), result.timing
-    times = ", ".join(f"{n.removesuffix('_ns')} {getattr(timing, n) / 1e3:.0f} us" for n in _TIMES)
+    times = ", ".join(f"{n.removesuffix('_ns')} {getattr(timing, n) / 1e3:.0f}" for n in _TIMES)
     out.print(
         f"[bold]{escape(result.model_name)}[/] version {result.model_version}: "
-        f"[dim]{times.replace('_', ' ')}[/]"
+        f"[dim]{times.replace('_', ' ')} us[/]"
     )
     table = new_table("OUTPUT", "TYPE", "SHAPE", "VALUES")
     for name, array in result.items():
