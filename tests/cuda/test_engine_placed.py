@@ -91,3 +91,14 @@ def test_a_run_is_waited_for_where_the_next_may_replace_its_memory(
             stream._gate.set()
         assert run.result() == {"minus": (4,)}
     assert places[1].memory.tolist() == (-X).tolist()
+
+
+def test_a_thread_has_the_device_before_a_library_computes_on_it(
+    double: Path, load_model: Load, places: tuple[OnDevice, OnDevice]
+) -> None:
+    """Also where nothing is copied to it before."""
+    engine = load_model(double)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(given, engine, "y", places).result() == {"y": (4,)}
+    compute_stream(engine).synchronize()
+    assert places[1].memory.tolist() == (2 * X).tolist()

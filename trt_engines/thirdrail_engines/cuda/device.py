@@ -201,6 +201,11 @@ class Device(Protocol):
         """Of all engines of this process on it."""
         ...
 
+    def make_current(self) -> None:
+        """For the calling thread, as every other method does: whoever uses the device from it by
+        another library relies on that. Takes no time from the second call on."""
+        ...
+
     def memory(self) -> MemoryFigures:
         """As the driver sees it now, other processes counted."""
         ...

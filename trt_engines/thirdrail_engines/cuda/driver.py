@@ -177,12 +177,11 @@ class DriverDevice:
 
     def call(self, name: str, *arguments: object) -> Any:
         """Call the driver with this device's context on the calling thread."""
-        self.enter()
+        self.make_current()
         return self._api(name, *arguments)
 
-    def enter(self) -> None:
-        """The context belongs to a thread, and every thread has to ask for it once. Others that
-        use the driver from this thread (TensorRT) rely on it as well."""
+    def make_current(self) -> None:
+        """The context belongs to a thread, and every thread has to ask for it once."""
         if not hasattr(self._entered, "yes"):
             self._api("cuCtxSetCurrent", self._context)
             self._entered.yes = True

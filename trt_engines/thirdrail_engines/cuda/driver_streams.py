@@ -26,7 +26,7 @@ class DriverEvent:
         return int(self.native)
 
     def is_done(self) -> bool:
-        self._device.enter()
+        self._device.make_current()
         (code,) = self._device.names.cuEventQuery(self.native)
         if code == self._device.names.CUresult.CUDA_ERROR_NOT_READY:
             return False

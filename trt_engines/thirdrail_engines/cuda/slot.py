@@ -32,7 +32,9 @@ class Slot:
             raise
 
     def begin(self) -> None:
-        """A run begins: what the last one told of open outputs is no longer so."""
+        """A run begins on this thread, by a library that uses the device as well: what the last one
+        told of open outputs is no longer so."""
+        self._device.make_current()
         for room in self.rooms.values():
             room.begin()
 

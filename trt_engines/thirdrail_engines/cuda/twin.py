@@ -7,6 +7,7 @@ errors. It can be made to fail, and to hold back a stream's work until a test le
 """
 
 import itertools
+import threading
 
 from thirdrail.device.twin import TwinMemory
 from thirdrail.tensors import Array
@@ -71,6 +72,7 @@ class TwinDevice:
         self._sticky: str | None = None
         self._next_failures: dict[str, str] = {}
         self._handles = itertools.count(1)
+        self._entered = threading.local()
         self._streams: set[TwinStream] = set()
         self.activations = Activations(self)
         self.runs = RunsUnderWay()
@@ -82,6 +84,9 @@ class TwinDevice:
     @property
     def capabilities(self) -> Capabilities:
         return self._capabilities
+
+    def make_current(self) -> None:
+        self._entered.yes = True
 
     def memory(self) -> MemoryFigures:
         self.enter("cuMemGetInfo")
@@ -151,6 +156,11 @@ class TwinDevice:
         self._next_failures[call] = code
 
     @property
+    def is_current(self) -> bool:
+        """For the calling thread."""
+        return hasattr(self._entered, "yes")
+
+    @property
     def is_lost(self) -> bool:
         return self._sticky is not None
 
@@ -164,6 +174,7 @@ class TwinDevice:
 
     def enter(self, call: str) -> None:
         """What every call does first. Raises DeviceLost, CudaError."""
+        self.make_current()
         if self._sticky is not None:
             raise error_of(self._sticky, call)
         code = self._next_failures.pop(call, None)

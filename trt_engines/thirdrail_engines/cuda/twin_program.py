@@ -103,6 +103,7 @@ class TwinContext:
     def prepare(
         self, profile: int, shapes: Mapping[str, Shape], stream: Stream
     ) -> dict[str, Shape]:
+        assert self._device.is_current, "a library is called on a thread without the device"
         outputs = self._program.output_shapes(shapes)
         self._shapes = {**shapes, **outputs}
         self._addresses.clear()
