@@ -17,8 +17,8 @@ from thirdrail_engines.cuda.twin import TwinDevice
 from thirdrail_server.config import DeviceLimits
 from thirdrail_server.worker.chunks import charge_nothing
 from thirdrail_server.worker.device_calls import DeviceCalls
-from thirdrail_server.worker.requests import VersionSpec
 from thirdrail_server.worker.session_device import SessionDevice
+from thirdrail_server.worker.version_spec import VersionSpec
 
 PLACES = 8
 SPEC = VersionSpec("m", 1, {"x": TensorSpec("x", BY_NAME["FP32"], (-1,))}, {}, 0, frozenset(), {})

@@ -21,7 +21,8 @@ from thirdrail.v1 import tensor_pb2
 from thirdrail_server.worker.input_arena import InputArena
 from thirdrail_server.worker.members import Member, Outcome
 from thirdrail_server.worker.output_arena import OutputArena
-from thirdrail_server.worker.requests import VersionSpec, read_request
+from thirdrail_server.worker.requests import read_request
+from thirdrail_server.worker.version_spec import VersionSpec
 
 Form = Literal["ref", "raw", "values"]
 

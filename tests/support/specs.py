@@ -9,7 +9,7 @@ import numpy as np
 from thirdrail.dtypes import BY_NAME
 from thirdrail.tensors import TensorSpec
 from thirdrail.v1 import tensor_pb2
-from thirdrail_server.worker.requests import VersionSpec
+from thirdrail_server.worker.version_spec import VersionSpec
 
 X = TensorSpec("x", BY_NAME["FP32"], (-1, 3))
 INDEX = TensorSpec("index", BY_NAME["INT64"], (-1,))

@@ -15,7 +15,8 @@ from thirdrail.tensors import TensorSpec
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import tensor_pb2
 from thirdrail_server.worker.input_arena import InputArena
-from thirdrail_server.worker.requests import VersionSpec, read_request
+from thirdrail_server.worker.requests import read_request
+from thirdrail_server.worker.version_spec import VersionSpec
 
 T = TypeVar("T")
 

@@ -26,7 +26,7 @@ from thirdrail_server.worker.device_regions import DeviceRegions, RegionPart
 from thirdrail_server.worker.device_tensors import DeviceTensor
 from thirdrail_server.worker.execution import execute
 from thirdrail_server.worker.members import Member
-from thirdrail_server.worker.requests import VersionSpec
+from thirdrail_server.worker.version_spec import VersionSpec
 
 __all__ = ["inspector"]
 

@@ -16,7 +16,8 @@ from thirdrail.v1 import lane_pb2, tensor_pb2
 from thirdrail_server.worker import repeats
 from thirdrail_server.worker.input_arena import InputArena
 from thirdrail_server.worker.repeats import Repeat, Repeats
-from thirdrail_server.worker.requests import Request, VersionSpec, read_request
+from thirdrail_server.worker.requests import Request, read_request
+from thirdrail_server.worker.version_spec import VersionSpec
 
 ONE = spec_of(X)
 SPECS = st.sampled_from([ONE, spec_of(X, INDEX), spec_of(X, INDEX, SCALE), spec_of(X, rows_max=4)])

@@ -15,7 +15,8 @@ from thirdrail.errors import FailedPrecondition, InvalidArgument
 from thirdrail.tensors import TensorSpec
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import tensor_pb2
-from thirdrail_server.worker.requests import INPUTS_MAX, Request, VersionSpec, read_request
+from thirdrail_server.worker.requests import INPUTS_MAX, Request, read_request
+from thirdrail_server.worker.version_spec import VersionSpec
 
 PLAIN = spec_of(X)
 TWO = spec_of(X, INDEX)

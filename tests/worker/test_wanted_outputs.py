@@ -10,7 +10,8 @@ from thirdrail.errors import InvalidArgument
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import tensor_pb2
 from thirdrail_server.worker.input_arena import InputArena
-from thirdrail_server.worker.requests import WantedOutput, read_request
+from thirdrail_server.worker.requests import read_request
+from thirdrail_server.worker.wanted_outputs import WantedOutput
 
 RAW = a_tensor()
 VALUES = a_tensor(values=tensor_pb2.Values(floats=range(6)))

@@ -29,8 +29,8 @@ from thirdrail_server.worker.device_execution import bind_regions, run_with_devi
 from thirdrail_server.worker.device_regions import RegionPart
 from thirdrail_server.worker.large_texts import LargeText
 from thirdrail_server.worker.members import Member, Outcome
-from thirdrail_server.worker.requests import VersionSpec
 from thirdrail_server.worker.results import Slot, error_for_caller, scatter, slots_in_place
+from thirdrail_server.worker.version_spec import VersionSpec
 
 
 @dataclass(slots=True)  # not frozen: that makes it three times as long in the making

@@ -28,8 +28,8 @@ from thirdrail_server.repository.options import (
     model_options,
 )
 from thirdrail_server.worker.memory import UNKNOWN, Weight
-from thirdrail_server.worker.requests import VersionSpec
 from thirdrail_server.worker.run_place import RunPlace
+from thirdrail_server.worker.version_spec import VersionSpec
 
 if TYPE_CHECKING:
     from thirdrail_engines.compiling import CompileServices

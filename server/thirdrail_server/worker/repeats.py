@@ -22,7 +22,8 @@ from thirdrail.dtypes import BYTES
 from thirdrail.tensors import Array
 from thirdrail.v1 import lane_pb2
 from thirdrail_server.varints import NotUnderstood, varint_at
-from thirdrail_server.worker.requests import Request, VersionSpec
+from thirdrail_server.worker.requests import Request
+from thirdrail_server.worker.version_spec import VersionSpec
 
 PACKET_BYTES_MAX = 8 << 10  # of larger ones the data takes the time
 PATTERNS_PER_LENGTH_MAX = 4

@@ -6,9 +6,8 @@ still write, the request holds a view of it; `copy_first` names those that must 
 they are used, because the model reads them as indices or sizes.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -21,50 +20,14 @@ from thirdrail.v1 import inference_pb2, tensor_pb2
 from thirdrail_server.worker.device_regions import RegionPart
 from thirdrail_server.worker.device_tensors import DeviceBytes, DeviceTensor
 from thirdrail_server.worker.large_texts import LargeText
-from thirdrail_server.worker.output_shapes import OutputShapes
 from thirdrail_server.worker.run_place import INLINE_INPUT_BYTES_MAX
+from thirdrail_server.worker.version_spec import VersionSpec
+from thirdrail_server.worker.wanted_outputs import PartOf, WantedOutput, wanted_outputs
 
 INPUTS_MAX = 64
-
-ViewOf = Callable[[str, tensor_pb2.ArenaRef], "np.typing.NDArray[np.uint8] | DeviceBytes"]
-PartOf = Callable[[tensor_pb2.RegionRef], RegionPart]
-
-
 SHAPES_REMEMBERED_MAX = 256  # per model version
 
-
-@dataclass(frozen=True, slots=True)
-class VersionSpec:
-    """What a model version accepts and gives. Where it batches, shapes include the rows."""
-
-    model: str
-    version: int
-    inputs: Mapping[str, TensorSpec]
-    outputs: Mapping[str, TensorSpec]
-    batch_rows_max: int  # 0: the model does not batch
-    positional_inputs: frozenset[str]
-    labels: Mapping[str, tuple[str, ...]]  # class names, for outputs that have them
-    input_names: list[str] = field(init=False)
-    output_shapes: OutputShapes = field(
-        init=False, default_factory=OutputShapes, compare=False, repr=False
-    )
-    # How many elements shapes have that were found right: (name, data type, shape) -> count. Most
-    # requests look like an earlier one.
-    good_shapes: dict[tuple[str, int, tuple[int, ...]], int] = field(
-        init=False, default_factory=dict, compare=False, repr=False
-    )
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "input_names", list(self.inputs))
-
-
-@dataclass(frozen=True, slots=True)
-class WantedOutput:
-    name: str
-    as_values: bool
-    class_count: int  # 0: the tensor itself
-    region: RegionPart | None = None  # where its elements go, instead of into the response
-    on_device: bool = False  # in a piece of the session's memory there
+ViewOf = Callable[[str, tensor_pb2.ArenaRef], "np.typing.NDArray[np.uint8] | DeviceBytes"]
 
 
 @dataclass(slots=True, eq=False)  # not frozen: that makes it three times as long in the making
@@ -134,7 +97,7 @@ def read_request(
         message.request_id,
         inputs,
         tuple(copy_first),
-        _wanted_outputs(message, spec, part_of, as_values=all_values),
+        wanted_outputs(message, spec, part_of, as_values=all_values),
         rows or 1,
         _signature(inputs, spec) if spec.batch_rows_max else (),
         input_bytes,
@@ -318,64 +281,6 @@ def _on_device(
         )
     _check_size(tensor, len(data), count, expected, spec)
     return cast("Array", DeviceTensor(data.address, expected.dtype.numpy, shape))
-
-
-def _wanted_outputs(
-    message: inference_pb2.InferRequest, spec: VersionSpec, part_of: PartOf, *, as_values: bool
-) -> tuple[WantedOutput, ...]:
-    """In the model's order, whatever the order of asking."""
-    if not message.outputs:
-        return _all_outputs(tuple(spec.outputs), as_values)
-    asked: dict[str, inference_pb2.RequestedOutput] = {}
-    for output in message.outputs:
-        if output.name not in spec.outputs:
-            raise InvalidArgument(
-                f"unexpected inference output '{output.name}' for model '{spec.model}'"
-            )
-        if output.name in asked:
-            raise InvalidArgument(f"output '{output.name}' already exists in request")
-        if output.class_count and spec.outputs[output.name].dtype is BYTES:
-            raise InvalidArgument(
-                "class result not available for output due to unsupported type 'BYTES'"
-            )
-        if output.on_device:
-            _check_on_device(output, message, spec)
-        asked[output.name] = output
-    forms = {
-        inference_pb2.OUTPUT_FORM_UNSPECIFIED: as_values,
-        inference_pb2.OUTPUT_FORM_RAW: False,
-        inference_pb2.OUTPUT_FORM_VALUES: True,
-    }
-    return tuple(
-        WantedOutput(
-            name,
-            forms.get(asked[name].form, as_values),
-            asked[name].class_count,
-            part_of(asked[name].region) if asked[name].HasField("region") else None,
-            asked[name].on_device,
-        )
-        for name in spec.outputs
-        if name in asked
-    )
-
-
-def _check_on_device(
-    output: inference_pb2.RequestedOutput, message: inference_pb2.InferRequest, spec: VersionSpec
-) -> None:
-    if not message.event_place:
-        raise InvalidArgument(
-            f"output '{output.name}' is wanted on the device, which needs an event_place, and that "
-            "a session on the lane"
-        )
-    dtype = spec.outputs[output.name].dtype
-    if output.class_count or dtype is BYTES or dtype.numpy is None:
-        what = "a class result" if output.class_count else dtype.name
-        raise InvalidArgument(f"output '{output.name}' is {what}, which cannot lie on a device")
-
-
-@functools.lru_cache(maxsize=1024)
-def _all_outputs(names: tuple[str, ...], as_values: bool) -> tuple[WantedOutput, ...]:
-    return tuple(WantedOutput(name, as_values, 0) for name in names)
 
 
 def _signature(inputs: Mapping[str, Array], spec: VersionSpec) -> tuple[object, ...]:

@@ -18,7 +18,8 @@ from thirdrail.v1 import tensor_pb2
 from thirdrail_engines.engine import DeviceLost, EngineError, EngineInputError
 from thirdrail_server.worker.classification import classify
 from thirdrail_server.worker.members import Member, Outcome
-from thirdrail_server.worker.requests import VersionSpec, WantedOutput
+from thirdrail_server.worker.version_spec import VersionSpec
+from thirdrail_server.worker.wanted_outputs import WantedOutput
 
 log = logging.getLogger(__name__)
 

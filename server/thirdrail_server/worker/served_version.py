@@ -25,10 +25,10 @@ from thirdrail_server.worker.members import Member, Outcome
 from thirdrail_server.worker.memory import UNKNOWN, Weight
 from thirdrail_server.worker.policy import QueuePolicy
 from thirdrail_server.worker.queued import Queued
-from thirdrail_server.worker.requests import VersionSpec
 from thirdrail_server.worker.run_place import INLINE_INPUT_BYTES_MAX, LargeRuns, RunPlace
 from thirdrail_server.worker.scheduler import Action, Batch, Scheduler, Start
 from thirdrail_server.worker.statistics import VersionStatistics
+from thirdrail_server.worker.version_spec import VersionSpec
 
 log = logging.getLogger(__name__)
 

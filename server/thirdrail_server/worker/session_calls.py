@@ -29,10 +29,11 @@ from thirdrail_server.worker.device_regions import DeviceRegions
 from thirdrail_server.worker.members import Member
 from thirdrail_server.worker.models import ModelTable
 from thirdrail_server.worker.repeats import Repeat, Repeats
-from thirdrail_server.worker.requests import Request, VersionSpec, no_part, read_request
+from thirdrail_server.worker.requests import Request, no_part, read_request
 from thirdrail_server.worker.served_version import OnDeviceLost, ServedVersion
 from thirdrail_server.worker.session_device import DeviceCall
 from thirdrail_server.worker.session_memory import SessionMemory
+from thirdrail_server.worker.version_spec import VersionSpec
 
 log = logging.getLogger(__name__)
 
