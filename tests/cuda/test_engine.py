@@ -135,6 +135,35 @@ def test_a_model_that_does_not_fit_is_refused_with_figures(
     device.close()
 
 
+@pytest.mark.parametrize(
+    ("call", "count"), [("cuStreamCreate", 3), ("cuEventCreate", 7), ("cuMemAlloc", 5)]
+)
+def test_a_model_that_does_not_fit_leaves_nothing(
+    double: Path, inspector: Inspector, monkeypatch: pytest.MonkeyPatch, call: str, count: int
+) -> None:
+    """Whichever call is the one for which there is no room."""
+    for nth in range(count):
+        device, calls = TwinDevice(), list[str]()
+        monkeypatch.setattr(device, "enter", failing(device, call, nth, calls))
+        with pytest.raises(ModelFileError, match="does not fit"):
+            twin_engine(double, device, inspector, activation_bytes=64)
+        assert calls.count("cuEventCreate") == calls.count("cuEventDestroy")
+        device.close()  # says what else was left
+
+
+def failing(device: TwinDevice, call: str, nth: int, calls: list[str]) -> Callable[[str], None]:
+    """TwinDevice.enter, which notes in `calls` what went well. There is no room for the nth."""
+    enter = device.enter
+
+    def noting(name: str) -> None:
+        if name == call and calls.count(call) == nth:
+            device.fail_next(call, "CUDA_ERROR_OUT_OF_MEMORY")
+        enter(name)
+        calls.append(name)
+
+    return noting
+
+
 def test_without_room_for_staging_it_copies_directly(double: Path, load_model: Load) -> None:
     engine = load_model(double, staging_bytes_max=8192)
     for count, refused in ((10, 0), (100_000, 2)):

@@ -59,7 +59,8 @@ class Instance:
         self._context: Context | None = None
         self._streams: list[Stream] = []
         try:
-            self._streams = [device.new_stream() for _ in range(3)]
+            for _ in range(3):
+                self._streams.append(device.new_stream())
             self._context = program.new_context(self._compute)
             sizes = self._block_sizes(self._context)
             for _ in range(options.overlapped_runs):
@@ -187,8 +188,7 @@ class Instance:
         return shapes, not rooms
 
     def close(self) -> None:
-        """Waits for what `run_placed` has left under way: nothing else does, and memory in use must
-        not be freed."""
+        """Waits for what `run_placed` has left under way: memory in use must not be freed."""
         for stream in self._streams:
             with contextlib.suppress(EngineError):  # of a run that is over
                 stream.synchronize()

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from thirdrail.tensors import TensorSpec
-from thirdrail_engines.cuda.device import Device
+from thirdrail_engines.cuda.device import Device, Event
 from thirdrail_engines.cuda.layout import lay_out
 from thirdrail_engines.cuda.open_output import GrowingOutput
 from thirdrail_engines.engine import EngineError
@@ -22,14 +22,17 @@ class Slot:
         self._device = device
         self._blocks: list[int] = []
         self.rooms: dict[str, GrowingOutput] = {}
-        self.is_in, self.is_computed, self.is_out = (device.new_event() for _ in range(3))
+        self._events: list[Event] = []
         self.output_bytes = sizes[1]
         try:
+            for _ in range(3):
+                self._events.append(device.new_event())
             for size in sizes:
                 self._blocks.append(device.allocate(size))
         except EngineError:
             self.close()
             raise
+        self.is_in, self.is_computed, self.is_out = self._events
 
     def begin(self) -> None:
         """A run begins on this thread, by a library that uses the device as well: what the last one
@@ -65,5 +68,5 @@ class Slot:
             room.close()
         for block in self._blocks:
             self._device.free(block)
-        for event in (self.is_in, self.is_computed, self.is_out):
+        for event in self._events:
             event.close()
