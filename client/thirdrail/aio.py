@@ -2,8 +2,6 @@
 """The client for asyncio, the twin of `client.Client`: the same methods, to be awaited."""
 
 import asyncio
-import contextlib
-import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -11,28 +9,23 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from thirdrail import models
 from thirdrail.aio_connection import AsyncConnection, require_no_fork
-from thirdrail.aio_server_calls import AsyncServerCalls
+from thirdrail.aio_lane_choice import AsyncLaneChoice
 from thirdrail.aio_stream import AsyncStream
 from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_aio_channel
 from thirdrail.discovery import find_address
 from thirdrail.dtypes import extent
-from thirdrail.errors import FailedPrecondition, NotFound, ThirdrailError, Unavailable
-from thirdrail.failures import IS_CLOSED, rpc_errors, with_note
+from thirdrail.errors import FailedPrecondition, NotFound
+from thirdrail.failures import IS_CLOSED, rpc_errors
 from thirdrail.lane.aio_lane_stream import AsyncLaneStream
-from thirdrail.lane.attach import ASK_TIMEOUT_S
 from thirdrail.lane.calls import NotSent, timed_out
 from thirdrail.lane.encoding import Encoder
-from thirdrail.models import DescriptionCache, ModelDescription
 from thirdrail.requests import (
     InferOptions,
     Inputs,
     Result,
     named_arrays,
-    needs_description,
     outcome_of_response,
-    require_timeout,
     write_request,
 )
 from thirdrail.stream import IN_FLIGHT_MAX, require_room
@@ -53,7 +46,7 @@ if TYPE_CHECKING:  # needs Linux
     from thirdrail.lane.exports import SharedTensor
 
 
-class AsyncClient(AsyncServerCalls):
+class AsyncClient(AsyncLaneChoice):
     """Calls the models of a Thirdrail server from asyncio.
 
     Takes the arguments of `Client`, and raises what it raises. Use it in one event loop at a time,
@@ -69,6 +62,7 @@ class AsyncClient(AsyncServerCalls):
         transport: TransportChoice = "auto",
         debug: bool = False,
     ) -> None:
+        super().__init__()
         self._url = url
         self._tls = tls
         self._compression = grpc_compression(compression)
@@ -76,7 +70,6 @@ class AsyncClient(AsyncServerCalls):
         self._is_debug = debug
         self._is_closed = False
         self._connection: AsyncConnection | None = None
-        self._descriptions = DescriptionCache()
         self._encoder = Encoder()
 
     async def infer(self, model: str, inputs: Inputs, **options: Unpack[InferOptions]) -> Result:
@@ -270,46 +263,6 @@ class AsyncClient(AsyncServerCalls):
             return await self.infer(model, inputs, **options)
         return await self._infer_over_lane(session, model, inputs, options)
 
-    async def _session_for(self, model: str) -> "AsyncSession | None":
-        """With a worker that serves the model; None: there is no lane."""
-        lanes = self._connected().lanes
-        if not lanes.are_several:
-            session = await lanes.home.session()
-            if not lanes.are_several:  # which attaching has told
-                return session
-        workers = lanes.place(model, time.monotonic_ns())
-        if workers is None:
-            workers = lanes.found(model, await self._workers_of(model), time.monotonic_ns())
-        *others, last = lanes.to(workers)
-        for access in others:
-            with contextlib.suppress(FailedPrecondition, Unavailable):
-                session = await access.session()
-                if session is not None:
-                    return session
-        return await last.session()
-
-    async def _workers_of(self, model: str) -> tuple[str, ...]:
-        try:
-            return (await self._describe(model, 0, ASK_TIMEOUT_S)).status.workers
-        except NotFound:
-            return ()  # the first worker is asked, and knows it no more
-        except ThirdrailError:  # a busy server is no reason why the lane should not be used
-            return self._connected().lanes.known(model)
-
-    async def _why_missing(
-        self, model: str, options: InferOptions, error: NotFound
-    ) -> ThirdrailError:
-        """What the server says of a model that its worker does not know. It may be on its way."""
-        self._connected().lanes.forget(model)
-        try:
-            version = options.get("version", 0)
-            status = (await self._describe(model, version, ASK_TIMEOUT_S)).status
-        except NotFound:
-            return error
-        except ThirdrailError as reason:
-            return reason
-        return with_note(models.error_of_missing(status))
-
     async def _infer_over_grpc(self, model: str, inputs: Inputs, options: InferOptions) -> Result:
         request = inference_pb2.InferRequest()
         await self._write(request, model, inputs, options)
@@ -330,18 +283,3 @@ class AsyncClient(AsyncServerCalls):
     ) -> None:
         description = await self._needed_description(model, inputs, options)
         write_request(request, model, inputs, description, **options)
-
-    async def _needed_description(
-        self, model: str, inputs: Inputs, options: InferOptions
-    ) -> ModelDescription | None:
-        if not needs_description(inputs, options):
-            return None
-        version, timeout = options.get("version", 0), options.get("timeout")
-        now_ns = time.monotonic_ns()
-        description = self._descriptions.get(model, version, now_ns)
-        if description is None:
-            require_timeout(timeout)
-            description = await self._describe(model, version, timeout)
-            models.require_declaration(description)
-            self._descriptions.put(model, version, description, now_ns)
-        return description

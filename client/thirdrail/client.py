@@ -1,42 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """The blocking client. `aio.AsyncClient` has the same methods; what they share is in `requests`."""
 
-import contextlib
 import os
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from thirdrail import models
 from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_channel
 from thirdrail.connection import Connection
 from thirdrail.discovery import find_address
 from thirdrail.dtypes import extent
-from thirdrail.errors import FailedPrecondition, NotFound, ThirdrailError, Unavailable
-from thirdrail.failures import IS_CLOSED, rpc_errors, with_note
-from thirdrail.lane.attach import ASK_TIMEOUT_S
+from thirdrail.errors import FailedPrecondition, NotFound
+from thirdrail.failures import IS_CLOSED, rpc_errors
 from thirdrail.lane.busy_poll import LONGEST_US, BusyWindow
-from thirdrail.lane.calls import NotSent
 from thirdrail.lane.encoding import Encoder
-from thirdrail.models import DescriptionCache, ModelDescription
+from thirdrail.lane_choice import LaneChoice
 from thirdrail.requests import (
     InferOptions,
     Inputs,
     Result,
     named_arrays,
-    needs_description,
     outcome_of_response,
-    require_timeout,
     write_request,
 )
-from thirdrail.server_calls import ServerCalls
 from thirdrail.stream import IN_FLIGHT_MAX, Stream, require_room
 from thirdrail.tensors import Array
 from thirdrail.transport import (
@@ -45,7 +37,6 @@ from thirdrail.transport import (
     LaneRule,
     Transport,
     TransportChoice,
-    needs_lane,
 )
 from thirdrail.unary import future_of_call
 from thirdrail.v1 import inference_pb2
@@ -56,10 +47,8 @@ if TYPE_CHECKING:  # needs Linux
     from thirdrail.lane.blocking_exports import Export
     from thirdrail.lane.exports import SharedTensor
 
-T = TypeVar("T")
 
-
-class Client(ServerCalls):
+class Client(LaneChoice):
     """Calls the models of a Thirdrail server.
 
     url: `host:port`, `unix:/path/of/the.sock` or a socket's path. None: the local server is found
@@ -89,6 +78,7 @@ class Client(ServerCalls):
         busy_poll_us: int = LONGEST_US,
         debug: bool = False,
     ) -> None:
+        super().__init__()
         self._url = url
         self._tls = tls
         self._compression = grpc_compression(compression)
@@ -100,7 +90,6 @@ class Client(ServerCalls):
         self._connection: Connection | None = None
         self._inherited: list[Connection] = []
         self._locks: dict[int, threading.Lock] = {}
-        self._descriptions = DescriptionCache()
         self._encoder = Encoder()
 
     def infer(self, model: str, inputs: Inputs, **options: Unpack[InferOptions]) -> Result:
@@ -332,78 +321,3 @@ class Client(ServerCalls):
         if isinstance(outcome, Result):
             return outcome
         raise outcome
-
-    def _over_lane(self, call: "Callable[[BlockingLane], T]", model: str = "") -> T | None:
-        """What `call` makes of the lane; None: there is no lane.
-
-        model: whose worker it is to be; the server's first by default.
-        """
-        lane = self._lane_for(model)
-        if lane is None:
-            return None
-        try:
-            return call(lane)
-        except NotSent:  # the session ended, and the worker has not heard of the call
-            lane = self._lane_for(model)
-            return None if lane is None else call(lane)
-
-    def _lane_for(self, model: str) -> "BlockingLane | None":
-        lanes = self._connected().lanes
-        if not lanes.are_several:
-            lane = lanes.home.lane()
-            if not model or not lanes.are_several:  # which attaching has told
-                return lane
-        workers = lanes.place(model, time.monotonic_ns()) if model else ()
-        if workers is None:
-            workers = lanes.found(model, self._workers_of(model), time.monotonic_ns())
-        *others, last = lanes.to(workers)
-        for access in others:
-            with contextlib.suppress(FailedPrecondition, Unavailable):
-                lane = access.lane()
-                if lane is not None:
-                    return lane
-        return last.lane()
-
-    def _workers_of(self, model: str) -> tuple[str, ...]:
-        try:
-            return self._describe(model, 0, ASK_TIMEOUT_S).status.workers
-        except NotFound:
-            return ()  # the first worker is asked, and knows it no more
-        except ThirdrailError:  # a busy server is no reason why the lane should not be used
-            return self._connected().lanes.known(model)
-
-    def _why_missing(self, model: str, options: InferOptions, error: NotFound) -> ThirdrailError:
-        """What the server says of a model that its worker does not know. It may be on its way."""
-        self._connected().lanes.forget(model)
-        try:
-            version = options.get("version", 0)
-            status = self._describe(model, version, ASK_TIMEOUT_S).status
-        except NotFound:
-            return error
-        except ThirdrailError as reason:
-            return reason
-        return with_note(models.error_of_missing(status))
-
-    def _on_lane(self, call: "Callable[[BlockingLane], T]") -> T:
-        """Raises FailedPrecondition where there is no lane."""
-        made = self._over_lane(call)
-        if made is None:
-            raise FailedPrecondition(needs_lane(self.transport))
-        return made
-
-    def _needed_description(
-        self, model: str, inputs: Inputs, options: InferOptions
-    ) -> ModelDescription | None:
-        if not needs_description(inputs, options):
-            return None
-        return self._description(model, options.get("version", 0), options.get("timeout"))
-
-    def _description(self, model: str, version: int, timeout: float | None) -> ModelDescription:
-        now_ns = time.monotonic_ns()
-        description = self._descriptions.get(model, version, now_ns)
-        if description is None:
-            require_timeout(timeout)
-            description = self._describe(model, version, timeout)
-            models.require_declaration(description)
-            self._descriptions.put(model, version, description, now_ns)
-        return description
