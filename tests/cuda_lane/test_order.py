@@ -11,6 +11,7 @@ import pytest
 
 from support.device_peer import DevicePeer, on_device
 from support.lane_peer import Request, infer
+from support.worker import RunningWorker
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2
 
@@ -68,7 +69,8 @@ def test_a_run_begins_when_its_inputs_are_written(ready: DevicePeer, model: str)
     assert ready.get(y.ref).tolist() == (2 * (X + 1)).tolist()
 
 
-def test_inputs_that_are_not_written_in_time(ready: DevicePeer) -> None:
+def test_inputs_that_are_not_written_in_time(ready: DevicePeer, worker: RunningWorker) -> None:
+    before = worker.counters()[MODEL]
     ready.record_in_ready(2, is_done=False)
     request = on_device(10, 2, {"x": ready.source}, MODEL, ["y"], timeout_us=20_000)
     answer = ready.answer(request)
@@ -78,6 +80,9 @@ def test_inputs_that_are_not_written_in_time(ready: DevicePeer) -> None:
     assert is_silent(ready)
     ready.send(Request(cancel=pb.Cancel(call=11)))
     assert response(ready).status.reason == pb.REASON_CANCELLED
+    after = worker.counters()[MODEL]
+    assert after.requests_timed_out == before.requests_timed_out + 1
+    assert after.requests_cancelled == before.requests_cancelled + 1
     with leased(ready, 12, 2) as answer:
         assert not answer.HasField("status")
 

@@ -242,6 +242,8 @@ class SessionCalls:
 
     def fail_on_device(self, waiting: Waiting, error: ThirdrailError) -> None:
         self._in_flight.pop(waiting.request.call, None)
+        passed_ns = time.monotonic_ns() - waiting.arrived_ns
+        waiting.served.statistics.request_failed(error, passed_ns)
         if not self._is_closed:
             request, model = waiting.request, waiting.served.spec.model
             self._respond_failure(request.call, request.request_id, model, error)

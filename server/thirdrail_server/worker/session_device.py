@@ -172,10 +172,6 @@ class SessionDevice:
         """Nothing is to be asked of the device."""
         return self._ring.is_idle
 
-    @property
-    def wake_at_ns(self) -> int | None:
-        return self._ring.wake_at_ns
-
     def tick(self, now_ns: int) -> list[Action]:
         """What is to be done now. Raises DeviceLost, CudaError."""
         actions = self._ring.tick(now_ns, self._is_done)
