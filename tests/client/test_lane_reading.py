@@ -442,6 +442,25 @@ def test_a_result_outside_the_arena_is_the_servers_fault(peer: ScriptedPeer, bor
     following.cancel()
 
 
+def test_a_worker_that_hangs_up_at_once_when_told_of_the_end(
+    peer: ScriptedPeer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads sees that before the closing thread goes on."""
+    waiting = peer.beside(lambda: peer.caller.infer("m", value(1)))
+    peer.calls(1)
+    talk = peer.caller.lane.talk
+    send = talk.send
+
+    def send_and_linger(message: lane_pb2.LaneRequest, deadline_s: float | None) -> None:
+        send(message, deadline_s)
+        peer.sock.close()
+        assert waiting.exception(WAIT_S)
+
+    monkeypatch.setattr(talk, "send", send_and_linger)
+    peer.caller.close()
+    assert isinstance(waiting.exception(WAIT_S), errors.Cancelled)
+
+
 def test_closing_wakes_everybody_and_leaves_no_descriptor() -> None:
     before = open_files()
     with ScriptedPeer() as peer:

@@ -53,6 +53,7 @@ class Conversation:
         self.memory = SessionMemory(attached, is_debug=is_debug)
         self.device_chunks: DeviceChunks | None = None
         self.ended: ThirdrailError | None = None
+        self._parting: ThirdrailError | None = None  # why we hang up
         self._set_up_turns()
 
     def _set_up_turns(self) -> None:
@@ -292,6 +293,7 @@ class Conversation:
         Arrays that somebody still has stay readable: their memory is never used again. Without a
         Close the worker would count it until this process ends, whenever they go.
         """
+        self._parting = error  # whoever reads may see the worker hang up before we do
         with contextlib.suppress(ThirdrailError):
             self.send(lane_pb2.LaneRequest(close=lane_pb2.Close()), 0.0)
         self.end(error)
@@ -307,7 +309,7 @@ class Conversation:
         with self.lock:
             if self.ended is not None:
                 return
-            self.ended = error
+            self.ended = error = self._parting or error
             calls, self._calls = self._calls, {}
             self.placer.end()
             self.questions.end(error)
