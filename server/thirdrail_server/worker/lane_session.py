@@ -212,6 +212,13 @@ class LaneSession:
     # Receiving
 
     def _on_readable(self) -> None:
+        try:
+            self._read()
+        except Exception:  # whose call it was is not known here, and nobody is left waiting
+            log.exception("%s: a packet could not be taken", self)
+            self.goodbye(Internal("the worker failed to take a packet; its log says why"))
+
+    def _read(self) -> None:
         for _ in range(PACKETS_PER_WAKEUP_MAX):
             if self.is_closed:
                 return None

@@ -145,6 +145,12 @@ class SessionCalls:
             request = read_request(infer, served.spec, self._memory.view, self._part_of)
         except ThirdrailError as error:
             return self._respond_failure(infer.call, infer.request_id, infer.model_name, error)
+        except Exception:
+            if infer.event_place:  # it may be under way: no second answer
+                raise
+            log.exception("a request could not be read", extra={"request_id": infer.request_id})
+            fault = Internal("the worker could not read the request; its log says why")
+            return self._respond_failure(infer.call, infer.request_id, infer.model_name, fault)
         self._repeats.remember(packet, message, request, served.spec)
         self._run(request, served, infer, message.flow, now_ns)
 
