@@ -28,6 +28,7 @@ from thirdrail_server import cache_tables
 
 GIB = 1 << 30
 DAY_S = 86400
+DAYS_MAX = 100_000
 KEY_LETTERS_MIN = 4  # of a key, to name it
 
 app = typer.Typer(
@@ -125,11 +126,18 @@ def prune(
     to_gib: Annotated[
         float | None,
         typer.Option(
-            "--to-gib", metavar="GIB", min=0, help="The least recently used, until so much is left."
+            "--to-gib",
+            metavar="GIB",
+            min=0,
+            max=GIB,
+            help="The least recently used, until so much is left.",
         ),
     ] = None,
     unused_days: Annotated[
-        float | None, typer.Option("--unused-days", metavar="DAYS", min=0, help="Not used as long.")
+        float | None,
+        typer.Option(
+            "--unused-days", metavar="DAYS", min=0, max=DAYS_MAX, help="Not used as long."
+        ),
     ] = None,
     damaged: Annotated[
         bool, typer.Option("--damaged", help="Those that do not verify. Reads all plans.")

@@ -149,7 +149,8 @@ class CompileConfig:
     loads_at_once_max: int = 8
 
     def __post_init__(self) -> None:
-        _require(self, "cache_bytes_max", 1)
+        if self.cache_bytes_max < 1:
+            raise ConfigError(f"cache_bytes_max must be above 0, got {self.cache_bytes_max}")
         _require(self, "build_memory_bytes_max", 0)
         _require(self, "builds_at_once_max", 1)
         _require(self, "loads_at_once_max", 1)

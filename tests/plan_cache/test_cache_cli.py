@@ -261,6 +261,17 @@ def test_prune(filled: Path, typed: Typed, options: list[str], left: str) -> Non
     assert os.listdir(filled / "work") == []
 
 
+@pytest.mark.parametrize("amount", ["inf", "nan", "-1", "1e300"])
+@pytest.mark.parametrize("option", ["--unused-days", "--to-gib"])
+def test_prune_takes_no_amount_that_is_none(
+    filled: Path, typed: Typed, option: str, amount: str
+) -> None:
+    done = typed("prune", option, amount)
+    assert done.code == 2
+    assert f"Invalid value for '{option}'" in done.err
+    assert names_in(filled) == "abc"
+
+
 def test_prune_spares_what_is_in_use(filled: Path, typed: Typed) -> None:
     with killable(use_plan, filled, "a") as user:
         assert user.hear()
