@@ -123,6 +123,7 @@ def has_ended(process: psutil.Process) -> bool:
         return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["worker", "front"])
 def test_the_server_dies(
     abused_repository: pytest.TempPathFactory, start_server: StartServer, who: str

@@ -44,6 +44,7 @@ def test_probe_of_a_local_server(thirdrail: Thirdrail, server: RunningServer) ->
     assert found["memory"]["read_mib_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_probe_for_people(thirdrail: Thirdrail) -> None:
     lines = thirdrail("probe").out.splitlines()
     assert lines[0].startswith("thirdrail 0.")

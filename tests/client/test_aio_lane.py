@@ -223,6 +223,7 @@ async def test_closed_at_any_moment(server: RunningServer) -> None:
     await until(lambda: not sessions_of(server))
 
 
+@pytest.mark.slow
 async def test_a_worker_that_is_killed(
     start_server: StartServer, standard_repository: Path
 ) -> None:
@@ -255,6 +256,7 @@ async def test_a_worker_that_is_killed(
         kept.release()  # of a session that is no more
 
 
+@pytest.mark.slow
 async def test_a_server_that_comes_back(
     start_server: StartServer, standard_repository: Path
 ) -> None:

@@ -100,6 +100,7 @@ async def test_more_tensors_than_the_arenas_hold(session: AsyncSession) -> None:
     assert all((a == b).all() for a, b in zip(found, tensors, strict=True))
 
 
+@pytest.mark.slow
 @with_session
 async def test_results_come_no_faster_than_they_are_copied(session: AsyncSession) -> None:
     """Whoever copies them may be slow. The output arena has room for 16."""

@@ -58,6 +58,7 @@ def test_many_threads_get_their_own_answers(caller: Caller) -> None:
         assert all(pool.map(call, range(16)))
 
 
+@pytest.mark.slow
 def test_many_futures_of_large_results(caller: Caller) -> None:
     """More bytes than the output arena has: what nobody asked for yet is taken in as it comes."""
     futures = [caller.submit("identity_fp32", of(number, 1 << 18)) for number in range(1500)]

@@ -85,6 +85,7 @@ def test_what_is_no_model_is_a_mistake_on_the_command_line(tmp_path: Path) -> No
     assert "MODEL_OR_REPO" in error
 
 
+@pytest.mark.slow
 def test_a_plan_that_is_not_kept_has_failed(repository: Path, tmp_path: Path) -> None:
     """The first one makes room for the others."""
     folder = tmp_path / "cache"

@@ -104,6 +104,7 @@ class Load:
                 self.answers += 1
 
 
+@pytest.mark.slow
 def test_models_that_wait_for_their_engines_hold_up_no_other_load(
     tmp_path: Path, start_server: StartServer
 ) -> None:
@@ -190,6 +191,7 @@ def test_another_load_ends_the_build_and_begins_its_own(
     until_engine(client, "m", PLAN)
 
 
+@pytest.mark.slow
 def test_the_server_stops_while_something_is_built(
     server: RunningServer, client: Client, tmp_path: Path
 ) -> None:

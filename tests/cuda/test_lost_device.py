@@ -71,6 +71,7 @@ def test_a_sticky_error_restarts_the_worker_and_the_models_come_back(
     assert f"worker 'cpu' died: exit status {status} (the device was lost); restarting in" in log
 
 
+@pytest.mark.slow
 def test_a_run_that_never_ends_is_a_lost_device(server: RunningServer) -> None:
     with server.channel() as channel:
         assert pick(channel, 2, "twin_stuck") == [12]

@@ -38,6 +38,7 @@ def worker(tmp_path: Path, gate: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         yield running
 
 
+@pytest.mark.slow
 def test_a_run_whose_results_stay_on_the_device(
     worker: RunningWorker, tmp_path: Path, gate: Path
 ) -> None:

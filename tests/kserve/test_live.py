@@ -216,6 +216,7 @@ def statistics_of(stub: Stub, model: str) -> kserve.ModelStatistics:
     return found
 
 
+@pytest.mark.slow
 def test_a_full_queue_and_an_expired_timeout_are_unavailable(server: RunningServer) -> None:
     """One request runs, one waits with a timeout, the third finds the queue full."""
     soon = {"timeout": Parameter(int64_param=1_000_000)}

@@ -72,6 +72,7 @@ def running(server: RunningServer) -> int:
     return sum(each.running for each in figures.models)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["R", ""])
 def test_a_region_in_use_goes_with_the_last_request(
     region_server: RunningServer, regions: Regions, memory: SharedMemory, name: str

@@ -125,6 +125,7 @@ def test_a_model_that_is_larger_than_its_file_is_found_out(
     assert server.ready() == {"a"}
 
 
+@pytest.mark.slow
 def test_models_that_are_larger_than_their_files_do_not_slip_in_together(
     serve: Callable[..., Budgeted], tmp_path: Path
 ) -> None:
@@ -177,6 +178,7 @@ def test_the_least_recently_used_model_makes_room(serve: Callable[..., Budgeted]
     assert server.client.health()
 
 
+@pytest.mark.slow
 def test_no_model_leaves_that_is_in_use_or_was_a_moment_ago(
     serve: Callable[..., Budgeted], tmp_path: Path
 ) -> None:

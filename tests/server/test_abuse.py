@@ -357,6 +357,7 @@ class Crowd:
                 caller.close()
 
 
+@pytest.mark.slow
 def test_every_request_ends_once_when_the_worker_dies(
     tmp_path: Path, start_server: StartServer
 ) -> None:

@@ -126,6 +126,7 @@ def is_told_without_a_worker(server: RunningServer, channel: grpc.Channel) -> bo
     return False
 
 
+@pytest.mark.slow
 def test_counters_never_go_down_when_the_worker_dies(
     small_repository: Path, start_server: StartServer
 ) -> None:
@@ -245,6 +246,7 @@ def test_a_server_is_not_ready_while_it_stops(
             running.result()
 
 
+@pytest.mark.slow
 def test_two_servers_do_not_share_a_socket(
     small_repository: Path, start_server: StartServer
 ) -> None:
@@ -270,6 +272,7 @@ def test_a_socket_left_by_a_crash_is_taken_over(
         assert infer(channel, [1]) == [1]
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_a_clear_error(small_repository: Path, start_server: StartServer) -> None:
     server = start_server(small_repository)
     second = start_server(small_repository, f"--address={server.address}", wait=False)

@@ -61,6 +61,7 @@ def test_requests_that_we_failed_are_logged_with_their_id(
     assert failed[0].endswith("request_id='order-1' model='gather' reason='INTERNAL'")
 
 
+@pytest.mark.slow
 @WAYS
 def test_every_line_is_json_and_at_debug_refusals_are_there(
     repository: Path, start_server: StartServer, way: TransportChoice, process: str

@@ -118,6 +118,7 @@ def test_polling_keeps_the_old_one_when_the_new_one_is_broken(
 # Deaths and memory
 
 
+@pytest.mark.slow
 def test_a_model_whose_load_costs_the_worker_its_life_is_not_loaded_again(
     repository: Path, start_server: StartServer
 ) -> None:

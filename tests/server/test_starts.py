@@ -107,6 +107,7 @@ def test_a_socket_that_cannot_be_made_is_told(
     assert "Errno" not in text
 
 
+@pytest.mark.slow
 def test_tls_files_that_cannot_be_used_are_named(
     repository: Path, start_server: StartServer, tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def test_who_is_on_the_servers_host(caller: str, local: bool) -> None:
     assert is_local(caller) is local
 
 
+@pytest.mark.slow
 def test_it_outlives_a_worker(start_server: StartServer, standard_repository: Path) -> None:
     server = start_server(standard_repository)
     before = opened(server)
@@ -118,6 +119,7 @@ def _answers(server: RunningServer) -> bool:
     return not answer.status.reason and answer.outputs[0].raw == X.tobytes()
 
 
+@pytest.mark.slow
 def test_it_goes_with_the_server(start_server: StartServer, standard_repository: Path) -> None:
     server = start_server(standard_repository)
     path = Path(opened(server).socket_path)
