@@ -24,6 +24,7 @@ from bench.report import Table
 from thirdrail_engines.builds import BuildLimits, run_build
 from thirdrail_engines.plan_cache import Manifest, PlanCache, PlanKey, key_of
 from thirdrail_engines.plan_cache.reading import PIECE_BYTES, read_and_hash
+from thirdrail_engines.plan_requests import onnxruntime_version
 from thirdrail_engines.plans import Builder, PlanRequest
 
 QUESTION = "reading and verifying a plan, which hash, and a hit beside the build"
@@ -145,7 +146,7 @@ def _has_sha_instructions() -> bool:
 
 def _builds(cache: PlanCache, options: Options) -> Table:
     source = models.write_mlp(options.folder / "models")
-    request = PlanRequest(source, Builder.ONNXRUNTIME, "bench", target="this machine")
+    request = PlanRequest(source, Builder.ONNXRUNTIME, onnxruntime_version(), target="this machine")
     key = key_of(request)
     with cache.workspace() as work:
         began = time.perf_counter()

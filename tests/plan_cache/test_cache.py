@@ -13,7 +13,7 @@ import pytest
 
 from support.plan_caches import content, key, put
 from thirdrail_engines.plan_cache import Manifest, Plan, PlanCache
-from thirdrail_engines.plan_cache.reading import PIECE_BYTES, Damaged, read_and_hash
+from thirdrail_engines.plan_cache.reading import READ_AT_ONCE_BYTES_MAX, Damaged, read_and_hash
 from thirdrail_engines.plans import BuildError, BuildFault
 
 MIB = 1 << 20
@@ -202,7 +202,7 @@ def test_what_was_checked_is_what_is_handed_over(
     assert got.data == content("a", 1_000_000)
 
 
-@pytest.mark.parametrize("size", [5, PIECE_BYTES, PIECE_BYTES + 1])
+@pytest.mark.parametrize("size", [5, READ_AT_ONCE_BYTES_MAX - 4, READ_AT_ONCE_BYTES_MAX])
 def test_a_file_that_shrinks_while_it_is_read_is_damaged(tmp_path: Path, size: int) -> None:
     path = tmp_path / "plan"
     path.write_bytes(bytes(size))
@@ -215,7 +215,7 @@ def test_the_bytes_are_hashed_where_they_are_handed_over(
     cache: PlanCache, folder: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file is changed after each piece was read: what is returned is what was hashed."""
-    plan = stored("a", content("a", 2 * PIECE_BYTES + 1))
+    plan = stored("a", content("a", READ_AT_ONCE_BYTES_MAX + 1))
     path = folder / "plans" / plan.key.digest / "plan"
     real = os.preadv
 
@@ -229,8 +229,8 @@ def test_the_bytes_are_hashed_where_they_are_handed_over(
     monkeypatch.setattr(os, "preadv", read_then_change)
     got = cache.get(plan.key)
     assert got is not None
-    assert got.data == content("a", 2 * PIECE_BYTES + 1)
-    assert path.read_bytes() == bytes(2 * PIECE_BYTES + 1)
+    assert got.data == content("a", READ_AT_ONCE_BYTES_MAX + 1)
+    assert path.read_bytes() == bytes(READ_AT_ONCE_BYTES_MAX + 1)
 
 
 def test_notes_are_remembered_per_name(cache: PlanCache, folder: Path, stored: Stored) -> None:

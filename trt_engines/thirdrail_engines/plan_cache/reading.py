@@ -32,6 +32,7 @@ from thirdrail_engines.plan_cache.manifest import (
 from thirdrail_engines.plan_cache.trust import Untrusted, open_trusted
 
 PIECE_BYTES = 4 << 20
+READ_AT_ONCE_BYTES_MAX = 32 << 20  # glibc's malloc maps larger blocks anew each time
 
 
 class Damaged(Exception):
@@ -102,10 +103,10 @@ def _manifest_in(entry: Path) -> Manifest:
 def read_and_hash(fd: int, size: int) -> tuple[memoryview, str]:
     """`size` bytes from an open file, and their SHA-256 in hex. Raises Damaged if it has fewer.
 
-    One thread fills memory with the next piece while this one hashes the last. Where there is one
-    piece only, a thread and memory of its own would cost more than they save.
+    One thread fills memory with the next piece while this one hashes the last. For plans that fit
+    the heap a thread and memory of its own cost more than they save.
     """
-    if size <= PIECE_BYTES:
+    if size <= READ_AT_ONCE_BYTES_MAX:
         with open(fd, "rb", closefd=False) as file:
             data = file.read(size)
         if len(data) < size:
