@@ -72,6 +72,8 @@ LATE = {
     "onnx": "20 MB",
     "google.protobuf.descriptor_pb2": "0.3 MB",
     "thirdrail_engines.cuda.engine": "1 MB",
+    "thirdrail_engines.compiling": "2 MB, with the plan cache and builds",
+    "thirdrail_engines.plan_cache": "2 MB",
     "torch": "200 MB",
     "tensorrt_rtx": "100 MB",
     "cuda": "10 MB",

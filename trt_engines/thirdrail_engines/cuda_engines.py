@@ -6,20 +6,20 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
-from thirdrail_engines.compiling import CompileServices
 from thirdrail_engines.cuda.identity import DeviceFacts
 from thirdrail_engines.engine import Engine
 from thirdrail_engines.host import cuda_devices, why_no_cuda_device
-from thirdrail_engines.plan_cache import Plan, PlanCache
 from thirdrail_engines.plans import Builder, BuildError, BuildFault, PlanRequest
 
-if TYPE_CHECKING:  # imported late: they are for hosts with a GPU
+if TYPE_CHECKING:  # imported late: they are for hosts with a GPU, and for models that need a plan
+    from thirdrail_engines.compiling import CompileServices
     from thirdrail_engines.cuda.device import Device
     from thirdrail_engines.cuda.engine import CudaEngine
+    from thirdrail_engines.plan_cache import Plan, PlanCache
     from thirdrail_engines.tensorrt.engine import KernelNotes
 
 
-def facts_for(engine: str, services: CompileServices) -> DeviceFacts:
+def facts_for(engine: str, services: "CompileServices") -> DeviceFacts:
     """Of the device that engines go to. engine: whose need it is, for the error.
 
     Raises BuildError MISSING where there is none.
@@ -41,7 +41,9 @@ def is_cuda(engine: Engine) -> "TypeGuard[CudaEngine]":
     return isinstance(engine, CudaEngine)
 
 
-def open_bare_plan(data: bytes, path: Path, builder: Builder, services: CompileServices) -> Engine:
+def open_bare_plan(
+    data: bytes, path: Path, builder: Builder, services: "CompileServices"
+) -> Engine:
     """Raises ModelFileError, BuildError MISSING, DeviceLost."""
     from thirdrail_engines.tensorrt.engine import load_plan
 
@@ -50,7 +52,7 @@ def open_bare_plan(data: bytes, path: Path, builder: Builder, services: CompileS
 
 
 def open_plan(
-    plan: Plan, request: PlanRequest, services: CompileServices, instances: int
+    plan: "Plan", request: PlanRequest, services: "CompileServices", instances: int
 ) -> Engine:
     """Raises ModelFileError, BuildError MISSING, DeviceLost."""
     from thirdrail_engines.tensorrt.engine import load_plan
@@ -68,7 +70,7 @@ def open_plan(
     )
 
 
-def _device(engine: str, services: CompileServices) -> "Device":
+def _device(engine: str, services: "CompileServices") -> "Device":
     facts = facts_for(engine, services)
     return services.device if services.device is not None else own_device(facts.uuid)
 
@@ -81,7 +83,9 @@ def own_device(uuid: str) -> "Device":
     return open_device(uuid)
 
 
-def _kernel_notes(plan: Plan, facts: DeviceFacts, cache: PlanCache | None) -> "KernelNotes | None":
+def _kernel_notes(
+    plan: "Plan", facts: DeviceFacts, cache: "PlanCache | None"
+) -> "KernelNotes | None":
     """Finished kernels lie beside the plan: one file for each kind of GPU and driver."""
     from thirdrail_engines.tensorrt.engine import KernelNotes
 

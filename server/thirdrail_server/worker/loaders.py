@@ -83,12 +83,11 @@ class Loaders:
 
         def prepare(building_of: Callable[[Weighing], Building]) -> PreparedVersion:
             nonlocal services
+            if builds and services is None:  # before the weighing: what compiles is imported here
+                services = self._plans.services(tell, cancelled)
             with self._scale.weigh() as weighing:
-                building = building_of(weighing)
-                if services is not None:  # which know by now what the model's files contain
-                    services = replace(services, building=building)
-                elif builds:
-                    services = self._plans.services(tell, cancelled, building)
+                if services is not None:
+                    services = replace(services, building=building_of(weighing))
                 prepared = prepare_version(
                     command.name,
                     version,

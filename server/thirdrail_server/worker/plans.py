@@ -8,7 +8,6 @@ does.
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,13 +38,9 @@ class Plans:
         self._opening = threading.Lock()
         self._cache: PlanCache | None = None
 
-    def services(
-        self,
-        tell: TellProgress,
-        cancelled: threading.Event,
-        building: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> "CompileServices":
+    def services(self, tell: TellProgress, cancelled: threading.Event) -> "CompileServices":
         """For one load. Raises ModelFileError when the cache's folder is not to be trusted."""
+        import thirdrail_engines.one_engine  # noqa: F401 - which the load would import otherwise
         from thirdrail_engines.builds import BuildLimits
         from thirdrail_engines.compiling import CompileServices
 
@@ -55,7 +50,7 @@ class Plans:
             builds_at_once_max=self._config.builds_at_once_max,
         )
         cache, device = self._open_cache(), self._device()
-        return CompileServices(cache, limits, tell, cancelled, building, device)
+        return CompileServices(cache, limits, tell, cancelled, device=device)
 
     def close(self) -> None:
         with self._opening:
