@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from support.echo import EchoServer, start
+from support.lane_reading import until_no_watcher
+from support.lanes import ScriptedPeer
 from thirdrail import Client
 
 
@@ -23,3 +25,11 @@ def echo(tmp_path: Path) -> Iterator[EchoServer]:
 def client(echo: EchoServer) -> Iterator[Client]:
     with Client(echo.url) as client:
         yield client
+
+
+@pytest.fixture
+def peer() -> Iterator[ScriptedPeer]:
+    """A worker that does what a test says. Nothing of earlier tests reads lanes any more."""
+    until_no_watcher()  # of earlier tests
+    with ScriptedPeer() as peer:
+        yield peer
