@@ -35,7 +35,8 @@ LaneMemoryMib = Annotated[
 HugePages = Annotated[
     bool,
     option(
-        "Make shared memory of 2 MiB pages, as far as the host has set some aside.",
+        "Make shared memory of 2 MiB pages that the host has set aside, as long as there are any; "
+        "else the kernel makes such pages as it can.",
         "--huge-pages",
     ),
 ]

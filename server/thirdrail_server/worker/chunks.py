@@ -107,15 +107,19 @@ class Budget:
             return True
 
     def take_chunk(self, size: int) -> int | None:
-        """How large a chunk to make for a piece of `size` bytes, and that much taken: doubling the
-        arena, or, where that is too much, only what is needed. None: it does not fit the arena.
+        """How large a chunk to make for a piece of `size` bytes, and that much taken: a power of
+        two, for huge pages, that about doubles the arena, or, where that is too much, only what is
+        needed. None: it does not fit the arena.
 
         Raises ResourceExhausted where not even that can be charged.
         """
         needed = self._whole(size)
         double = min(self.used_bytes, self._spare_bytes_max)
         generous = max(
-            CHUNK_BYTES_MIN, self._granularity_bytes, double, 1 << (needed - 1).bit_length()
+            CHUNK_BYTES_MIN,
+            self._granularity_bytes,
+            1 << double.bit_length() >> 1,
+            1 << (needed - 1).bit_length(),
         )
         with contextlib.suppress(ResourceExhausted):
             if generous > needed and self.take(generous, is_spare=True):
