@@ -229,7 +229,7 @@ def named_arrays(inputs: Inputs, description: ModelDescription | None) -> dict[s
     """The arrays to send, by input. Raises InvalidArgument for what cannot be one."""
     if not isinstance(inputs, Mapping):
         assert description is not None
-        inputs = {_only_input(description).name: inputs}
+        inputs = {only_input(description).name: inputs}
     specs = {spec.name: spec for spec in description.inputs} if description else {}
     return {
         name: array_of_value(name, value, _spec_for(name, value, specs))
@@ -244,7 +244,8 @@ def _spec_for(name: str, value: object, specs: Mapping[str, TensorSpec]) -> Tens
     return spec
 
 
-def _only_input(description: ModelDescription) -> TensorSpec:
+def only_input(description: ModelDescription) -> TensorSpec:
+    """Raises InvalidArgument for a model that has several."""
     if len(description.inputs) != 1:
         names = ", ".join(spec.name for spec in description.inputs)
         raise InvalidArgument(

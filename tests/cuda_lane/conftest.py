@@ -9,6 +9,7 @@ import pytest
 from support.device_peer import DevicePeer
 from support.lane_peer import connect
 from support.models import add, double, identity, write
+from support.server import RunningServer, running_server
 from support.worker import RunningWorker, running_worker
 from thirdrail_engines.cuda.twin import TWIN_FACTS
 from thirdrail_server.config import DeviceLimits, SessionLimits, WorkerConfig
@@ -56,6 +57,18 @@ def worker(tmp_path_factory: pytest.TempPathFactory, gate: Path) -> Iterator[Run
         patch.setenv("PYTHONPATH", str(TESTS))
         with running_worker(CONFIG, listen=listen, module="support.twin_lane_worker") as running:
             running.load(repository)
+            yield running
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, gate: Path) -> Iterator[RunningServer]:
+    """A whole server, whose worker is like `worker`."""
+    repository = tmp_path_factory.mktemp("repository")
+    write_models(repository)
+    folder = tmp_path_factory.mktemp("server")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("THIRDRAIL_TEST_GATE", str(gate))
+        with running_server(repository, folder, module="support.twin_lane_server") as running:
             yield running
 
 

@@ -4,29 +4,24 @@
 import gc
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import thirdrail
-from cuda_lane.conftest import UUID, write_models
+from cuda_lane.conftest import UUID
 from server.test_lives import until
-from support.server import RunningServer, running_server
+from support.server import RunningServer
 from thirdrail.dtypes import BY_NAME
+from thirdrail.errors import FailedPrecondition
+from thirdrail.lane import device_chunks
 
 X = np.arange(8, dtype=np.float32)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    repository = tmp_path_factory.mktemp("repository")
-    write_models(repository)
-    folder = tmp_path_factory.mktemp("server")
-    with running_server(repository, folder, module="support.twin_lane_server") as running:
-        yield running
 
 
 @pytest.fixture
@@ -107,6 +102,35 @@ def test_errors_of_requests(device: thirdrail.Device) -> None:
         with pytest.raises(thirdrail.CallerError):
             device.infer("twin_double", {"x": x}, outputs=["nothing"])
     assert device.infer("twin_double", {"x": x})["y"].numpy().tolist() == (2 * X).tolist()
+
+
+def test_outputs_that_are_asked_for(device: thirdrail.Device) -> None:
+    x = device.array(X)
+    alone = device.infer("twin_double", x, on_host=["y"], parameters={"note": 1})
+    assert alone["y"].tolist() == (2 * X).tolist()
+    with pytest.raises(thirdrail.CallerError, match="on_host must be a sequence of names"):
+        device.infer("twin_double", x, on_host="yes")  # which has a y in it
+    with pytest.raises(thirdrail.CallerError, match="outputs must be a sequence of names"):
+        device.infer("twin_double", x, outputs="y")
+    with pytest.raises(thirdrail.CallerError, match=r"on_host has 'z', expected some of .*: y"):
+        device.infer("twin_double", x, on_host=["z"])
+
+
+def test_what_this_process_lacks_is_said_each_time(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker gives its device once in a session, also in vain."""
+
+    def lacks(attached: Any, fds: list[int]) -> None:
+        for fd in fds:
+            os.close(fd)
+        raise FailedPrecondition("memory on a device needs a package")
+
+    monkeypatch.setattr(device_chunks, "open_runtime", lacks)
+    with thirdrail.Client(f"unix:{server.socket}") as client:
+        for _ in range(2):
+            with pytest.raises(thirdrail.CallerError, match="needs a package"):
+                thirdrail.Device(client)
 
 
 @pytest.mark.parametrize("name", [name for name, row in BY_NAME.items() if row.name != "BYTES"])
@@ -207,7 +231,8 @@ def test_debug_mode_looks_at_inputs_on_the_host(
         monkeypatch.undo()
         session = lane.device("")
         session.collect()
-        assert len(session._places) == session._place_count, "its place came back"
+        memory = session.memory
+        assert memory.places_free == memory.place_count, "its place came back"
         assert device.infer("twin_double", {"x": x})["y"].numpy()[0] == 4
 
 
@@ -219,12 +244,31 @@ def has_ended(device: thirdrail.Device) -> bool:
     return False
 
 
-def test_the_server_dies(server: RunningServer, client: thirdrail.Client) -> None:
-    """What is mapped stays, and another device is to be had from the next worker."""
+def test_the_server_dies(
+    server: RunningServer, client: thirdrail.Client, gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is mapped stays, who waits for the device is told, and another device is to be had from
+    the next worker."""
     device = thirdrail.Device(client)
-    result = device.infer("twin_double", {"x": device.array(X)})
+    x = device.array(X)
+    result = device.infer("twin_double", {"x": x})
     first = client.snapshot().workers[0].pid
-    os.kill(first, signal.SIGKILL)
+    runtime, is_answered = device._session.memory.runtime, threading.Event()
+    wait_for_out_done = runtime.wait_for_out_done
+
+    def note(*arguments: int) -> Any:
+        is_answered.set()
+        return wait_for_out_done(*arguments)
+
+    monkeypatch.setattr(runtime, "wait_for_out_done", note)
+    gate.touch()
+    with ThreadPoolExecutor(1) as pool:
+        undone = pool.submit(device.infer, "twin_double", {"x": x})
+        assert is_answered.wait(30)
+        os.kill(first, signal.SIGKILL)
+        with pytest.raises(thirdrail.NotNow):
+            undone.result(30)
+    gate.unlink()
     until(lambda: has_ended(device))
     assert result["y"].numpy().tolist() == (2 * X).tolist()
     until(lambda: client.snapshot().workers[0].pid != first and client.health("twin_double"))

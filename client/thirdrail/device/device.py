@@ -2,22 +2,20 @@
 """A server's device for programs on the same host: tensors that never leave it."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from thirdrail.device.arrays import DeviceArray, DeviceResult
+from thirdrail.device.requests import device_request, uuid_of, worker_with
 from thirdrail.errors import FailedPrecondition
-from thirdrail.requests import named_arrays, write_options
+from thirdrail.requests import InferOptions, Inputs, ParameterValue
 from thirdrail.transport import needs_lane
-from thirdrail.v1 import inference_pb2
 
 if TYPE_CHECKING:
     from thirdrail.client import Client
     from thirdrail.lane.device_session import DeviceSession
-
-WORKER_PREFIX = "cuda:"  # of the names of workers that compute on a device, before its UUID
 
 
 class Device:
@@ -44,11 +42,11 @@ class Device:
 
     def __init__(self, client: "Client", uuid: str = "") -> None:
         self._client = client
-        self._session = _session_of(client, "" if uuid == "cuda" else uuid)
+        self._session = _session_of(client, uuid_of(uuid))
 
     @property
     def uuid(self) -> str:
-        return self._session.uuid
+        return self._session.memory.uuid
 
     def empty(
         self, shape: Sequence[int] | int, dtype: npt.DTypeLike = np.float32, *, stream: int = 0
@@ -69,7 +67,7 @@ class Device:
     def infer(
         self,
         model: str,
-        inputs: Mapping[str, Any],
+        inputs: Inputs,
         *,
         outputs: Sequence[str] | None = None,
         on_host: Sequence[str] = (),
@@ -78,9 +76,11 @@ class Device:
         version: int = 0,
         request_id: str | None = None,
         priority: int = 0,
+        parameters: Mapping[str, ParameterValue] | None = None,
     ) -> DeviceResult:
         """Runs a model once, with tensors of this device, of the host, or both.
 
+        inputs: a mapping from input names to tensors, or the tensor of a model's only input.
         outputs: those wanted, all by default. They are tensors of this device, until the result is
             released or all of them are gone; but for those `on_host`, which are arrays.
 
@@ -88,20 +88,12 @@ class Device:
         Raises the request's error; TimedOut where the inputs were not ready in time, too.
         """
         description = self._client._description(model, version, timeout)
-        names = (
-            list(outputs) if outputs is not None else [spec.name for spec in description.outputs]
-        )
-        head = inference_pb2.InferRequest()
-        write_options(
-            head, model, description, outputs=names, version=version, request_id=request_id,
-            timeout=timeout, priority=priority,
-        )  # fmt: skip
-        for output in head.outputs:
-            output.on_device = output.name not in on_host
-        here = {name: value for name, value in inputs.items() if isinstance(value, DeviceArray)}
-        others = {name: value for name, value in inputs.items() if name not in here}
-        arrays = named_arrays(others, description)
-        return self._session.infer(head, {**here, **arrays}, stream=stream, timeout=timeout)
+        options: InferOptions = {
+            "outputs": outputs, "version": version, "request_id": request_id, "timeout": timeout,
+            "priority": priority, "parameters": parameters,
+        }  # fmt: skip
+        head, tensors = device_request(model, inputs, description, on_host, options)
+        return self._session.infer(head, tensors, stream=stream, timeout=timeout)
 
 
 def _session_of(client: "Client", uuid: str) -> "DeviceSession":
@@ -109,10 +101,9 @@ def _session_of(client: "Client", uuid: str) -> "DeviceSession":
     lane = lanes.home.lane()
     if lane is None:
         raise FailedPrecondition(needs_lane(client.transport))
-    wanted = (WORKER_PREFIX + uuid).lower()
-    named = [each for each in lanes.home.workers if each.lower().startswith(wanted)]
-    if named and named[0] != lanes.home.workers[0]:
-        (access,) = lanes.to((named[0],))
+    worker = worker_with(uuid, lanes.home.workers)
+    if worker is not None:
+        (access,) = lanes.to((worker,))
         lane = access.lane()
         if lane is None:
             raise FailedPrecondition(needs_lane(access.transport))

@@ -2,7 +2,7 @@
 """What a client does with the device that it shares with its server: a GPU, or a twin in its place.
 
 A stream is its handle, as CUDA has it: 0 is the default stream. The work of a twin's streams is the
-caller's own, so waiting blocks and copies are done on return.
+caller's own, so copies are done on return, and the caller itself has to wait.
 """
 
 from typing import Protocol
@@ -25,6 +25,16 @@ class Memory(Protocol):
         ...
 
 
+class Pending(Protocol):
+    """Work of the server's that a caller has to wait for, since no stream does it."""
+
+    def is_set(self) -> bool: ...
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """timeout: seconds. Whether it is done."""
+        ...
+
+
 class Runtime(Protocol):
     """Places count from 1. All raise Internal for what the device refuses."""
 
@@ -39,8 +49,8 @@ class Runtime(Protocol):
 
     def record_in_ready(self, place: int, stream: int) -> None: ...
 
-    def wait_for_out_done(self, place: int, stream: int) -> None:
-        """The stream's work from now on comes after the server's."""
+    def wait_for_out_done(self, place: int, stream: int) -> Pending | None:
+        """The stream's work from now on comes after the server's; None: by itself."""
         ...
 
     def record_consumed(self, place: int, stream: int) -> None: ...

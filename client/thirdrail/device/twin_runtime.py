@@ -4,7 +4,7 @@
 import ctypes
 import os
 
-from thirdrail.device.twin import TwinCounters, TwinMemory
+from thirdrail.device.twin import TwinCounters, TwinMemory, TwinRecord
 from thirdrail.errors import Internal
 from thirdrail.tensors import Array
 from thirdrail.v1 import lane_pb2
@@ -37,10 +37,8 @@ class TwinRuntime:
     def record_in_ready(self, place: int, stream: int) -> None:
         self._ours.record(place - 1).set()
 
-    def wait_for_out_done(self, place: int, stream: int) -> None:
-        record = self._servers.last_record(place - 1)
-        if record is not None:
-            record.wait()
+    def wait_for_out_done(self, place: int, stream: int) -> TwinRecord | None:
+        return self._servers.last_record(place - 1)
 
     def record_consumed(self, place: int, stream: int) -> None:
         self._ours.record(self._places + place - 1).set()

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from thirdrail.dtypes import extent
-from thirdrail.errors import FailedPrecondition, InvalidArgument, ThirdrailError
+from thirdrail.errors import FailedPrecondition, ThirdrailError
 from thirdrail.lane import forks
 from thirdrail.lane.blocking_wire import BlockingWire
 from thirdrail.lane.calls import Call, timed_out
@@ -47,7 +47,7 @@ class BlockingLane:
         self._inline_bytes_max = attached.limits.inline_bytes
         self._encoder = Encoder()
         self._talk = Conversation(wire, attached, is_debug=is_debug)
-        self._device: DeviceSession | None = None
+        self._device: DeviceSession | ThirdrailError | None = None
         self._device_lock = threading.Lock()
         forks.forget_in_children(self)
 
@@ -140,12 +140,11 @@ class BlockingLane:
         with self._device_lock:
             if self._device is None:
                 self._device = attach_device(self, uuid)
-            there = self._device.uuid
-            if not there.lower().startswith(uuid.lower()):  # as the worker compares
-                raise InvalidArgument(
-                    f"this session's worker computes on {there}, not on {uuid[:80]!a}"
-                )
-            return self._device
+            device = self._device
+        if isinstance(device, ThirdrailError):
+            raise type(device)(device.message)  # a copy: errors keep the frames they saw
+        device.memory.require_device(uuid)
+        return device
 
     def wait(self, ticket: Ticket, deadline_s: float | None) -> bool:
         """Until a call, or something else, is done. False: the deadline passed, or the lane ended,

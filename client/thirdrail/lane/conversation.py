@@ -263,8 +263,8 @@ class Conversation:
             chunks.open(chunk, sole_fd(fds))
         except (ValueError, OSError, ThirdrailError) as error:
             raise LaneBroken(f"the worker sent memory that cannot be used: {error}") from None
-        if chunk.role == lane_pb2.ARENA_ROLE_INPUT:
-            with self.lock:
+        with self.lock:
+            if chunks.add_room(chunk):
                 self.placer.chunk_came(None)
 
     def _on_other(self, message: lane_pb2.LaneResponse, fds: list[int]) -> None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A session's memory on the device, at the client's end: which chunks there are."""
 
+import os
 import weakref
 
-from thirdrail.device.runtime import Memory, Runtime
+from thirdrail.device.runtime import Memory, Runtime, open_runtime
 from thirdrail.errors import Internal
 from thirdrail.lane.allocator import ArenaAllocator
 from thirdrail.v1 import lane_pb2, tensor_pb2
@@ -12,7 +13,8 @@ ALIGNMENT_BYTES = 256
 
 
 class DeviceChunks:
-    """Chunks come to whoever reads the lane, in order; the lane's lock guards the allocator."""
+    """Chunks are opened one after the other, as they come. The allocator is guarded by the lane's
+    lock, or used on one event loop."""
 
     def __init__(self, attached: lane_pb2.DeviceAttached, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -30,13 +32,22 @@ class DeviceChunks:
         return chunk.epoch in self._chunks
 
     def open(self, chunk: lane_pb2.Chunk, fd: int) -> None:
-        """Closes `fd`. Raises ValueError, OSError, Internal for what cannot be used."""
+        """Map it; it may take a while. Closes `fd`.
+
+        Raises ValueError, OSError, Internal for what cannot be used.
+        """
         there = self._chunks[chunk.epoch]
         if chunk.chunk != len(there):
+            os.close(fd)
             raise ValueError(f"chunk {chunk.chunk} came after {len(there)} others")
         there.append(self.runtime.open_memory(fd, chunk.size))
-        if chunk.epoch == self.input_epoch:
-            self.allocator.add_chunk(chunk.size)
+
+    def add_room(self, chunk: lane_pb2.Chunk) -> bool:
+        """One that was opened. Whether it is input memory, which there is more of now."""
+        if chunk.epoch != self.input_epoch:
+            return False
+        self.allocator.add_chunk(chunk.size)
+        return True
 
     def allocate(self, size: int) -> tuple[int, int] | None:
         """(chunk, offset) of a piece of input memory; None where there is no room."""
@@ -51,6 +62,16 @@ class DeviceChunks:
         if ref.chunk >= len(there) or ref.offset + ref.size > there[ref.chunk].nbytes:
             raise Internal("the worker referred to memory on the device outside its arena")
         return there[ref.chunk].address + ref.offset
+
+
+def open_device(attached: lane_pb2.DeviceAttached, fds: list[int]) -> DeviceChunks:
+    """What the worker has given, without a chunk yet; it may take a while. Takes the descriptors
+    over. Raises FailedPrecondition for what this process lacks, Internal for what cannot be used.
+    """
+    try:
+        return DeviceChunks(attached, open_runtime(attached, fds))
+    except (ValueError, OSError) as error:
+        raise Internal(f"the worker sent events that cannot be used: {error}") from None
 
 
 def _close_all(chunks: dict[int, list[Memory]], runtime: Runtime) -> None:

@@ -1,54 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A session's part of the worker's device, at the client's end: memory, places, requests.
+"""A session's part of the worker's device, for threads: what is asked for, sent and waited for.
 
-The rules of order are in docs/lane.md, section 17. Memory and places go back when arrays are
-collected, which is only noted then: finalisers may run anywhere. Whoever asks for something next
-gives them back.
+What lies where, and what goes back, `device_memory` knows.
 """
 
 import contextlib
-import threading
 import time
-import weakref
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import numpy.typing as npt
 
-from thirdrail.device.arrays import Block, DeviceArray, DeviceResult
-from thirdrail.device.runtime import open_runtime
-from thirdrail.dtypes import BYTES, dtype_of_array, dtype_of_value, extent
-from thirdrail.errors import (
-    Internal,
-    InvalidArgument,
-    ResourceExhausted,
-    ThirdrailError,
-)
-from thirdrail.failures import with_note
+from thirdrail.device.arrays import DeviceArray, DeviceResult
+from thirdrail.device.runtime import Pending
+from thirdrail.errors import ThirdrailError
 from thirdrail.lane.calls import Call, timed_out
-from thirdrail.lane.device_chunks import DeviceChunks
+from thirdrail.lane.device_chunks import open_device
+from thirdrail.lane.device_memory import (
+    ATTACH_TIMEOUT_S,
+    DeviceMemory,
+    Inputs,
+    Piece,
+    Returned,
+    device_extent,
+)
 from thirdrail.lane.packets import close_all
-from thirdrail.lane.results import private_output, private_outputs
-from thirdrail.tensors import Array, element_count
-from thirdrail.v1 import inference_pb2, lane_pb2, tensor_pb2
+from thirdrail.v1 import inference_pb2, lane_pb2
 
 if TYPE_CHECKING:
     from thirdrail.lane.blocking import BlockingLane
 
-ATTACH_TIMEOUT_S = 30.0  # a device that nobody used yet is opened for it
 EMPTY_TIMEOUT_S = 30.0  # as on the host
+LOOK_S = 0.05  # between two looks whether the worker lives, whose work is waited for
 
 
-def attach(lane: "BlockingLane", uuid: str) -> "DeviceSession":
-    """Ask the lane's worker for its device. Once in a session.
+def attach(lane: "BlockingLane", uuid: str) -> "DeviceSession | ThirdrailError":
+    """Ask the lane's worker for its device, which it gives once in a session.
 
-    Raises FailedPrecondition where there is none to get, InvalidArgument for another device.
+    Returns why this process cannot use it where it was given in vain. Raises FailedPrecondition
+    where there is none to get, InvalidArgument for another device.
     """
     talk = lane.talk
-    made: list[tuple[lane_pb2.DeviceAttached, DeviceChunks]] = []
-    failures: list[ThirdrailError | ValueError | OSError] = []
+    made: list[DeviceMemory | ThirdrailError] = []
 
     def on_answer(message: lane_pb2.LaneResponse, fds: list[int]) -> None:
         """Before the reader goes on: what it reads next may be a chunk."""
@@ -56,105 +50,51 @@ def attach(lane: "BlockingLane", uuid: str) -> "DeviceSession":
         if attached.status.reason:
             return close_all(fds)
         try:
-            chunks = talk.device_chunks = DeviceChunks(attached, open_runtime(attached, fds))
-        except (ThirdrailError, ValueError, OSError) as error:
-            return failures.append(error)
-        made.append((attached, chunks))
+            chunks = talk.device_chunks = open_device(attached, fds)
+        except ThirdrailError as error:
+            return made.append(error)
+        made.append(DeviceMemory(attached, chunks))
 
     request = lane_pb2.LaneRequest(device=lane_pb2.DeviceRequest(uuid=uuid))
     talk.questions.ask(request, ATTACH_TIMEOUT_S, on_answer)
-    if failures:
-        raise failures[0]
-    return DeviceSession(lane, *made[0])
-
-
-Inputs = Mapping[str, Array | DeviceArray]
-
-
-class _Watch(weakref.ref[Block]):
-    """Tells, by a deque's append, when nothing shows a block any more."""
-
-    __slots__ = ("give_back",)
-    give_back: Callable[[], None]
-
-
-@dataclass(slots=True)
-class _Lease:
-    """A result's memory on the device."""
-
-    block: Block
-    watch: _Watch
-    collected: "deque[_Watch]"
-
-    def release(self) -> None:
-        """What was read until now was given to the block's stream."""
-        self.block.is_released = True
-        self.collected.append(self.watch)
+    (outcome,) = made
+    return DeviceSession(lane, outcome) if isinstance(outcome, DeviceMemory) else outcome
 
 
 class DeviceSession:
     """Made by `attach`. Safe to use from several threads."""
 
-    def __init__(
-        self, lane: "BlockingLane", attached: lane_pb2.DeviceAttached, chunks: DeviceChunks
-    ) -> None:
-        self.uuid = attached.uuid
+    def __init__(self, lane: "BlockingLane", memory: DeviceMemory) -> None:
+        self.memory = memory
         self._lane = lane
         self._talk = lane.talk
-        self._chunks = chunks
-        self._runtime = chunks.runtime
-        self._places = deque(range(1, attached.places + 1))  # free ones, the longest first
-        self._place_count = attached.places
-        self._lock = threading.Lock()
-        self._watches: set[_Watch] = set()
-        self._collected: deque[_Watch] = deque()
 
     # Memory
 
     def empty(self, shape: Sequence[int] | int, dtype: npt.DTypeLike, stream: int) -> DeviceArray:
         """Raises ResourceExhausted when there is no room, InvalidArgument for text."""
-        dims, wanted, nbytes = extent(shape, dtype)
-        if wanted.hasobject:
-            raise InvalidArgument(f"{wanted} cannot lie on a device")
+        dims, wanted, nbytes = device_extent(shape, dtype)
         self.collect()
         deadline_s = time.monotonic() + EMPTY_TIMEOUT_S
-        place = self._talk.placer.reserve_on_device(
-            nbytes, lambda: self._chunks.allocate(nbytes), deadline_s, EMPTY_TIMEOUT_S
+        piece = self._talk.placer.reserve_on_device(
+            nbytes, lambda: self.memory.chunks.allocate(nbytes), deadline_s, EMPTY_TIMEOUT_S
         )
-        return DeviceArray(self._input_block(place, stream), 0, dims, wanted)
-
-    def _input_block(self, place: tuple[int, int], stream: int) -> Block:
-        epoch, chunks, lock = self._chunks.input_epoch, self._chunks, self._talk.lock
-        ref = tensor_pb2.ArenaRef(epoch=epoch, chunk=place[0], offset=place[1])
-        block = Block(chunks, self._runtime, chunks.address(epoch, *place), stream, ref)
-
-        def give_back() -> None:
-            with lock:
-                chunks.allocator.free(*place)
-
-        self._watch(block, give_back)
-        return block
-
-    def _watch(self, block: Block, give_back: Callable[[], None]) -> _Watch:
-        watch = _Watch(block, self._collected.append)
-        watch.give_back = give_back
-        with self._lock:
-            self._watches.add(watch)
-        return watch
+        return self.memory.input_array(piece, dims, wanted, stream)
 
     def collect(self) -> None:
         """Give back what arrays showed that are gone."""
-        while self._collected:
-            try:
-                watch = self._collected.popleft()
-            except IndexError:
-                return  # another thread was faster
-            with self._lock:
-                is_new = watch in self._watches
-                self._watches.discard(watch)
-            if is_new:
-                with contextlib.suppress(ThirdrailError):  # it goes with the session then
-                    watch.give_back()
+        for returned in self.memory.take_returned():
+            with contextlib.suppress(ThirdrailError):  # it goes with the session then
+                self._give_back(returned)
+
+    def _give_back(self, returned: Returned) -> None:
+        if isinstance(returned, Piece):
+            with self._talk.lock:
+                self.memory.chunks.allocator.free(returned.chunk, returned.offset)
+            return
+        self.memory.runtime.record_consumed(returned.place, returned.stream)
+        self._talk.send(lane_pb2.LaneRequest(releases=[returned.lease]), None)
+        self.memory.leave_place(returned.place)
 
     # Requests
 
@@ -172,17 +112,18 @@ class DeviceSession:
         Raises the request's error, TimedOut, ResourceExhausted where results hold all places.
         """
         deadline_s = None if timeout is None else time.monotonic() + timeout
-        held = _HeldPlace(self._take_place())
+        self.collect()
+        held = _HeldPlace(self.memory.take_place())
         head.event_place = held.place
         call = Call(borrow=False)
         call.on_done = lambda: self._recover(call, held) if call.is_abandoned else None
         try:
             body = self._body(call, head, inputs, stream, deadline_s, timeout)
-            self._runtime.record_in_ready(held.place, stream)
+            self.memory.runtime.record_in_ready(held.place, stream)
             self._talk.send_call(call, body, deadline_s, timeout)
         except BaseException:
             self._talk.withdraw(call)
-            self._places.append(held.place)
+            self.memory.leave_place(held.place)
             raise
         try:
             in_time = self._talk.turns.wait(call, deadline_s)
@@ -197,18 +138,6 @@ class DeviceSession:
             raise call.error
         return self._result_of(call, held.place, stream)
 
-    def _take_place(self) -> int:
-        self.collect()
-        try:
-            return self._places.popleft()
-        except IndexError:
-            raise with_note(
-                ResourceExhausted(
-                    f"results on the device, or requests in flight, hold all {self._place_count} "
-                    "places of this session; let go of some results"
-                )
-            ) from None
-
     def _abandon(self, call: Call, held: "_HeldPlace") -> None:
         self._talk.abandon(call)
         if call.is_done:
@@ -216,14 +145,10 @@ class DeviceSession:
 
     def _recover(self, call: Call, held: "_HeldPlace") -> None:
         """An answer came that nobody takes. By whoever reads, or by whoever gave the call up."""
-        if not held.let_go():
-            return
-        outputs = () if call.response is None else call.response.outputs
-        refs = [tensor.ref for tensor in outputs if self._is_on_device(tensor)]
-        if refs:
-            self._result_block(refs[0], held.place, 0)  # which is gone at once
-        else:
-            self._places.append(held.place)
+        if held.let_go():
+            # What an abandoned call has on the host has gone back.
+            host = None if call.is_abandoned else self._talk.memory
+            self.memory.recover(call.response, held.place, host)
 
     def _body(
         self,
@@ -234,73 +159,29 @@ class DeviceSession:
         deadline_s: float | None,
         timeout: float | None,
     ) -> bytes:
-        arrays: dict[str, Array] = {}
-        for name, value in inputs.items():
-            if isinstance(value, DeviceArray):
-                head.inputs.append(self._device_input(name, value, stream))
-            else:
-                arrays[name] = value
+        arrays = self.memory.take_inputs(head, inputs, stream)
         parts, large = self._lane.encode(arrays)
         if large:
             parts += self._talk.placer.place(call, large, deadline_s, timeout)
         return b"".join((head.SerializeToString(), *parts))
 
-    def _device_input(self, name: str, array: DeviceArray, stream: int) -> tensor_pb2.Tensor:
-        block, nbytes = array.block, array.nbytes
-        if block.owner is not self._chunks:
-            raise InvalidArgument(f"input '{name}' is an array of another session")
-        offset = array.address - block.address  # raises for one that was released
-        self._runtime.join(stream, block.stream)
-        dtype = dtype_of_array(cast("Array", array))
-        tensor = tensor_pb2.Tensor(name=name, data_type=dtype.value, shape=array.shape)
-        tensor.ref.CopyFrom(block.ref)
-        tensor.ref.offset += offset
-        tensor.ref.size = nbytes
-        return tensor
-
     def _result_of(self, call: Call, place: int, stream: int) -> DeviceResult:
         response = call.response
         assert response is not None
-        refs = [tensor.ref for tensor in response.outputs if self._is_on_device(tensor)]
-        if not refs:
-            self._places.append(place)
-            return DeviceResult(response, private_outputs(response, self._talk.memory))
-        block, watch = self._result_block(refs[0], place, stream)
-        arrays: dict[str, Any] = {}
-        for tensor in response.outputs:
-            if self._is_on_device(tensor):
-                arrays[tensor.name] = self._device_array(tensor, block)
-            else:
-                arrays[tensor.name] = private_output(tensor, self._talk.memory)
-        self._runtime.wait_for_out_done(place, stream)
-        return DeviceResult(response, arrays, _Lease(block, watch, self._collected))
+        result = self.memory.result_of(response, place, stream, self._talk.memory)
+        if result.is_borrowed:
+            pending = self.memory.runtime.wait_for_out_done(place, stream)
+            if pending is not None:
+                self._wait_for(pending)
+        return result
 
-    def _is_on_device(self, tensor: tensor_pb2.Tensor) -> bool:
-        return tensor.ref.epoch == self._chunks.output_epoch
-
-    def _device_array(self, tensor: tensor_pb2.Tensor, block: Block) -> DeviceArray:
-        dtype = dtype_of_value(tensor.data_type)
-        count = element_count(tensor.name, tensor.shape)
-        if dtype.numpy is None or dtype is BYTES or tensor.ref.size != count * dtype.itemsize:
-            raise Internal(f"the server's answer cannot be read: '{tensor.name}' is no such tensor")
-        offset = self._chunks.result_address(tensor.ref) - block.address
-        return DeviceArray(block, offset, tuple(tensor.shape), dtype.numpy)
-
-    def _result_block(
-        self, ref: tensor_pb2.ArenaRef, place: int, stream: int
-    ) -> tuple[Block, _Watch]:
-        """The memory of an answer's results, of which the reference is one."""
-        address = self._chunks.result_address(ref)
-        block = Block(self._chunks, self._runtime, address, stream, ref)
-        lease = lane_pb2.Lease(epoch=ref.epoch, slot=ref.slot, generation=ref.generation)
-
-        def give_back() -> None:
-            """At once and not with the next packet: the place may be the next request's."""
-            self._runtime.record_consumed(place, stream)
-            self._talk.send(lane_pb2.LaneRequest(releases=[lease]), None)
-            self._places.append(place)
-
-        return block, self._watch(block, give_back)
+    def _wait_for(self, pending: Pending) -> None:
+        """Raises the lane's error when it ends: the worker may have died with its work undone."""
+        while not pending.wait(LOOK_S):
+            self._talk.turns.poll()
+            ended = self._talk.ended
+            if ended is not None:
+                raise type(ended)(str(ended))
 
 
 @dataclass(slots=True, eq=False)
