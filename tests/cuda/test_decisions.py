@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decisions about devices, which need none: identity, errors, profiles, places, pools."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +19,6 @@ from thirdrail_engines.cuda.graph_cache import GraphCache, Way
 from thirdrail_engines.cuda.identity import DeviceFacts, choose_device, uuid_text
 from thirdrail_engines.cuda.layout import lay_out
 from thirdrail_engines.cuda.program import choose_profile, refusal
-from thirdrail_engines.cuda.slots import SlotTable
 from thirdrail_engines.cuda.staging import BLOCK_BYTES_MIN, PinnedPool, block_bytes
 from thirdrail_engines.cuda.twin import TwinDevice
 from thirdrail_engines.engine import DeviceLost, EngineError
@@ -214,38 +210,6 @@ def test_what_cannot_be_recorded_is_tried_once() -> None:
     assert [cache.way("a"), cache.way("a")] == [Way.PLAIN, Way.RECORD]
     cache.refuse("a")
     assert [cache.way("a")] * 3 == [Way.PLAIN] * 3
-
-
-# Slots
-
-
-def test_runs_go_to_the_idlest_instance_and_its_warmest_slot() -> None:
-    table = SlotTable([["a1", "a2"], ["b1", "b2"]])
-    with table.taken() as first:
-        with table.taken() as second, table.taken() as third, table.taken() as fourth:
-            assert [first, second, third, fourth] == ["a1", "b1", "a2", "b2"]
-            assert table.busy == 4
-        with table.taken() as again:
-            assert again == "b1"
-    with table.taken() as first:
-        assert first == "a1"
-
-
-def test_no_slot_is_taken_twice() -> None:
-    table, held, lock = SlotTable([[1, 2], [3]]), set(), threading.Lock()
-
-    def work(_: int) -> None:
-        for _ in range(50):
-            with table.taken() as slot:
-                with lock:
-                    assert slot not in held
-                    held.add(slot)
-                with lock:
-                    held.discard(slot)
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(work, range(8)))
-    assert table.busy == 0
 
 
 # Staging

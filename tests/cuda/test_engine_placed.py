@@ -2,7 +2,7 @@
 """Runs whose tensors stay on the device, and which nobody waits for, on a twin."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from support.twin_runs import Load, compute_stream, wait_until
+from thirdrail_engines.cuda.engine import CudaEngine
 from thirdrail_engines.cuda.placed import Placement
 from thirdrail_engines.cuda.twin import TwinDevice
 
@@ -38,11 +39,18 @@ def places(device: TwinDevice) -> Iterator[tuple[OnDevice, OnDevice]]:
         device.free(each.address)
 
 
-def given(engine: Any, output: str, places: tuple[OnDevice, OnDevice]) -> dict[str, Any]:
+def given(engine: CudaEngine, output: str, places: tuple[OnDevice, OnDevice]) -> Mapping[str, Any]:
+    """Run on what is there. Returns the result's shape when the device has the run."""
     x, y = places
-    placement = Placement([output], lambda _: {output: y.address}, lambda _: None)
-    answer: dict[str, Any] = engine.run_placed({"x": x}, [output], placement)
-    return answer
+    shapes: dict[str, Any] = {}
+
+    def place(own: Mapping[str, Any]) -> dict[str, int]:
+        shapes.update(own)
+        return {output: y.address}
+
+    placement = Placement([output], None, place, lambda stream: None)
+    engine.run_batch({"x": [x]}, [], lambda results: None, [placement])
+    return shapes
 
 
 def test_close_waits_for_runs_that_nobody_waits_for(
@@ -67,13 +75,34 @@ def test_close_waits_for_runs_that_nobody_waits_for(
     assert places[1].memory.tolist() == (2 * X).tolist()
 
 
-def test_a_run_is_waited_for_where_the_next_may_replace_its_memory(
+@pytest.mark.parametrize("overlapped_runs", [1, 2])
+def test_a_run_begins_when_the_last_one_in_its_memory_is_over(
+    double: Path, load_model: Load, places: tuple[OnDevice, OnDevice], overlapped_runs: int
+) -> None:
+    """What nobody waits for stays as little as what is waited for."""
+    engine = load_model(double, overlapped_runs=overlapped_runs)
+    context: Any = engine._instances[0]._context
+    with ThreadPoolExecutor(1) as pool:
+        with compute_stream(engine).held():
+            for _ in range(overlapped_runs):
+                given(engine, "y", places)
+            next_run = pool.submit(given, engine, "y", places)
+            wait_until(lambda: engine._slots.busy == 1)
+            with pytest.raises(TimeoutError):
+                next_run.result(0.05)
+            assert context.enqueued == overlapped_runs
+        assert next_run.result(20) == {"y": (4,)}
+    compute_stream(engine).synchronize()
+    assert places[1].memory.tolist() == (2 * X).tolist()
+
+
+def test_memory_that_grows_is_not_replaced_while_a_run_writes_it(
     nonzero: Path, load_model: Load, places: tuple[OnDevice, OnDevice], monkeypatch: Any
 ) -> None:
-    """An output of open size has memory that grows, also where nobody wants it."""
+    """An output of open size has such memory, also where nobody wants it."""
     engine = load_model(nonzero, overlapped_runs=1)
     context: Any = engine._instances[0]._context
-    stream, slot = compute_stream(engine), engine._instances[0].slots[0]
+    stream = compute_stream(engine)
     fill = context._fill_open
 
     def fill_and_hold(*arguments: Any) -> None:
@@ -81,15 +110,17 @@ def test_a_run_is_waited_for_where_the_next_may_replace_its_memory(
         fill(*arguments)
 
     monkeypatch.setattr(context, "_fill_open", fill_and_hold)
+    assert given(engine, "minus", places) == {"minus": (4,)}
+    monkeypatch.undo()
     with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(given, engine, "minus", places)
-        wait_until(lambda: slot.is_out.last_record is not None)  # type: ignore[attr-defined]
-        try:
-            with pytest.raises(TimeoutError):
-                run.result(0.05)
-        finally:
-            stream._gate.set()
-        assert run.result() == {"minus": (4,)}
+        next_run = pool.submit(given, engine, "minus", places)
+        wait_until(lambda: engine._slots.busy == 1)
+        with pytest.raises(TimeoutError):
+            next_run.result(0.05)
+        assert context.enqueued == 1
+        stream._gate.set()
+        assert next_run.result(20) == {"minus": (4,)}
+    stream.synchronize()
     assert places[1].memory.tolist() == (-X).tolist()
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The requests of one lane session that have tensors on the worker's device.
 
-A request waits in the session's ring until the client's own work has written its inputs; then it
-goes the way of all requests, alone. It is answered as soon as the device has it. Nothing here is on
+A request waits in the session's ring until the client's own work has written its inputs; only then
+does it join the queue, where it shares batches with others: nobody waits for a mate's client. It is
+answered as soon as the device has it, unless the batch has results on the host. Nothing here is on
 the path of requests whose tensors are on the host.
 """
 
@@ -84,7 +85,6 @@ class DeviceCalls:
         if device is None:
             raise FailedPrecondition(NOT_ATTACHED)
         request = read_request(infer, served.spec, self._view)
-        request.signature = (object(),)  # it shares a batch with nobody
         deadline_ns = now_ns + infer.timeout_us * 1000 if infer.timeout_us else None
         device.arrive(infer, deadline_ns)
         waiting = Waiting(infer, request, served, flow, now_ns, self._cancel)

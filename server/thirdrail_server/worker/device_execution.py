@@ -1,37 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of an engine with tensors on the device.
+"""The tensors of requests on the device, in runs of engines.
 
-An engine that computes on this device reads and writes them where they are, and the run is over
-for its thread when the device has it. For any other, inputs are copied to the host and results back
-to the device; each way counts as a copy.
+An engine that computes on this device reads and writes them there, of a request alone where they
+are, of a batch by copies within the device, and the run is over for its thread when the device has
+it. For any other engine, inputs are copied to the host and results back to the device. Each of
+these copies counts.
 """
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from thirdrail.errors import ThirdrailError
 from thirdrail.tensors import Array
-from thirdrail_engines.cuda.placed import Placement
+from thirdrail_engines.cuda.placed import Placement, Rows
 from thirdrail_engines.cuda_engines import is_cuda
 from thirdrail_engines.engine import Engine
+from thirdrail_engines.plans import Shape
 from thirdrail_server.worker.device_regions import RegionPart
 from thirdrail_server.worker.device_tensors import DeviceTensor
-from thirdrail_server.worker.members import Member, Outcome
-from thirdrail_server.worker.results import Slot
-from thirdrail_server.worker.session_device import DeviceCall, Refs
-
-if TYPE_CHECKING:
-    from thirdrail_engines.cuda.engine import CudaEngine
+from thirdrail_server.worker.members import Member, Outcome, PlacedResult
+from thirdrail_server.worker.session_device import DeviceCall
+from thirdrail_server.worker.version_spec import VersionSpec
 
 
 def bind_regions(
     engine: Engine, members: Sequence[Member], holding: contextlib.ExitStack
 ) -> list[dict[str, Any]]:
     """Each member's inputs, of which those in memory of others are DeviceTensors where the engine
-    reads them there: held until `holding` ends. Not booleans: any other byte than 0 and 1 is
-    undefined to a device.
+    reads them there: held until `holding` ends. The run is over then, for its members have results
+    on the host. Not booleans: any other byte than 0 and 1 is undefined to a device.
 
     Raises InvalidArgument for a region that is closed.
     """
@@ -50,84 +51,101 @@ def bind_regions(
     return tensors
 
 
-def run_with_device(
+def computes_there(engine: Engine, call: DeviceCall) -> bool:
+    """Whether the engine reads and writes the call's tensors where they are."""
+    return is_cuda(engine) and engine.device_uuid == call.device.facts.uuid
+
+
+# For engines that compute there
+
+
+def placements(
     engine: Engine,
-    member: Member,
-    call: DeviceCall,
-    inputs: Mapping[str, Any],
-    slots: dict[str, Slot],
-    outcome: Outcome,
-) -> Mapping[str, Any]:
-    """The results, arrays or tensors on the device; of these the slots are filled in.
+    spec: VersionSpec,
+    members: Sequence[Member],
+    tensors: Sequence[Mapping[str, Any]],
+    outcomes: Sequence[Outcome],
+) -> list[Placement]:
+    """Of those members that have something on the device. tensors: the inputs of each."""
+    made = []
+    rows_of_all = sum(member.request.rows for member in members)
+    stop = 0
+    for member, inputs, outcome in zip(members, tensors, outcomes, strict=True):
+        start, stop = stop, stop + member.request.rows
+        call = member.device
+        if call is None or not computes_there(engine, call):
+            continue
+        on_device = [output.name for output in member.request.outputs if output.on_device]
+        is_alone = len(members) == 1
+        rows = None if is_alone else Rows(start, stop, rows_of_all)
+        place = functools.partial(_place, call, member.request.rows, spec, outcome)
+        made.append(Placement(on_device, rows, place, call.record_done))
+        on_host = any(isinstance(tensor, np.ndarray) for tensor in inputs.values())
+        outcome.copies += on_host or not is_alone
+        outcome.copies += bool(on_device) and not is_alone
+    return made
 
-    Raises what `Engine.run` and `DeviceCall.lease` raise.
-    """
-    wanted = [output.name for output in member.request.outputs]
-    on_device = [output.name for output in member.request.outputs if output.on_device]
-    if is_cuda(engine) and engine.device_uuid == call.device.facts.uuid:
-        return _run_placed(engine, inputs, wanted, on_device, call, slots, outcome)
-    results: dict[str, Any] = dict(engine.run(_on_host(inputs, call, outcome), wanted, {}))
-    if on_device:
-        outcome.copies += 1
-        _put(call, {name: results[name] for name in on_device}, results, slots)
-    return results
+
+def _place(
+    call: DeviceCall, rows: int, spec: VersionSpec, outcome: Outcome, shapes: Mapping[str, Shape]
+) -> dict[str, int] | None:
+    """See Placement.place. Where there is no room, that is this member's fault alone."""
+    for name, shape in shapes.items():
+        spec.check_rows(name, shape, rows)
+    try:
+        leased = _leased(call, spec, outcome, shapes)
+    except ThirdrailError as error:
+        outcome.fail(error)
+        return None
+    return {name: tensor.address for name, tensor in leased.items()}
 
 
-def _run_placed(
-    engine: "CudaEngine",
-    inputs: Mapping[str, Any],
-    wanted: list[str],
-    on_device: list[str],
-    call: DeviceCall,
-    slots: dict[str, Slot],
-    outcome: Outcome,
-) -> Mapping[str, Any]:
-    places: Refs = {}
-
-    def place(sizes: Mapping[str, int]) -> dict[str, int]:
-        places.update(call.lease(sizes))
-        return {name: memory.address for name, (_, memory) in places.items()}
-
-    placement = Placement(on_device, place, call.record_done)
-    results: dict[str, Any] = dict(engine.run_placed(inputs, wanted, placement))
-    outcome.copies += any(isinstance(tensor, np.ndarray) for tensor in inputs.values())
-    dtypes = {spec.name: spec.dtype.numpy for spec in engine.spec.outputs}
-    for name, (ref, memory) in places.items():
-        dtype = dtypes[name]
+def _leased(
+    call: DeviceCall, spec: VersionSpec, outcome: Outcome, shapes: Mapping[str, Shape]
+) -> dict[str, DeviceTensor]:
+    """Room for results, which the outcome has then. Raises what `DeviceCall.lease` raises."""
+    tensors = {}
+    for name, shape in shapes.items():
+        dtype = spec.outputs[name].dtype.numpy
         assert dtype is not None
-        results[name] = tensor = DeviceTensor(memory.address, dtype, results[name])
-        slots[name] = Slot(ref, tensor, is_foretold=False)  # type: ignore[arg-type]
-    return results
+        tensors[name] = DeviceTensor(0, dtype, shape)
+    places = call.lease({name: tensor.nbytes for name, tensor in tensors.items()})
+    for name, (ref, memory) in places.items():
+        tensor = DeviceTensor(memory.address, tensors[name].dtype, tensors[name].shape)
+        tensors[name] = tensor
+        outcome.placed[name] = PlacedResult(ref, tensor)
+    return tensors
 
 
-def _on_host(inputs: Mapping[str, Any], call: DeviceCall, outcome: Outcome) -> dict[str, Array]:
-    arrays: dict[str, Array] = {}
+# For all others
+
+
+def read_to_host(call: DeviceCall, inputs: dict[str, Any], outcome: Outcome) -> None:
+    """Arrays in place of tensors on the device. Raises EngineError, DeviceLost."""
     is_copied = False
     for name, tensor in inputs.items():
         if not isinstance(tensor, DeviceTensor):
-            arrays[name] = tensor
             continue
-        array = arrays[name] = np.empty(tensor.shape, tensor.dtype)
+        array = inputs[name] = np.empty(tensor.shape, tensor.dtype)
         if array.nbytes:
             call.stream.copy_out(array.ctypes.data, tensor.address, array.nbytes)
             is_copied = True
     if is_copied:
         call.stream.synchronize()
         outcome.copies += 1
-    return arrays
 
 
-def _put(
-    call: DeviceCall, arrays: Mapping[str, Array], results: dict[str, Any], slots: dict[str, Slot]
+def write_to_device(
+    call: DeviceCall, spec: VersionSpec, arrays: Mapping[str, Array], outcome: Outcome
 ) -> None:
-    places = call.lease({name: array.nbytes for name, array in arrays.items()})
+    """Put results there. Raises what `DeviceCall.lease` raises."""
     kept = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    for name, (ref, memory) in places.items():
-        array = kept[name]
-        if array.nbytes:
-            call.stream.copy_in(memory.address, array.ctypes.data, array.nbytes)
-        tensor = DeviceTensor(memory.address, array.dtype, arrays[name].shape)
-        results[name] = tensor
-        slots[name] = Slot(ref, tensor, is_foretold=False)  # type: ignore[arg-type]
-    call.record_done(call.stream)
-    call.stream.synchronize()  # before the arrays are gone
+    leased = _leased(call, spec, outcome, {name: array.shape for name, array in arrays.items()})
+    outcome.copies += 1
+    try:
+        for name, tensor in leased.items():
+            if tensor.nbytes:
+                call.stream.copy_in(tensor.address, kept[name].ctypes.data, tensor.nbytes)
+        call.record_done(call.stream)
+    finally:
+        call.stream.synchronize()  # before the arrays are gone

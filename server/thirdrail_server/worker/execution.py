@@ -10,7 +10,8 @@ the snapshot); a single request is bound where it lies, except inputs that must 
 first; large results whose shape is known beforehand are written by the engine straight into the
 caller's slot when the request runs alone; all others are copied out once. What an engine makes of
 elements that it cannot take as they are (text, booleans) is a conversion and not counted. The
-engine for devices gathers and scatters by itself, in copies that a single request takes as well.
+engine for devices gathers and scatters by itself, on the host in copies that a single request takes
+as well; what members of a batch have on the device is copied there.
 """
 
 import contextlib
@@ -25,7 +26,12 @@ from thirdrail.errors import ThirdrailError
 from thirdrail.tensors import Array
 from thirdrail_engines.cuda_engines import is_cuda
 from thirdrail_engines.engine import DeviceLost, Engine, EngineError
-from thirdrail_server.worker.device_execution import bind_regions, run_with_device
+from thirdrail_server.worker.device_execution import (
+    bind_regions,
+    computes_there,
+    placements,
+    read_to_host,
+)
 from thirdrail_server.worker.device_regions import RegionPart
 from thirdrail_server.worker.large_texts import LargeText
 from thirdrail_server.worker.members import Member, Outcome
@@ -69,7 +75,7 @@ def execute(engine: Engine, spec: VersionSpec, members: Sequence[Member]) -> Exe
 
 
 def _execute_together(engine: Engine, spec: VersionSpec, members: Sequence[Member]) -> Execution:
-    if not any(member.request.fetches for member in members):
+    if not any(member.request.fetches or member.device is not None for member in members):
         return _run_together(engine, spec, members, None)
     with contextlib.ExitStack() as holding:  # until the run is over
         return _run_together(engine, spec, members, holding)
@@ -81,7 +87,7 @@ def _run_together(
     members: Sequence[Member],
     holding: contextlib.ExitStack | None,
 ) -> Execution:
-    """holding: for inputs in memory of others; None: there are none."""
+    """holding: for inputs that are not in memory of ours on the host; None: there are none."""
     outcomes = [Outcome(member.arena) for member in members]
     started = gathered = computed = time.monotonic_ns()
     has_failed = is_fetched = False
@@ -97,21 +103,20 @@ def _run_together(
         tensors: Sequence[Mapping[str, Any]] = [member.request.inputs for member in members]
         if holding is not None:
             tensors = bound = bind_regions(engine, members, holding)
-            _fetch(members, bound, outcomes)
+            _fetch(engine, members, bound, outcomes)
         is_fetched = True
-        device = members[0].device  # whose requests share a batch with nobody
-        if len(members) > 1 and is_cuda(engine):
+        placed = placements(engine, spec, members, tensors, outcomes)
+        if is_cuda(engine) and (len(members) > 1 or placed):
             parts = {name: [each[name] for each in tensors] for name in tensors[0]}
+            wanted = _wanted_names(members, spec, is_on_host=bool(placed))
             gathered = computed = time.monotonic_ns()
-            engine.run_batch(parts, _wanted_names(members, spec), receive)
+            engine.run_batch(parts, wanted, receive, placed)
         else:
             inputs = _gather(members, tensors, outcomes)
-            if len(members) == 1 and device is None:
+            if len(members) == 1:
                 slots.update(slots_in_place(members[0], spec, outcomes[0]))
             gathered = computed = time.monotonic_ns()
-            if device is not None:
-                receive(run_with_device(engine, members[0], device, inputs, slots, outcomes[0]))
-            elif len(members) == 1:
+            if len(members) == 1:
                 receive(_run_alone(engine, spec, members[0], inputs, slots, outcomes[0]))
             else:
                 receive(engine.run(inputs, _wanted_names(members, spec), {}))
@@ -119,8 +124,10 @@ def _run_together(
         has_failed = not isinstance(error, ThirdrailError) or not is_fetched
         device_lost = error if isinstance(error, DeviceLost) else None
         answer = error_for_caller(error, spec)
-        for outcome in outcomes:
+        for member, outcome in zip(members, outcomes, strict=True):
             outcome.fail(answer)
+            if member.device is not None:
+                member.device.give_back()
     return Execution(
         outcomes,
         gathered - started,
@@ -166,14 +173,19 @@ def _run_alone(
 
 
 def _fetch(
-    members: Sequence[Member], tensors: Sequence[dict[str, Any]], outcomes: Sequence[Outcome]
+    engine: Engine,
+    members: Sequence[Member],
+    tensors: Sequence[dict[str, Any]],
+    outcomes: Sequence[Outcome],
 ) -> None:
-    """From memory of others on the device, which may be gone; and texts, which may be none. Their
-    owners alone answer for that.
+    """From the device, where the engine is elsewhere; from memory of others there, which may be
+    gone; and texts, which may be none. Their owners alone answer for that.
 
     tensors: of each member. What is not the array of the request any more is read where it is.
     """
     for member, inputs, outcome in zip(members, tensors, outcomes, strict=True):
+        if member.device is not None and not computes_there(engine, member.device):
+            read_to_host(member.device, inputs, outcome)
         names = {id(tensor): name for name, tensor in inputs.items()}
         is_copied = False
         for part, array in member.request.fetches:
@@ -201,6 +213,14 @@ def _gather(
     return {name: array.copy() if name in copy_first else array for name, array in first.items()}
 
 
-def _wanted_names(members: Sequence[Member], spec: VersionSpec) -> list[str]:
-    asked = {output.name for member in members for output in member.request.outputs}
+def _wanted_names(
+    members: Sequence[Member], spec: VersionSpec, *, is_on_host: bool = False
+) -> list[str]:
+    """is_on_host: only those that somebody wants there."""
+    asked = {
+        output.name
+        for member in members
+        for output in member.request.outputs
+        if not (is_on_host and output.on_device)
+    }
     return [name for name in spec.outputs if name in asked]

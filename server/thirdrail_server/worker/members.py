@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from thirdrail.errors import ThirdrailError
 from thirdrail.v1 import inference_pb2, tensor_pb2
 from thirdrail_server.worker.chunks import Bytes
+from thirdrail_server.worker.device_tensors import DeviceTensor
 from thirdrail_server.worker.output_arena import OutputArena
 from thirdrail_server.worker.requests import Request
 from thirdrail_server.worker.session_device import DeviceCall
@@ -22,12 +23,20 @@ class Member:
     device: DeviceCall | None = None  # for a request with tensors there
 
 
+@dataclass(frozen=True, slots=True)
+class PlacedResult:
+    """One that stays on the device. The lease is its call's."""
+
+    ref: tensor_pb2.ArenaRef
+    tensor: DeviceTensor
+
+
 @dataclass(slots=True)
 class Outcome:
     """What one member gets: outputs, or an error. It owns its slots until the outputs are sent.
 
     The outputs are written into the response at once: as messages of their own they would be
-    copied into it.
+    copied into it. placed: those that are written on the device, by name.
     """
 
     arena: OutputArena
@@ -35,6 +44,7 @@ class Outcome:
     response: inference_pb2.InferResponse = field(default_factory=inference_pb2.InferResponse)
     copies: int = 0
     leases: list[tensor_pb2.ArenaRef] = field(default_factory=list)
+    placed: dict[str, PlacedResult] = field(default_factory=dict)
 
     @property
     def outputs(self) -> Sequence[tensor_pb2.Tensor]:
@@ -60,6 +70,7 @@ class Outcome:
     def fail(self, error: ThirdrailError) -> None:
         """An error in place of everything that was there."""
         self.discard()
+        self.placed.clear()
         self.response = inference_pb2.InferResponse()
         # Its traceback would keep the run's frames, and in them this outcome: a cycle that holds
         # the session's memory until the garbage collector comes by.

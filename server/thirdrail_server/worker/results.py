@@ -7,6 +7,7 @@ A fault in one member's results is that member's alone.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from thirdrail.tensors import Array, TensorSpec
 from thirdrail.v1 import tensor_pb2
 from thirdrail_engines.engine import DeviceLost, EngineError, EngineInputError
 from thirdrail_server.worker.classification import classify
+from thirdrail_server.worker.device_execution import write_to_device
 from thirdrail_server.worker.members import Member, Outcome
 from thirdrail_server.worker.version_spec import VersionSpec
 from thirdrail_server.worker.wanted_outputs import WantedOutput
@@ -58,7 +60,7 @@ def slots_in_place(member: Member, spec: VersionSpec, outcome: Outcome) -> dict[
         expected = spec.outputs[output.name]
         declared = _known_shape(expected, spec, member.request.rows)
         shape = foretold.get(output.name) if declared is None else declared
-        if shape is None or output.class_count or output.region is not None:
+        if shape is None or output.class_count or output.region is not None or output.on_device:
             continue
         size = tensors.element_count(output.name, shape) * expected.dtype.itemsize
         if size > member.inline_bytes_max:
@@ -94,11 +96,7 @@ def scatter(
         return _collect_or_fail(members[0], spec, results, slots, outcomes[0], _ALL_ROWS)
     rows = sum(member.request.rows for member in members)
     for name, array in results.items():
-        if array.ndim == 0 or array.shape[0] != rows:
-            raise EngineError(
-                f"model '{spec.model}' returned output '{name}' of shape {list(array.shape)} "
-                f"for a batch of {rows} rows"
-            )
+        spec.check_rows(name, array.shape, rows)
     start = 0
     for member, outcome in zip(members, outcomes, strict=True):
         stop = start + member.request.rows
@@ -114,7 +112,9 @@ def _collect_or_fail(
     outcome: Outcome,
     rows: slice,
 ) -> None:
-    """A fault in one member's results is that member's alone."""
+    """A fault in one member's results is that member's alone; one that is known, too."""
+    if outcome.error is not None:
+        return
     try:
         _collect(member, spec, results, slots, outcome, rows)
     except Exception as error:
@@ -131,7 +131,20 @@ def _collect(
 ) -> None:
     inline_left = member.inline_bytes_max
     is_copied = False
+    if member.device is not None:
+        wanted = [output.name for output in member.request.outputs if output.on_device]
+        on_host = {
+            name: _rows_of(results[name], spec, rows)
+            for name in wanted
+            if name not in outcome.placed
+        }
+        if on_host:
+            write_to_device(member.device, spec, on_host, outcome)
     for output in member.request.outputs:
+        placed = outcome.placed.get(output.name)
+        if placed is not None:
+            _add_tensor(outcome, output, cast("Array", placed.tensor)).ref.CopyFrom(placed.ref)
+            continue
         array = results[output.name]
         slot = slots.get(output.name)
         if slot is not None:
@@ -141,8 +154,7 @@ def _collect(
             _add_tensor(outcome, output, array).ref.CopyFrom(slot.ref)
             continue
         is_copied = True
-        if spec.batch_rows_max:
-            array = array[rows]
+        array = _rows_of(array, spec, rows)
         if output.region is not None:
             output.region.write(output.name, array)
             _add_tensor(outcome, output, array)
@@ -153,6 +165,10 @@ def _collect(
         tensor = _add_tensor(outcome, output, array)
         inline_left -= _fill(tensor, array, output, outcome, inline_left)
     outcome.copies += is_copied
+
+
+def _rows_of(array: Array, spec: VersionSpec, rows: slice) -> Array:
+    return array[rows] if spec.batch_rows_max else array
 
 
 def _fill(

@@ -220,7 +220,8 @@ class ServedVersion:
             call.started_ns = started_ns
             members.append(call.member)
         self._watch(batch)
-        waits = members[0].device is not None  # for the device, whatever the model takes
+        # For the device, whatever the model takes.
+        waits = any(member.device is not None for member in members)
         if self._place.on_loop and not waits and self._is_short(members[0].request.input_bytes):
             if not self._is_suspect:
                 return self._run_on_loop(batch, members)

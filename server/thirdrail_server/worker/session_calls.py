@@ -238,12 +238,15 @@ class SessionCalls:
         member = Member(request, self._memory.output, self._limits.inline_bytes_max, device_call)
         call = Call(member, served, self._on_ended_on_device, waiting.arrived_ns)
         self._in_flight[request.call] = call
+        now_ns, timeout_us = time.monotonic_ns(), waiting.infer.timeout_us
+        if timeout_us:  # it counts from the arrival, the wait for company from now on
+            timeout_us = max(1, timeout_us - (now_ns - waiting.arrived_ns) // 1000)
         served.submit(
             call,
             flow=(id(self), waiting.flow if self._is_front else 0),
             priority=waiting.infer.priority,
-            timeout_us=waiting.infer.timeout_us,
-            now_ns=waiting.arrived_ns,
+            timeout_us=timeout_us,
+            now_ns=now_ns,
         )
 
     def fail_on_device(self, waiting: Waiting, error: ThirdrailError) -> None:

@@ -10,7 +10,7 @@ kept until that one is over too, whatever its client releases.
 import contextlib
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from thirdrail.v1 import inference_pb2, lane_pb2, tensor_pb2
@@ -38,15 +38,19 @@ class DeviceCall:
     place: int
     work: "_Work"
     out_done: Event
-    lease_for: Callable[[int, Mapping[str, int]], Refs]
+    output: DeviceOutput
 
     def lease(self, sizes: Mapping[str, int]) -> Refs:
-        """Room for results, by name. Once. See DeviceOutput.lease."""
-        return self.lease_for(self.place, sizes)
+        """Room for results, by name. Once in each run. See DeviceOutput.lease."""
+        return self.output.lease(self.place, sizes)
+
+    def give_back(self) -> None:
+        """The run failed, and nothing of it is under way: there may be another one."""
+        self.output.free(self.place)
 
     def record_done(self, stream: Stream) -> None:
         """All that this call is for the device was given to the stream. Before the answer."""
-        done = self.device.new_event()
+        done = self.work.done or self.device.new_event()
         self.work.done = done
         if self.work.run_s_max:
             self.work.end_ns = time.monotonic_ns() + round(self.work.run_s_max * NS_PER_S)
@@ -135,7 +139,7 @@ class SessionDevice:
         work = _Work(reads, run_s_max=run_s_max)
         call = DeviceCall(
             self.device, self._stream, place, work, self.events.out_done[place - 1],
-            self.output.lease,
+            self.output,
         )  # fmt: skip
         work.call = weakref.ref(call)
         self._works[place] = work

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from thirdrail.tensors import TensorSpec
+from thirdrail_engines.engine import EngineError
 from thirdrail_server.worker.output_shapes import OutputShapes
 
 
@@ -31,3 +32,11 @@ class VersionSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "input_names", list(self.inputs))
+
+    def check_rows(self, output: str, shape: tuple[int, ...], rows: int) -> None:
+        """Of a result. Raises EngineError where the model batches and it has other ones."""
+        if self.batch_rows_max and (not shape or shape[0] != rows):
+            raise EngineError(
+                f"model '{self.model}' returned output '{output}' of shape {list(shape)} "
+                f"for a batch of {rows} rows"
+            )

@@ -4,7 +4,8 @@
 Per instance one context and three streams: inputs go in on one, the program computes on the second,
 results come out on the third, and events join them. So the copies of one run overlap the computing
 of another. A run takes one of the instance's slots, which holds its memory on the device, and
-waits on its own thread until the last copy is done; other threads run meanwhile.
+waits on its own thread until the last copy is done; other threads run meanwhile. A run without
+anything on the host is over for its thread when the device has it.
 
 Copies of a tensor's bytes: caller -> pinned memory -> device -> pinned memory -> result. The first
 is the snapshot: nobody can change what is computed with. A batch is gathered by it, and scattered
@@ -29,14 +30,13 @@ from thirdrail_engines.cuda.graph_cache import GraphFigures
 from thirdrail_engines.cuda.instance import Instance
 from thirdrail_engines.cuda.layout import lay_out
 from thirdrail_engines.cuda.options import CudaOptions
-from thirdrail_engines.cuda.parts import Parts
+from thirdrail_engines.cuda.parts import joined
 from thirdrail_engines.cuda.placed import Placement
 from thirdrail_engines.cuda.program import Program, choose_profile, largest_shapes, refusal
 from thirdrail_engines.cuda.request import Request, check_request
 from thirdrail_engines.cuda.slots import SlotTable
 from thirdrail_engines.cuda.staging import PinnedPool, StagingFigures
 from thirdrail_engines.engine import DeviceLost, EngineError, EngineSpec, ModelFileError
-from thirdrail_engines.plans import Shape
 
 __all__ = ["CudaEngine", "CudaOptions"]
 
@@ -84,7 +84,9 @@ class CudaEngine:
         except BaseException:
             self._give_back()
             raise
-        self._slots = SlotTable(instance.slots for instance in self._instances)
+        self._slots = SlotTable(
+            (instance.slots for instance in self._instances), lambda slot: slot.is_out.is_done()
+        )
 
     @property
     def spec(self) -> EngineSpec:
@@ -100,24 +102,32 @@ class CudaEngine:
         may write them meanwhile."""
         if not wanted:
             return {}
-        request = self._checked(inputs, wanted, into)
-        with self._slots.taken() as slot, self._device.runs.one(self._spec.run_s_max):
-            return slot.instance.run(slot, request)
+        return self._run(self._checked(inputs, wanted, into))
 
     def run_batch(
         self,
         inputs: Mapping[str, Sequence[Any]],
         wanted: Sequence[str],
         receive: Callable[[Mapping[str, Array]], None],
+        placements: Sequence[Placement] = (),
     ) -> None:
         """As `run`, of several requests together: each input is their parts of it, arrays or
         Placed, which are copied to where the program reads the whole. The results are given to
         `receive`, for whom they are valid until it returns; what it raises is raised.
+
+        placements: of those requests that have tensors on the device, which must stay as they are
+        until the stream that each is told of has done its work. Where nothing is on the host this
+        does not wait for it. One request may run so as well, and has a placement without rows.
         """
-        whole = {name: Parts.of(name, parts) for name, parts in inputs.items()}
-        request = replace(self._checked(whole, wanted, {}), receive=receive)
-        with self._slots.taken() as slot, self._device.runs.one(self._spec.run_s_max):
-            slot.instance.run(slot, request)
+        whole = {name: joined(name, parts) for name, parts in inputs.items()}
+        request = self._checked(whole, wanted, {})
+        self._run(replace(request, receive=receive, placements=placements))
+
+    def _run(self, request: Request) -> dict[str, Array]:
+        with self._slots.taken() as slot:
+            slot.is_out.wait()  # of its last run, which nobody may have waited for
+            with self._device.runs.one(self._spec.run_s_max):
+                return slot.instance.run(slot, request)
 
     def _checked(
         self, inputs: Mapping[str, Any], wanted: Sequence[str], into: Mapping[str, Array]
@@ -131,17 +141,6 @@ class CudaEngine:
     @property
     def device_uuid(self) -> str:
         return self._device.facts.uuid
-
-    def run_placed(
-        self, inputs: Mapping[str, Any], wanted: Sequence[str], placement: Placement
-    ) -> dict[str, Array | Shape]:
-        """As `run`, with inputs that are arrays or Placed. Returns arrays, and of the outputs that
-        stay on the device their shapes: these are there when the stream has done its work, and
-        where nothing is on the host, this does not wait for it.
-        """
-        request = self._checked(inputs, wanted, {})
-        with self._slots.taken() as slot, self._device.runs.one(self._spec.run_s_max):
-            return slot.instance.run_placed(slot, request, placement)
 
     def close(self) -> None:
         """See Engine.close. What a lost device held is gone with it."""

@@ -3,7 +3,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from thirdrail.tensors import Array
@@ -14,7 +14,7 @@ from thirdrail_engines.cuda.graph_cache import GraphCache, Way
 from thirdrail_engines.cuda.layout import Layout, lay_out
 from thirdrail_engines.cuda.open_output import GrowingOutput
 from thirdrail_engines.cuda.options import CudaOptions
-from thirdrail_engines.cuda.placed import Inputs, Placement, of_host, sizes_of
+from thirdrail_engines.cuda.placed import Piece, Placed, pieces_of
 from thirdrail_engines.cuda.program import Context, Program, largest_shapes
 from thirdrail_engines.cuda.request import Request
 from thirdrail_engines.cuda.slot import Slot
@@ -74,15 +74,17 @@ class Instance:
         return self._streams[1]
 
     def run(self, slot: Slot, request: Request) -> dict[str, Array]:
-        """Wait for the results; none come back where the request receives them.
+        """Wait for what is to be on the host; none of it comes back where the request receives it.
 
-        Raises EngineError, DeviceLost, and what `request.receive` raises.
+        Raises EngineError, DeviceLost, and what the request's callbacks raise.
         """
-        layout = lay_out(self._spec.inputs, request.shapes)
+        outputs, bound = self._spec.outputs, request.bound_inputs(self._spec.inputs)
+        staged = [tensor for tensor in self._spec.inputs if tensor.name not in bound]
+        layout = lay_out(staged, request.shapes)
         into_device, compute, out_of_device = self._streams_for(layout.total_bytes)
         transfers = Transfers(self._pool, request)
         try:
-            copy_in = transfers.stage(self._spec.inputs, layout, slot.input_block)
+            copy_in = transfers.stage(staged, layout, slot.input_block)
             if into_device is not compute:
                 copy_in(into_device)
                 into_device.record(slot.is_in)
@@ -92,14 +94,23 @@ class Instance:
                 else:
                     compute.wait(slot.is_in)
                 with self._share.lent(compute) as memory:
-                    shapes = self._calculate(slot, request, layout, memory)
+                    if request.alone is None:
+                        shapes = self._calculate(slot, request, layout, memory)
+                    else:
+                        shapes = self._calculate_in_place(slot, request, bound, layout, memory)
                 if out_of_device is not compute:
                     compute.record(slot.is_computed)
                     out_of_device.wait(slot.is_computed)
-                sources = slot.sources(self._spec.outputs, shapes)
-                results = transfers.fetch(self._spec.outputs, shapes, sources, out_of_device)
+                sources = slot.sources(outputs, shapes)
+                results = transfers.fetch(outputs, shapes, sources, out_of_device)
+                for placement in request.placements:
+                    if placement is not request.alone:
+                        pieces = pieces_of(placement, outputs, shapes, sources)
+                        _copy(pieces, out_of_device)
+                    placement.given(out_of_device)
                 out_of_device.record(slot.is_out)
-            slot.is_out.wait()
+            if transfers.use_host:
+                slot.is_out.wait()
             if request.receive is None:
                 return results()
             request.receive(results())
@@ -109,83 +120,6 @@ class Instance:
             raise
         finally:
             transfers.close()
-
-    def run_placed(
-        self, slot: Slot, request: Request, placement: Placement
-    ) -> dict[str, Array | Shape]:
-        """See CudaEngine.run_placed. All on the stream that computes: what this slot's next run
-        does there comes after it, so that nobody has to wait while nothing is on the host."""
-        specs, stream = self._spec, self._compute
-        inputs = Inputs.of(specs.inputs, request.inputs)
-        host = of_host(request, inputs.host, placement.on_device)
-        layout = lay_out(inputs.staged(specs.inputs), request.shapes)
-        transfers = Transfers(self._pool, host)
-        results: dict[str, Array | Shape] = {}
-        try:
-            copy_in = (
-                transfers.stage(inputs.host, layout, slot.input_block) if inputs.host else None
-            )
-            with self._lock:
-                if copy_in is not None:
-                    copy_in(stream)
-                for name, tensor in inputs.copied.items():
-                    if tensor.nbytes:
-                        target = slot.input_block + layout.offsets[name]
-                        stream.copy(target, tensor.address, tensor.nbytes)
-                with self._share.lent(stream) as memory:
-                    shapes, is_at_rest = self._calculate_placed(
-                        slot, request, inputs, layout, placement, memory
-                    )
-                sources = slot.sources(specs.outputs, shapes)
-                fetched = None
-                if host.wanted:
-                    fetched = transfers.fetch(specs.outputs, shapes, sources, stream)
-                placement.given(stream)
-                stream.record(slot.is_out)
-            if inputs.host or inputs.copied or not is_at_rest or fetched is not None:
-                slot.is_out.wait()
-            if fetched is not None:
-                results.update(fetched())
-            return results | {name: shapes[name] for name in placement.on_device}
-        except BaseException:
-            self._quiesce()
-            raise
-        finally:
-            transfers.close()
-
-    def _calculate_placed(
-        self,
-        slot: Slot,
-        request: Request,
-        inputs: Inputs,
-        layout: Layout,
-        placement: Placement,
-        memory: int,
-    ) -> tuple[dict[str, Shape], bool]:
-        """Give the run to the device. Returns the outputs' shapes, and whether the slot's memory
-        stays where it is: not where only the run tells how large an output is, for which the next
-        run may need more. Such are copied to where they stay. Never by a graph, which would have to
-        be recorded for each address."""
-        slot.begin()
-        context = self._context
-        assert context is not None
-        outputs = context.prepare(request.profile, request.shapes, self._compute)
-        rooms = self._bind(context, slot, layout, outputs)
-        for name, tensor in inputs.bound.items():
-            context.bind(name, tensor.address)
-        specs, on_device = self._spec.outputs, placement.on_device
-        is_copied = any(name in rooms for name in on_device)
-        if on_device and not is_copied:
-            for name, address in placement.place(sizes_of(specs, outputs, on_device)).items():
-                context.bind(name, address)
-        self._enqueue(context, rooms, memory)
-        shapes = outputs | {name: room.shape for name, room in rooms.items()}
-        if is_copied:
-            sources, sizes = slot.sources(specs, shapes), sizes_of(specs, shapes, on_device)
-            for name, address in placement.place(sizes).items():
-                if sizes[name]:
-                    self._compute.copy(address, sources[name], sizes[name])
-        return shapes, not rooms
 
     def close(self) -> None:
         """Waits for what `run_placed` has left under way: memory in use must not be freed."""
@@ -236,6 +170,37 @@ class Instance:
         if way is Way.RECORD:
             self._record(context, key, outputs, lambda: self._give(context, memory))
         return outputs | {name: room.shape for name, room in rooms.items()}
+
+    def _calculate_in_place(
+        self,
+        slot: Slot,
+        request: Request,
+        bound: Mapping[str, Placed],
+        layout: Layout,
+        memory: int,
+    ) -> dict[str, Shape]:
+        """As `_calculate`, of a request that runs alone, with its tensors where they are. Results
+        whose sizes only the run tells are copied there. Never by a graph, which would have to be
+        recorded for each address."""
+        slot.begin()
+        context, alone, specs = self._context, request.alone, self._spec.outputs
+        assert context is not None
+        assert alone is not None
+        outputs = context.prepare(request.profile, request.shapes, self._compute)
+        rooms = self._bind(context, slot, layout, outputs)
+        for name, tensor in bound.items():
+            context.bind(name, tensor.address)
+        kept = {name: outputs[name] for name in alone.on_device}
+        is_placed = not rooms.keys() & kept.keys()
+        if kept and is_placed:
+            for name, address in (alone.place(kept) or {}).items():
+                context.bind(name, address)
+        self._enqueue(context, rooms, memory)
+        shapes = outputs | {name: room.shape for name, room in rooms.items()}
+        if not is_placed:
+            sources = slot.sources(specs, shapes)
+            _copy(pieces_of(alone, specs, shapes, sources), self._compute)
+        return shapes
 
     def _bind(
         self, context: Context, slot: Slot, layout: Layout, outputs: Mapping[str, Shape]
@@ -293,6 +258,11 @@ class Instance:
         with self._lock:  # or it would meet a recording
             for stream in self._streams:
                 stream.synchronize()
+
+
+def _copy(pieces: Iterable[Piece], stream: Stream) -> None:
+    for piece in pieces:
+        stream.copy(piece.target, piece.source, piece.nbytes)
 
 
 def _closed(shapes: Mapping[str, Shape]) -> dict[str, Shape]:

@@ -39,6 +39,11 @@ class Parts:
         return cls(parts, first.dtype, (rows, *first.shape[1:]))
 
 
+def joined(name: str, parts: Sequence[Any]) -> Any:
+    """What the parts are together; of one part itself. Raises EngineError."""
+    return parts[0] if len(parts) == 1 else Parts.of(name, parts)
+
+
 def parts_of(tensor: "Array | Placed | Parts") -> Iterator[tuple[int, Any]]:
     """What a tensor consists of, each with where it begins, in bytes."""
     offset = 0

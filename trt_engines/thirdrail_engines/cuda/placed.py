@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run whose tensors are on the device already, or stay there. Pure but for its callbacks."""
+"""Tensors of a run that are on the device already, or stay there. Pure but for its callbacks."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
-from thirdrail.tensors import Array, TensorSpec
+from thirdrail.tensors import TensorSpec
 from thirdrail_engines.cuda.device import Stream
-from thirdrail_engines.cuda.request import Request
+from thirdrail_engines.engine import EngineError
 from thirdrail_engines.plans import Shape
 
 
@@ -27,64 +26,71 @@ class Placed(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """on_device: the outputs that stay there.
+class Rows:
+    """start, stop: of one request, among as many as the batch has."""
 
-    place: given their bytes by name, once, returns their addresses. It may raise.
-    given: told the stream that the run was given to, when nothing more follows.
+    start: int
+    stop: int
+    of_all: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What one request of a run has on the device.
+
+    on_device: its results that stay there, by name.
+    rows: which rows of the run's results are its own; None: it runs alone. Then inputs are read,
+        and results written, where they are, as far as that can be.
+    place: given the shapes of its own results by name, once, if there are any; returns where they
+        go, or None to have them dropped. It may raise, which fails the run.
+    given: told the stream that the run was given to, when nothing more of this request follows.
     """
 
     on_device: Sequence[str]
-    place: Callable[[Mapping[str, int]], Mapping[str, int]]
+    rows: Rows | None
+    place: Callable[[Mapping[str, Shape]], Mapping[str, int] | None]
     given: Callable[[Stream], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
-    """A run's inputs by where they are. staged: into the slot's own memory, in the model's order.
+class Piece:
+    """Bytes to be copied on the device."""
 
-    Integers may be indices, and a client can write its memory at any time: what is read twice must
-    be the same twice. So they are copied on the device; booleans are too.
+    target: int
+    source: int
+    nbytes: int
+
+
+def pieces_of(
+    placement: Placement,
+    outputs: Sequence[TensorSpec],
+    shapes: Mapping[str, Shape],
+    sources: Mapping[str, int],
+) -> Iterator[Piece]:
+    """Its part of the run's results, which are at `sources`, to where it is to stay.
+
+    Raises EngineError for a result without its rows, and what `place` raises.
     """
-
-    host: tuple[TensorSpec, ...]
-    copied: Mapping[str, Placed]
-    bound: Mapping[str, Placed]
-
-    @classmethod
-    def of(cls, specs: tuple[TensorSpec, ...], inputs: Mapping[str, Array | Placed]) -> "Inputs":
-        host, copied, bound = [], {}, {}
-        for spec in specs:
-            tensor = inputs[spec.name]
-            if isinstance(tensor, np.ndarray):
-                host.append(spec)
-            elif spec.dtype.name.startswith(("FP", "BF")):
-                bound[spec.name] = tensor
-            else:
-                copied[spec.name] = tensor
-        return cls(tuple(host), copied, bound)
-
-    def staged(self, specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-        return tuple(spec for spec in specs if spec.name not in self.bound)
+    rows = placement.rows
+    kept = {name: _own_shape(name, shapes[name], rows) for name in placement.on_device}
+    places = placement.place(kept) if kept else None
+    if places is None:
+        return
+    for spec in outputs:
+        if spec.name not in kept:
+            continue
+        first = 0 if rows is None else rows.start * math.prod(shapes[spec.name][1:])
+        nbytes = math.prod(kept[spec.name]) * spec.dtype.itemsize
+        if nbytes:
+            source = sources[spec.name] + first * spec.dtype.itemsize
+            yield Piece(places[spec.name], source, nbytes)
 
 
-def sizes_of(
-    outputs: tuple[TensorSpec, ...], shapes: Mapping[str, Shape], names: Sequence[str]
-) -> dict[str, int]:
-    """In bytes, by name."""
-    return {
-        spec.name: int(np.prod(shapes[spec.name])) * spec.dtype.itemsize
-        for spec in outputs
-        if spec.name in names
-    }
-
-
-def of_host(request: Request, host: tuple[TensorSpec, ...], on_device: Sequence[str]) -> Request:
-    """The part of a request that goes by way of the host."""
-    return Request(
-        {spec.name: request.inputs[spec.name] for spec in host},
-        request.shapes,
-        request.profile,
-        [name for name in request.wanted if name not in on_device],
-        {},
-    )
+def _own_shape(name: str, shape: Shape, rows: Rows | None) -> Shape:
+    if rows is None:
+        return shape
+    if not shape or shape[0] != rows.of_all:
+        raise EngineError(
+            f"output '{name}' has the shape {list(shape)} for a batch of {rows.of_all} rows"
+        )
+    return (rows.stop - rows.start, *shape[1:])

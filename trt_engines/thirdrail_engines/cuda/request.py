@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from thirdrail.tensors import Array, TensorSpec
+from thirdrail_engines.cuda.placed import Placed, Placement
 from thirdrail_engines.engine import EngineError, EngineSpec
 from thirdrail_engines.plans import Shape
 
@@ -15,8 +16,8 @@ from thirdrail_engines.plans import Shape
 @dataclass(frozen=True, slots=True)
 class Request:
     """inputs: arrays; Placed or Parts may stand for them. shapes: of the inputs, in the model's
-    order. receive: given the results, which are valid until it returns; None: they are arrays of
-    their own.
+    order. wanted: the results on the host. receive: given those, which are valid until it returns;
+    None: they are arrays of their own. placements: of its members with tensors on the device.
     """
 
     inputs: Mapping[str, Any]
@@ -25,6 +26,28 @@ class Request:
     wanted: Sequence[str]
     into: Mapping[str, Array]
     receive: Callable[[Mapping[str, Array]], None] | None = None
+    placements: Sequence[Placement] = ()
+
+    @property
+    def alone(self) -> Placement | None:
+        """Of a request that has tensors on the device and runs alone."""
+        placements = self.placements
+        return placements[0] if placements and placements[0].rows is None else None
+
+    def bound_inputs(self, specs: Sequence[TensorSpec]) -> dict[str, Placed]:
+        """Those that are read where they are, as others of a batch never lie.
+
+        Integers may be indices, and a client can write its memory at any time: what is read twice
+        must be the same twice. So they are copied on the device; booleans are too.
+        """
+        if self.alone is None:
+            return {}
+        return {
+            spec.name: self.inputs[spec.name]
+            for spec in specs
+            if spec.dtype.name.startswith(("FP", "BF"))
+            and not isinstance(self.inputs[spec.name], np.ndarray)
+        }
 
     def check_results(self, outputs: Mapping[str, Shape]) -> None:
         """Raises EngineError when a result has another shape than the array that it is to go to."""

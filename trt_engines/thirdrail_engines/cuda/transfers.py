@@ -23,9 +23,10 @@ class Transfers:
         self._pool = pool
         self._request = request
         self._blocks: list[PinnedMemory] = []
+        self.use_host = bool(request.wanted)  # its memory: until they are done
 
     def stage(
-        self, inputs: tuple[TensorSpec, ...], layout: Layout, target: int
+        self, inputs: Sequence[TensorSpec], layout: Layout, target: int
     ) -> Callable[[Stream], None]:
         """Copy the inputs into pinned memory, except for what is on the device. Returns what copies
         them on, to `target` on the device."""
@@ -35,6 +36,7 @@ class Transfers:
             for offset, part in parts_of(self._request.inputs[tensor.name])
         ]
         on_host = [piece for piece in pieces if isinstance(piece.source, np.ndarray)]
+        self.use_host = self.use_host or bool(on_host)
         block = self._lend(layout.total_bytes) if on_host else None
         if block is None:
             return lambda stream: _copy_directly(pieces, target, stream)
@@ -58,7 +60,7 @@ class Transfers:
         self._request.check_results(shapes)
         wanted = [tensor for tensor in outputs if tensor.name in self._request.wanted]
         layout = lay_out(wanted, shapes)
-        block = self._lend(layout.total_bytes)
+        block = self._lend(layout.total_bytes) if wanted else None
         results: dict[str, Array] = {}
         for tensor in wanted:
             offset, shape = layout.offsets[tensor.name], shapes[tensor.name]
