@@ -66,8 +66,10 @@ def settle(holds: Callable[[], bool], server: RunningServer) -> None:
         time.sleep(0.02)
 
 
-def filled(client: thirdrail.Client, array: np.ndarray[Any, Any] = X) -> np.ndarray[Any, Any]:
-    made = client.empty(array.shape, array.dtype, shared=True)
+def filled(
+    client: thirdrail.Client, array: np.ndarray[Any, Any] = X, *, is_shared: bool = True
+) -> np.ndarray[Any, Any]:
+    made = client.empty(array.shape, array.dtype, shared=is_shared)
     made[:] = array
     return made
 
@@ -105,6 +107,8 @@ def test_what_is_exported_where_it_lies_cannot_be_written_any_more(new_client: N
         (lambda client: client.infer("identity_fp32", X, borrow=True)["y"], 1),
         (lambda client: client.infer("identity_fp32", X, borrow=True)["y"][4096:], 1),
         (lambda client: client.infer("identity_fp32", X)["y"], 1),
+        (lambda client: filled(client, is_shared=False), 1),
+        (lambda client: filled(client, is_shared=False)[4096:], 1),
         (lambda client: np.float32(3), 1),
         (lambda client: np.zeros((0, 3), np.int64), 1),
         (lambda client: memoryview(X.data), 1),

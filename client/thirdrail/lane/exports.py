@@ -73,13 +73,12 @@ def place_to_export(memory: SessionMemory, array: Array) -> tuple[Place, int] | 
     if found is None:
         return None
     place, offset = found
-    is_whole = not offset and (
-        whole_pages(array.nbytes) == place.size
-        if place.role is Role.ALONE
-        else array.nbytes == place.size
-    )
-    # A result is copied out of its slot by the worker, so that a part of it will do as well.
-    return found if is_whole or place.role is Role.OUTPUT else None
+    if place.role is Role.OUTPUT:  # the worker copies it out of its slot, so that a part will do
+        return found
+    if place.role is Role.INPUT or offset:  # others lie in its chunk; it is not the whole
+        return None
+    whole = whole_pages(array.nbytes) if place.role is Role.ALONE else array.nbytes
+    return found if whole == place.size else None
 
 
 def copy_into(place: Place, array: Array) -> None:
