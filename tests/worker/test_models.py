@@ -293,8 +293,12 @@ async def test_unloading_does_not_wait_longer_than_its_bound(
         error = (await call).outcome.error
         assert isinstance(error, Unavailable)
         assert error.message == "model 'm' was unloaded"
+        assert table.models.memory().leaving_bytes > 0, "the run is still using it"
         watched_engines[0].gate.set()
         assert await asyncio.to_thread(watched_engines[0].closed.wait, 20)
+        async with asyncio.timeout(20):
+            while table.models.memory().leaving_bytes:
+                await asyncio.sleep(0.001)
 
 
 async def test_an_unloaded_model_can_be_loaded_again(open_table: OpenTable) -> None:

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from thirdrail.errors import Cancelled, InvalidArgument, NotFound, ThirdrailError, Unavailable
 from thirdrail.v1 import metrics_pb2
@@ -202,14 +203,16 @@ class ModelTable:
         return True
 
     async def _retire(self, model: _Model, reason: str) -> None:
-        size = model.size
-        self._leaving_bytes += size
-        try:
-            await asyncio.gather(
-                *(v.retire(reason, self._config.drain_s_max) for v in model.versions.values())
-            )
-        finally:
-            self._leaving_bytes -= size
+        for version in model.versions.values():
+            self._leaving_bytes += version.weight.size
+            version.closed.add_done_callback(partial(self._forget, version.weight.size))
+        await asyncio.gather(
+            *(v.retire(reason, self._config.drain_s_max) for v in model.versions.values())
+        )
+
+    def _forget(self, size: int, _closed: object) -> None:
+        """A run that is still under way when the drain's time is up holds its engine's memory."""
+        self._leaving_bytes -= size
 
     def memory(self) -> WorkerMemory:
         """What the engines hold."""

@@ -65,6 +65,7 @@ class ServedVersion:
         self._large_runs = LargeRuns(place.large_run_ns_max)
         self._loop = asyncio.get_running_loop()
         self._alarm = Alarm(self._loop, self._on_alarm)
+        self.closed: asyncio.Future[None] = self._loop.create_future()  # the engine is, by `retire`
         self._idle: asyncio.Future[None] | None = None
         self._answered: set[Batch] = set()  # still running, for all the loop knows
         self._watched: dict[Batch, asyncio.TimerHandle] = {}
@@ -160,12 +161,11 @@ class ServedVersion:
         when it ends.
         """
         self._perform(self._scheduler.stop(time.monotonic_ns(), reason))
-        closed = self._loop.create_future()
         is_drained = await self._drain(reason, drain_s_max)
         self._alarm.close()
-        self._threads.close(on_ended=lambda: self._close(closed))
+        self._threads.close(on_ended=self._close)
         if is_drained:
-            await closed
+            await self.closed
 
     async def _drain(self, reason: str, drain_s_max: float) -> bool:
         if self._scheduler.is_idle:
@@ -184,12 +184,12 @@ class ServedVersion:
             return False
         return True
 
-    def _close(self, closed: asyncio.Future[None]) -> None:
+    def _close(self) -> None:
         try:
             self._engine.close()
         finally:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(_finish, closed)
+                self._loop.call_soon_threadsafe(_finish, self.closed)
 
     # Performing what the scheduler decided
 
