@@ -7,7 +7,7 @@
         result = client.infer("my_model", {"x": array})
         print(result["y"], result.timing.compute_ns)
 
-`thirdrail.aio.AsyncClient` is the same for asyncio.
+`thirdrail.aio.AsyncClient` is the same for asyncio, and `aio.AsyncDevice` for `Device`.
 """
 
 import importlib

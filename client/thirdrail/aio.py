@@ -13,6 +13,7 @@ from thirdrail.aio_connection import AsyncConnection, require_no_fork
 from thirdrail.aio_lane_choice import AsyncLaneChoice
 from thirdrail.aio_stream import AsyncStream
 from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_aio_channel
+from thirdrail.device.aio_device import AsyncDevice
 from thirdrail.discovery import find_address
 from thirdrail.dtypes import extent
 from thirdrail.errors import FailedPrecondition, NotFound
@@ -44,6 +45,8 @@ if TYPE_CHECKING:  # needs Linux
     from thirdrail.lane.aio_exports import AsyncExport
     from thirdrail.lane.aio_session import AsyncSession
     from thirdrail.lane.exports import SharedTensor
+
+__all__ = ["AsyncClient", "AsyncDevice"]
 
 
 class AsyncClient(AsyncLaneChoice):

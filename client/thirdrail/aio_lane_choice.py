@@ -68,7 +68,11 @@ class AsyncLaneChoice(AsyncServerCalls):
     ) -> ModelDescription | None:
         if not needs_description(inputs, options):
             return None
-        version, timeout = options.get("version", 0), options.get("timeout")
+        return await self._description(model, options.get("version", 0), options.get("timeout"))
+
+    async def _description(
+        self, model: str, version: int, timeout: float | None
+    ) -> ModelDescription:
         now_ns = time.monotonic_ns()
         description = self._descriptions.get(model, version, now_ns)
         if description is None:

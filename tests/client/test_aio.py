@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from support.echo import EchoServer
-from thirdrail import Client, Stream, Unreachable, errors
-from thirdrail.aio import AsyncClient
+from thirdrail import Client, Device, Stream, Unreachable, errors
+from thirdrail.aio import AsyncClient, AsyncDevice
 from thirdrail.aio_stream import AsyncStream
 
 X = {"x": np.array([[1, 2]], np.float32)}
@@ -46,7 +46,10 @@ def own_methods(cls: type) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("blocking", "awaited"), [(Client, AsyncClient), (Stream, AsyncStream)])
+@pytest.mark.parametrize(
+    ("blocking", "awaited"),
+    [(Client, AsyncClient), (Stream, AsyncStream), (Device, AsyncDevice)],
+)
 def test_twins_match_method_by_method(blocking: type, awaited: type) -> None:
     ours, theirs = own_methods(blocking), own_methods(awaited)
     assert list(ours) == list(theirs)
@@ -59,7 +62,7 @@ def test_twins_match_method_by_method(blocking: type, awaited: type) -> None:
         for parameter in mine:
             one, two = mine[parameter], other[parameter]
             assert (one.kind, one.default) == (two.kind, two.default), (name, parameter)
-            if parameter not in ("self", "inference", "write"):
+            if parameter not in ("self", "inference", "write", "client"):
                 assert one.annotation == two.annotation, (name, parameter)
 
 
