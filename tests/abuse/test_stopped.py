@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -82,6 +83,23 @@ def test_a_worker_that_stands_still(mortal: RunningServer) -> None:
         assert client.transport.name == "lane"
         until(lambda: watch.holdings().leases == 0)
         watch.close()
+
+
+def test_who_only_waits_to_be_told_hears_of_timeouts(mortal: RunningServer) -> None:
+    """Nobody asks for the results; the later call has the earlier end."""
+    with Client(mortal.url, transport="lane") as client:
+        client.infer("identity", SMALL)
+        with stopped(mortal.worker_pid()):
+            late = client.submit("identity", SMALL, timeout=5 * TIMEOUT_S)
+            soon = client.submit("identity", SMALL, timeout=TIMEOUT_S)
+            ends: SimpleQueue[Future[Result]] = SimpleQueue()
+            for future in (late, soon):
+                future.add_done_callback(ends.put)
+            assert [ends.get(timeout=30), ends.get(timeout=30)] == [soon, late]
+            for future in (late, soon):
+                with pytest.raises(errors.TimedOut):
+                    future.result()
+        assert np.array_equal(client.infer("identity", SMALL)["y"], SMALL)
 
 
 async def test_a_worker_that_stands_still_under_asyncio(mortal: RunningServer) -> None:

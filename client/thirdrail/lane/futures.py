@@ -47,7 +47,7 @@ class LaneFuture(Future[Result]):
         self._on_answer = on_answer
         self._why_missing = why_missing
         self._timeout = timeout
-        self._deadline_s = None if timeout is None else time.monotonic() + timeout
+        self.deadline_s = None if timeout is None else time.monotonic() + timeout
         self._is_taken = False  # somebody settles it; the future's condition guards both
         self._is_watched = False  # somebody is to be told
         self.call = Call(borrow=borrow, on_done=self._on_read)
@@ -56,7 +56,7 @@ class LaneFuture(Future[Result]):
 
     def send(self, options: bytes, arrays: Mapping[str, Array]) -> None:
         """Waits only while the lane has no room. Raises what `BlockingLane.start` raises."""
-        self._lane.start(self.call, options, arrays, self._deadline_s, self._timeout)
+        self._lane.start(self.call, options, arrays, self.deadline_s, self._timeout)
 
     def result(self, timeout: float | None = None) -> Result:
         """Waits, reading the lane. Raises the request's error, CancelledError, and TimeoutError
@@ -121,13 +121,16 @@ class LaneFuture(Future[Result]):
         if self._is_taken:
             return timeout
         deadline_s = None if timeout is None else time.monotonic() + timeout
-        deadlines = [each for each in (deadline_s, self._deadline_s) if each is not None]
+        deadlines = [each for each in (deadline_s, self.deadline_s) if each is not None]
         if self._lane.wait(self.call, min(deadlines, default=None)):
             self._settle()
-        elif self._deadline_s is not None and time.monotonic() >= self._deadline_s:
-            # The worker has not even answered that the time is over.
-            self.fail(timed_out(self._timeout))
+        elif self.deadline_s is not None and time.monotonic() >= self.deadline_s:
+            self.on_overdue()
         return None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+
+    def on_overdue(self) -> None:
+        """The worker has not even answered that the time is over."""
+        self.fail(timed_out(self._timeout))
 
     def _on_read(self) -> None:
         """The response has come, to a thread that has the lead."""

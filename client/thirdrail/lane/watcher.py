@@ -2,10 +2,21 @@
 """The thread that reads a lane for those who wait elsewhere. It exists while there are any."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 from thirdrail.lane.turns import Notice, Turns
+
+
+class Watched(Protocol):
+    @property
+    def deadline_s(self) -> float | None:
+        """On the monotonic clock; None: it never is overdue."""
+
+    def on_overdue(self) -> None:
+        """Its deadline has passed, and the worker has not even said so."""
 
 
 class Watcher:
@@ -17,23 +28,25 @@ class Watcher:
     def __init__(self, lock: threading.Lock, turns: Turns) -> None:
         self._lock = lock
         self._turns = turns
-        self._watched: set[object] = set()
+        self._watched: dict[Watched, float | None] = {}  # with their deadlines
         self._work: deque[Callable[[], None]] = deque()
         self._ticket = Notice()  # done when there is something to do
         self._thread: threading.Thread | None = None
 
-    def watch(self, future: object) -> None:
+    def watch(self, future: Watched) -> None:
         """Read until the future has left."""
         with self._lock:
-            self._watched.add(future)
+            self._watched[future] = future.deadline_s
+            if future.deadline_s is not None:
+                self._turns.complete(self._ticket)  # it may be the first to be overdue
             self._start()
 
-    def leave(self, future: object) -> None:
+    def leave(self, future: Watched) -> None:
         """It has ended."""
         if future not in self._watched:
             return
         with self._lock:
-            self._watched.discard(future)
+            self._watched.pop(future, None)
             self._turns.complete(self._ticket)
 
     def run(self, work: Callable[[], None]) -> None:
@@ -56,7 +69,19 @@ class Watcher:
                 if work is None and not self._watched:
                     self._thread = None
                     return
+                ends_s = [each for each in self._watched.values() if each is not None]
+                deadline_s = min(ends_s, default=None)
             if work is not None:
                 work()
             else:
-                self._turns.wait(ticket, None)
+                self._turns.wait(ticket, deadline_s)
+                self._end_overdue(time.monotonic())
+
+    def _end_overdue(self, now_s: float) -> None:
+        with self._lock:
+            ends_s = self._watched.items()
+            overdue = [each for each, end_s in ends_s if end_s is not None and end_s <= now_s]
+            for future in overdue:
+                del self._watched[future]
+        for future in overdue:
+            future.on_overdue()
