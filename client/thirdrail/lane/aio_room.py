@@ -17,13 +17,13 @@ from thirdrail.lane.encoding import LargeInput
 from thirdrail.lane.input_arena import COPY_ON_LOOP_BYTES_MAX
 from thirdrail.lane.places import Place, Role
 from thirdrail.lane.session_memory import SessionMemory
+from thirdrail.v1 import lane_pb2
 
 
 class Room:
     """The input memory of one session, for whoever needs a piece of it.
 
-    request_growth: sends a GrowRequest for so many bytes, alone or not; the answer arrives by
-        `grown` or `refused`.
+    request_growth: sends a GrowRequest; the answer arrives by `grown` or `refused`.
     collect: gives back what arrays showed that are gone; whether there was any.
     give_back: for places that nobody took.
     is_debug: inputs that their owner can still write are summed up.
@@ -32,7 +32,7 @@ class Room:
     def __init__(
         self,
         memory: SessionMemory,
-        request_growth: Callable[[int, bool], None],
+        request_growth: Callable[[lane_pb2.GrowRequest], None],
         collect: Callable[[], bool],
         give_back: Callable[[Sequence[Place]], None],
         *,
@@ -116,17 +116,24 @@ class Room:
                 self._waiting.append(freed)
                 await freed
             elif self._growing is None:
-                await self.grow(size)
+                await self.grow(lane_pb2.GrowRequest(size=size))
             else:
-                await asyncio.shield(self._growing)  # for another call; it may do for us as well
+                await self.settle()  # what another call asks for may do for us as well
 
-    async def grow(self, size: int, *, alone: bool = False) -> Place | None:
-        """More memory of the worker; `alone`: a place of its own. One request at a time."""
+    async def settle(self) -> None:
+        """Until nobody has asked for more memory and waits for it."""
         while self._growing is not None:
             await asyncio.wait([self._growing])
+
+    async def grow(self, request: lane_pb2.GrowRequest) -> Place | None:
+        """More memory of the worker; the place of what was asked for alone. One request at a time.
+
+        Raises ResourceExhausted where there is none, or why the session ended.
+        """
+        await self.settle()
         self._require_open()
         growing = self._growing = asyncio.get_running_loop().create_future()
-        self._request_growth(size, alone)
+        self._request_growth(request)
         try:
             return await asyncio.shield(growing)
         except asyncio.CancelledError:

@@ -21,6 +21,7 @@ from thirdrail.dtypes import extent
 from thirdrail.errors import Cancelled, ThirdrailError, Unavailable
 from thirdrail.failures import WAS_CLOSED, with_note
 from thirdrail.lane import forks, packets
+from thirdrail.lane.aio_device_session import Answer, AsyncDeviceSession, Unclaimed
 from thirdrail.lane.aio_exports import AsyncExports
 from thirdrail.lane.aio_returns import Returns
 from thirdrail.lane.aio_room import Room
@@ -31,7 +32,7 @@ from thirdrail.lane.input_arena import COPY_ON_LOOP_BYTES_MAX
 from thirdrail.lane.places import Place, Role
 from thirdrail.lane.results import borrowed_result, private_result, release_outputs
 from thirdrail.lane.session_memory import SessionMemory
-from thirdrail.lane.wire import DEBUG_FEATURE
+from thirdrail.lane.wire import DEBUG_FEATURE, DEVICE_FEATURE
 from thirdrail.requests import Result
 from thirdrail.tensors import Array
 from thirdrail.v1 import inference_pb2, lane_pb2
@@ -40,6 +41,7 @@ from thirdrail.v1 import inference_pb2, lane_pb2
 @dataclass(slots=True)
 class _Call:
     future: asyncio.Future[inference_pb2.InferResponse]
+    unclaimed: Unclaimed
     places: list[Place] = field(default_factory=list)  # that it reads
     checksums: list[Checksum] = field(default_factory=list)  # debug mode
 
@@ -61,7 +63,7 @@ class AsyncSession(AsyncWire[_Call]):
     ) -> "AsyncSession":
         """Attach by a socket, which the session then owns. Raises CannotAttach."""
         session = cls(sock, asyncio.get_running_loop(), is_debug=is_debug)
-        features = [DEBUG_FEATURE] if is_debug else []
+        features = [DEVICE_FEATURE, DEBUG_FEATURE] if is_debug else [DEVICE_FEATURE]
         forks.forget_in_children(session)
         hello = lane_pb2.Hello(token=token, client_name=client_name, features=features)
         return await session._say_hello(hello)
@@ -74,18 +76,39 @@ class AsyncSession(AsyncWire[_Call]):
     async def infer(
         self, head: bytes, arrays: Mapping[str, Array], encoder: Encoder, *, borrow: bool
     ) -> Result:
-        """Call a model.
+        """Call a model. See `call`. Raises the request's error, too."""
+        response, places = await self.call(head, arrays, encoder, self._unclaimed)
+        return await self._result(response, places, borrow=borrow)
+
+    async def call(
+        self, head: bytes, arrays: Mapping[str, Array], encoder: Encoder, unclaimed: Unclaimed
+    ) -> Answer:
+        """The answer, and the input memory of the call, which is then the caller's to leave.
 
         head: the request before its inputs, as `encoder.options` wrote it.
+        unclaimed: called where this raises, with the answer when it comes; not when none comes.
         Waits while the session has as many calls in flight as it may, or no room for the inputs.
-        Raises the request's error, ResourceExhausted where waiting cannot help, NotSent when the
-        session has ended before the worker heard of the call, Unavailable when it ends afterwards.
+        Raises ResourceExhausted where waiting cannot help, NotSent when the session has ended
+        before the worker heard of the call, Unavailable when it ends afterwards.
         """
+        call = _Call(self._loop.create_future(), unclaimed)
+        try:
+            number = await self._send_call(call, head, arrays, encoder)
+        except BaseException:
+            unclaimed(None)
+            raise
+        places, answer = call.places, self._response(number, call)
+        del call  # see _response
+        return await answer, places
+
+    async def _send_call(
+        self, call: _Call, head: bytes, arrays: Mapping[str, Array], encoder: Encoder
+    ) -> int:
+        """Returns its number."""
         if self._memory.shown.has_collected:
             self._returns.collect()
         parts, large = encoder.inputs(arrays, self._limits.inline_bytes)
         await self._slots.acquire()
-        call = _Call(self._loop.create_future())
         try:
             if large:
                 parts += await self._room.refer(large, call.places, call.checksums)
@@ -98,9 +121,7 @@ class AsyncSession(AsyncWire[_Call]):
             raise
         if call.future.done():  # the socket did not take it
             raise self._not_sent() from call.future.exception()
-        places, answer = call.places, self._response(number, call)
-        del call  # see _response
-        return await self._result(await answer, places, borrow=borrow)
+        return number
 
     async def _response(self, number: int, call: _Call) -> inference_pb2.InferResponse:
         future = call.future
@@ -110,14 +131,18 @@ class AsyncSession(AsyncWire[_Call]):
             if future.cancelled():
                 self._cancel(number)
             elif future.exception() is None:  # it came in the very moment
-                release_outputs(future.result(), self._memory)
-                self._returns.leave(call.places)
-                self._returns.flush_soon()
+                call.unclaimed(future.result())
+                self._leave(call.places)
             raise
         finally:
             # An error's traceback has our frames; one of them with the error in it would keep the
             # caller's arrays until the collector comes by.
             del future, call
+
+    def _unclaimed(self, response: inference_pb2.InferResponse | None) -> None:
+        """Nobody takes this answer."""
+        if response is not None:
+            release_outputs(response, self._memory)
 
     async def empty(
         self, shape: Sequence[int] | int, dtype: npt.DTypeLike, *, alone: bool
@@ -143,7 +168,7 @@ class AsyncSession(AsyncWire[_Call]):
         """A chunk for one tensor. Raises like `empty`."""
         self._returns.collect()
         self._returns.flush()  # there may be so many such chunks and no more
-        place = await self._room.grow(size, alone=True)
+        place = await self._room.grow(lane_pb2.GrowRequest(size=size, alone=True))
         assert place is not None
         return place
 
@@ -223,20 +248,36 @@ class AsyncSession(AsyncWire[_Call]):
             give_back=returns.give_back,
             settle=returns.settle,
         )
+        self.device = AsyncDeviceSession(
+            self._memory,
+            self._room,
+            send=self._send,
+            call=self.call,
+            leave=self._leave,
+            fail=self.close,
+        )
 
     def _on_freed(self) -> None:
         self._room.wake()
 
-    def _request_growth(self, size: int, alone: bool) -> None:
-        self._send(lane_pb2.LaneRequest(grow=lane_pb2.GrowRequest(size=size, alone=alone)))
+    def _request_growth(self, request: lane_pb2.GrowRequest) -> None:
+        self._send(lane_pb2.LaneRequest(grow=request))
 
     def _on_answer(self, kind: str, message: lane_pb2.LaneResponse, fds: list[int]) -> list[int]:
+        if kind == "device_attached":
+            return self.device.opening.on_attached(message.device_attached, fds)
         return self.exports.on_answer(kind, message, fds)
 
     def _on_chunk(self, chunk: lane_pb2.Chunk, mapping: mmap.mmap) -> None:
         place = self._memory.add_chunk(chunk, np.frombuffer(mapping, np.uint8))
         if chunk.role == lane_pb2.ARENA_ROLE_INPUT:
             self._room.grown(place)
+
+    def _take_device_chunk(self, chunk: lane_pb2.Chunk, fds: list[int]) -> bool:
+        if not self.device.opening.takes(chunk):
+            return False
+        self.device.opening.on_chunk(chunk, fds)
+        return True
 
     def _on_grow_refused(self, message: str) -> None:
         self._room.refused(message)
@@ -253,7 +294,9 @@ class AsyncSession(AsyncWire[_Call]):
             return call.future.set_result(response)
         if call is not None and response.final:
             self._returns.leave(call.places)
-        release_outputs(response, self._memory)
+            call.unclaimed(response)
+        else:
+            release_outputs(response, self._memory)
         self._returns.flush_soon()
         if call is not None and not call.future.done() and fault is not None:
             call.future.set_exception(fault)
@@ -262,6 +305,7 @@ class AsyncSession(AsyncWire[_Call]):
         self._returns.close()
         self._room.close(self._not_sent())
         self.exports.close(self._not_sent())
+        self.device.close(self._not_sent())
         for call in pending:
             self._slots.release()
             if not call.future.done():

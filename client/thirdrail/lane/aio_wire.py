@@ -174,6 +174,8 @@ class AsyncWire(ABC, Generic[P]):
     def _on_chunk_packet(self, chunk: lane_pb2.Chunk, fds: list[int]) -> None:
         is_input = chunk.role == lane_pb2.ARENA_ROLE_INPUT
         try:
+            if self._take_device_chunk(chunk, fds):
+                return
             mapping = map_chunk(packets.sole_fd(fds), chunk.size, writable=is_input)
             self._on_chunk(chunk, mapping)
         except (ValueError, OSError) as error:
@@ -185,6 +187,13 @@ class AsyncWire(ABC, Generic[P]):
     @abstractmethod
     def _on_chunk(self, chunk: lane_pb2.Chunk, mapping: mmap.mmap) -> None:
         """Raises ValueError for one that did not come in its turn."""
+
+    def _take_device_chunk(self, chunk: lane_pb2.Chunk, fds: list[int]) -> bool:
+        """Whether it is memory on a device. Takes the descriptors over then.
+
+        Raises ValueError like `_on_chunk`.
+        """
+        return False
 
     @abstractmethod
     def _on_grow_refused(self, message: str) -> None: ...

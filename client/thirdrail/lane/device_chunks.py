@@ -3,6 +3,8 @@
 
 import os
 import weakref
+from collections.abc import Callable
+from functools import partial
 
 from thirdrail.device.runtime import Memory, Runtime, open_runtime
 from thirdrail.errors import Internal
@@ -11,12 +13,16 @@ from thirdrail.v1 import lane_pb2, tensor_pb2
 
 ALIGNMENT_BYTES = 256
 
+Dispose = Callable[[Callable[[], None]], None]
+
 
 class DeviceChunks:
     """Chunks are opened one after the other, as they come. The allocator is guarded by the lane's
     lock, or used on one event loop."""
 
-    def __init__(self, attached: lane_pb2.DeviceAttached, runtime: Runtime) -> None:
+    def __init__(
+        self, attached: lane_pb2.DeviceAttached, runtime: Runtime, dispose: Dispose
+    ) -> None:
         self.runtime = runtime
         self.input_epoch = attached.input_epoch
         self.output_epoch = attached.output_epoch
@@ -26,7 +32,8 @@ class DeviceChunks:
             attached.output_epoch: [],
         }
         # With the session and the last array over it; nobody looks at it when the process ends.
-        weakref.finalize(self, _close_all, self._chunks, runtime).atexit = False
+        close_all = partial(_close_all, self._chunks, runtime)
+        weakref.finalize(self, dispose, close_all).atexit = False
 
     def takes(self, chunk: lane_pb2.Chunk) -> bool:
         return chunk.epoch in self._chunks
@@ -64,12 +71,18 @@ class DeviceChunks:
         return there[ref.chunk].address + ref.offset
 
 
-def open_device(attached: lane_pb2.DeviceAttached, fds: list[int]) -> DeviceChunks:
+def open_device(
+    attached: lane_pb2.DeviceAttached, fds: list[int], dispose: Dispose = lambda work: work()
+) -> DeviceChunks:
     """What the worker has given, without a chunk yet; it may take a while. Takes the descriptors
-    over. Raises FailedPrecondition for what this process lacks, Internal for what cannot be used.
+    over.
+
+    dispose: runs what unmaps the memory, which waits for the device's work; told when it is let go
+        of, in any thread.
+    Raises FailedPrecondition for what this process lacks, Internal for what cannot be used.
     """
     try:
-        return DeviceChunks(attached, open_runtime(attached, fds))
+        return DeviceChunks(attached, open_runtime(attached, fds), dispose)
     except (ValueError, OSError) as error:
         raise Internal(f"the worker sent events that cannot be used: {error}") from None
 
