@@ -24,6 +24,7 @@ import numpy as np
 
 from thirdrail.errors import ThirdrailError
 from thirdrail.tensors import Array
+from thirdrail_engines.cuda.placed import Placement
 from thirdrail_engines.cuda_engines import is_cuda
 from thirdrail_engines.engine import DeviceLost, Engine, EngineError
 from thirdrail_server.worker.device_execution import (
@@ -93,6 +94,7 @@ def _run_together(
     has_failed = is_fetched = False
     device_lost = None
     slots: dict[str, Slot] = {}
+    placed: Sequence[Placement] = ()
 
     def receive(results: Mapping[str, Any]) -> None:
         nonlocal computed
@@ -104,8 +106,8 @@ def _run_together(
         if holding is not None:
             tensors = bound = bind_regions(engine, members, holding)
             _fetch(engine, members, bound, outcomes)
+            placed = placements(engine, spec, members, tensors, outcomes)
         is_fetched = True
-        placed = placements(engine, spec, members, tensors, outcomes)
         if is_cuda(engine) and (len(members) > 1 or placed):
             parts = {name: [each[name] for each in tensors] for name in tensors[0]}
             wanted = _wanted_names(members, spec, is_on_host=bool(placed))
