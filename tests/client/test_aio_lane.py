@@ -151,6 +151,18 @@ async def test_the_same_over_grpc(server: RunningServer) -> None:
         await until(lambda: not sessions_of(server))  # but for those of earlier tests
 
 
+async def test_only_the_whole_of_a_shared_array_is_handed_over_where_it_lies(
+    server: RunningServer,
+) -> None:
+    async with AsyncClient(server.url, transport="lane") as client:
+        array = await client.empty(50, shared=True)
+        array[:] = 1
+        assert (await client.export(array[:25])).copies == 1
+        assert array.flags.writeable
+        assert (await client.export(array)).copies == 0
+        assert not array.flags.writeable
+
+
 async def test_streams(server: RunningServer) -> None:
     async with AsyncClient(server.url, transport="lane") as client:
         async with client.stream(in_flight_max=8) as stream:

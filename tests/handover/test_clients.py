@@ -100,7 +100,10 @@ def test_what_is_exported_where_it_lies_cannot_be_written_any_more(new_client: N
     [
         (lambda client: filled(client), 0),
         (lambda client: filled(client).reshape(4, -1), 0),
+        (lambda client: filled(client, X[:5000]), 0),
         (lambda client: filled(client)[4096:], 1),
+        (lambda client: filled(client)[:-8], 1),  # ends in the last page of the whole
+        (lambda client: filled(client, X[:0]), 1),
         (lambda client: filled(client).reshape(6, 4096).T, 1),
         (lambda client: X.copy(), 1),
         (lambda client: X.astype(">f4"), 1),

@@ -153,10 +153,11 @@ class AsyncSession(AsyncWire[_Call]):
         Raises ResourceExhausted when there is no room, NotSent when the session has ended.
         """
         shape, wanted, nbytes = extent(shape, dtype)
-        if wanted.hasobject or (nbytes <= self._limits.inline_bytes and not alone):
+        if wanted.hasobject or nbytes <= (0 if alone else self._limits.inline_bytes):
             return np.empty(shape, wanted)  # it travels in the packet
         if alone:
-            place = await self._reserve_alone(max(1, nbytes))
+            place = await self._reserve_alone(nbytes)
+            place.size = nbytes  # the rest of its pages is no part of the tensor
         else:
             [place] = await self._room.reserve([nbytes])
         shown = self._memory.shown.show(place, writable=True)

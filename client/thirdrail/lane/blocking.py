@@ -195,6 +195,7 @@ class BlockingLane:
         if alone:
             self._talk.give_back_unused()  # there may be so many such chunks and no more
             place = self._talk.placer.reserve_alone(nbytes, deadline_s, EMPTY_TIMEOUT_S)
+            place.size = nbytes  # the rest of its pages is no part of the tensor
         else:
             (place,) = self._talk.placer.reserve([nbytes], deadline_s, EMPTY_TIMEOUT_S)
         with self._talk.lock:

@@ -15,7 +15,7 @@ import numpy as np
 from thirdrail.arrays import array_of_value, has_dtype
 from thirdrail.dtypes import BYTES, dtype_of_array, dtype_of_value
 from thirdrail.errors import FailedPrecondition, Internal, InvalidArgument, ThirdrailError
-from thirdrail.lane.memory import map_chunk, whole_pages
+from thirdrail.lane.memory import map_chunk
 from thirdrail.lane.packets import close_all, sole_fd
 from thirdrail.lane.places import Place, Role
 from thirdrail.lane.session_memory import SessionMemory
@@ -77,8 +77,7 @@ def place_to_export(memory: SessionMemory, array: Array) -> tuple[Place, int] | 
         return found
     if place.role is Role.INPUT or offset:  # others lie in its chunk; it is not the whole
         return None
-    whole = whole_pages(array.nbytes) if place.role is Role.ALONE else array.nbytes
-    return found if whole == place.size else None
+    return found if array.nbytes == place.size else None
 
 
 def copy_into(place: Place, array: Array) -> None:
