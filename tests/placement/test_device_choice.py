@@ -73,6 +73,11 @@ def test_a_model_without_a_configuration_runs_where_there_is_a_device() -> None:
             f"instance_group[0] lists GPU -1, which this host does not have: 0 is {B.uuid}",
         ),
         (
+            "instance_group { } instance_group { count: -3 kind: KIND_CPU }",
+            (),
+            "instance_group[1] has count -3, expected 1 or more",
+        ),
+        (
             "instance_group { gpus: [1, 0, 1] }",
             (A, B),
             "instance_group[0] lists GPU 1 twice; `count` makes more instances",

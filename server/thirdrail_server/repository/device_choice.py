@@ -46,7 +46,10 @@ def devices_of(config: ModelConfig | None, gpus: Sequence[Device]) -> dict[Devic
     groups = config.instance_group if config is not None else ()
     instances: dict[Device, int] = {}
     for index, group in enumerate(groups or (ModelInstanceGroup(),)):
-        for device in _of_group(f"instance_group[{index}]", group, gpus):
+        place = f"instance_group[{index}]"
+        if group.count < 0:
+            raise RepositoryError(f"{place} has count {group.count}, expected 1 or more")
+        for device in _of_group(place, group, gpus):
             instances[device] = instances.get(device, 0) + (group.count or 1)
     return instances
 
