@@ -2,6 +2,7 @@
 """Loading and unloading with real files and a real worker process."""
 
 import asyncio
+import logging
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -85,7 +86,7 @@ async def test_explicit_mode_refuses_a_startup_model_that_is_not_there(
     repository: Any, open_plane: Any
 ) -> None:
     repository.write("a")
-    with pytest.raises(InvalidArgument, match="no model 'b'"):
+    with pytest.raises(RepositoryError, match="no model 'b'"):
         async with open_plane(load_models=("a", "b"), **EXPLICIT):
             pass
 
@@ -198,6 +199,27 @@ async def test_poll_mode_follows_the_repository(repository: Any, open_plane: Any
         )
         assert plane.catalog.find("stays")[1] == 2
         assert plane.catalog.all_ready()
+
+
+async def test_a_repository_that_is_away_is_told_once_and_that_it_is_back(
+    repository: Any, open_plane: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    repository.write("m")
+    caplog.set_level(logging.INFO)
+
+    async def until_told(text: str) -> None:
+        while text not in caplog.text:
+            await asyncio.sleep(0.005)
+
+    async with open_plane(model_control="poll", poll_interval_s=0.005) as plane:
+        await plane.until(plane.catalog.all_ready)
+        repository.path.rename(tmp_path / "away")
+        await until_told("polling goes on")
+        await asyncio.sleep(0.05)  # some looks more
+        (tmp_path / "away").rename(repository.path)
+        await until_told("can be read again")
+        assert plane.catalog.all_ready()
+    assert caplog.text.count("polling goes on") == 1
 
 
 async def test_uploaded_files_serve_and_survive_the_worker(

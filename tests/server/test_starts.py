@@ -96,6 +96,17 @@ def test_a_taken_port_is_told_without_noise(repository: Path, start_server: Star
         assert expected in refusal(server, 1)
 
 
+def test_a_startup_model_that_is_not_there_is_told(
+    repository: Path, start_server: StartServer
+) -> None:
+    flags = ("--model-control=explicit", "--load-model=nope")
+    text = refusal(start_server(repository, *flags, wait=False), 1)
+    assert text == (
+        f"thirdrail serve: the model repository '{repository}' has no model 'nope' to load at the "
+        "start (--load-model)"
+    )
+
+
 def test_a_socket_that_cannot_be_made_is_told(
     repository: Path, start_server: StartServer, tmp_path: Path
 ) -> None:

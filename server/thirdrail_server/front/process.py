@@ -149,7 +149,7 @@ class Front:
         except OSError as error:
             raise ConfigError(
                 f"cannot serve metrics on {host}:{port}: {why_not_bindable(host, port) or error}; "
-                f"choose another --metrics-port"
+                f"choose another --metrics-port or --metrics-host"
             ) from None
         log.info("metrics on http://%s:%d/metrics", host, bound)
 

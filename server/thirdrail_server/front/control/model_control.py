@@ -59,8 +59,8 @@ class ModelControl:
     async def start(self) -> None:
         """Read the repository and begin to load; the catalog tells how that goes.
 
-        Raises RepositoryError when there is no readable repository, ResourceExhausted when it has
-        too many models, InvalidArgument when a model of `load_models` is not in it.
+        Raises RepositoryError when there is no readable repository, or a model of `load_models` is
+        not in it, ResourceExhausted when it has too many models.
         """
         self._loads.spawn(asyncio.to_thread(remove_abandoned))
         found = await asyncio.to_thread(look, self._config.repository)
@@ -163,13 +163,19 @@ class ModelControl:
 
     async def _follow_repository(self, found: Look) -> None:
         poller = Poller(found.prints)
+        problem = ""
         while True:
             await asyncio.sleep(self._config.poll_interval_s)
             try:
                 found = await asyncio.to_thread(look, self._config.repository)
             except RepositoryError as error:
-                _log.error("polling goes on with the models as they are: %s", error)
+                if str(error) != problem:  # told once, however long it lasts
+                    problem = str(error)
+                    _log.error("polling goes on with the models as they are: %s", problem)
                 continue
+            if problem:
+                _log.info("the model repository can be read again")
+                problem = ""
             for decision in poller.observe(found.prints):
                 self._obey(decision)
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from thirdrail.errors import InvalidArgument
 from thirdrail_server.config import ModelControlMode, ServerConfig
+from thirdrail_server.repository.errors import RepositoryError
 from thirdrail_server.repository.fingerprint import Fingerprint, snapshot
 from thirdrail_server.repository.layout import ModelFolder, scan
 
@@ -26,11 +26,14 @@ def look(repository: Path) -> Look:
 
 
 def startup_names(config: ServerConfig, folders: Mapping[str, ModelFolder]) -> list[str]:
-    """Raises InvalidArgument when a model is wanted that is not there."""
+    """Raises RepositoryError when a model is wanted that is not there."""
     wanted = config.load_models
     if config.model_control is not ModelControlMode.EXPLICIT or "*" in wanted:
         return list(folders)
     for name in wanted:
         if name not in folders:
-            raise InvalidArgument(f"the repository has no model '{name}' to load at the start")
+            raise RepositoryError(
+                f"the model repository '{config.repository}' has no model '{name}' to load at the "
+                "start (--load-model)"
+            )
     return list(dict.fromkeys(wanted))
