@@ -23,7 +23,7 @@ from thirdrail_server.worker.session_device import SessionDevice
 from thirdrail_server.worker.version_spec import VersionSpec
 
 ALIGNMENT_BYTES = 256
-LIMITS = DeviceLimits(places_max=8, input_arena_bytes_max=4 << 20, output_arena_bytes_max=4 << 20)
+LIMITS = DeviceLimits(places_max=8, input_arena_bytes_max=2 << 20, output_arena_bytes_max=2 << 20)
 
 
 @dataclass(slots=True)
@@ -113,7 +113,7 @@ class DeviceSession:
             return self.device.is_idle and not self.device.has_works
 
         wait_until(is_idle)
-        assert not any(slot.is_taken for slot in self.device.output._slots)
+        assert not any(slot.is_taken for slot in self.device.output._slots[1:])
         self._input_end = 0
 
     def close(self) -> None:
