@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from thirdrail.dtypes import BY_NAME
 from thirdrail.tensors import TensorSpec
-from thirdrail_engines.cuda.placed import Placement, Rows, pieces_of
+from thirdrail_engines.cuda.placed import Placement, Rows, pieces_of, spans_for_host
 from thirdrail_engines.engine import EngineError
 from thirdrail_engines.plans import Shape
 
@@ -30,11 +30,12 @@ def nowhere(own: Mapping[str, Shape]) -> dict[str, int]:
     pytest.fail("there is nothing to be placed")
 
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=6))
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6))
 def test_each_element_goes_to_its_owner_once(counts: list[int]) -> None:
     rows = sum(counts)
     shapes = {"y": (rows, 3), "z": (rows,), "e": (rows, 0)}
     found: dict[str, list[int]] = {"y": [], "z": []}
+    placements: list[Placement] = []
     stop = 0
     for count in counts:
         start, stop = stop, stop + count
@@ -46,15 +47,34 @@ def test_each_element_goes_to_its_owner_once(counts: list[int]) -> None:
 
         placement = Placement(["e", "y", "z"], Rows(start, stop, rows), place, nothing)
         pieces = list(pieces_of(placement, OUTPUTS, shapes, SOURCES))
+        placements.append(placement)
         assert told == {"y": (count, 3), "z": (count,), "e": (count, 0)}
-        assert len(pieces) == (2 if count else 0), "nothing is copied where there is nothing"
-        for piece, name in zip(pieces, ("y", "z"), strict=False):
+        for piece, name in zip(pieces, ("y", "z"), strict=True):  # and not what has no bytes
             assert piece.target == SOURCES[name] + (1 << 30)
             first = piece.source - SOURCES[name]
             found[name] += range(first, first + piece.nbytes)
     for spec in OUTPUTS[:2]:
         total = math.prod(shapes[spec.name]) * spec.dtype.itemsize
         assert found[spec.name] == list(np.arange(total))
+        assert list(spans_for_host(placements, spec.name, total)) == []
+        assert list(spans_for_host([], spec.name, total)) == ([(0, total)] if total else [])
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.booleans()), min_size=1, max_size=8))
+def test_what_nobody_keeps_on_the_device_goes_to_the_host(members: list[tuple[int, bool]]) -> None:
+    """Each of some rows, and whether it keeps them."""
+    rows = sum(count for count, _ in members)
+    placements: list[Placement] = []
+    expected: list[int] = []
+    stop = 0
+    for count, is_kept in members:
+        start, stop = stop, stop + count
+        kept = ["z"] if is_kept else []
+        placements.append(Placement(kept, Rows(start, stop, rows), nowhere, nothing))
+        expected += [] if is_kept else range(8 * start, 8 * stop)
+    spans = list(spans_for_host(placements, "z", 8 * rows))
+    assert [byte for span in spans for byte in range(*span)] == expected
+    assert all(start < stop for start, stop in spans)
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (6,)])

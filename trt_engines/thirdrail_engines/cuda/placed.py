@@ -27,7 +27,7 @@ class Placed(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """start, stop: of one request, among as many as the batch has."""
+    """start, stop: of one request, among as many as the batch has; 1 or more."""
 
     start: int
     stop: int
@@ -84,6 +84,24 @@ def pieces_of(
         if nbytes:
             source = sources[spec.name] + first * spec.dtype.itemsize
             yield Piece(places[spec.name], source, nbytes)
+
+
+def spans_for_host(
+    placements: Sequence[Placement], name: str, nbytes: int
+) -> Iterator[tuple[int, int]]:
+    """Where the rows of a result begin and end, in bytes, that no request keeps on the device.
+
+    placements: in the order of their rows.
+    """
+    kept = [each.rows for each in placements if each.rows is not None and name in each.on_device]
+    row_bytes = nbytes // kept[0].of_all if kept else 0
+    start = 0
+    for rows in kept:
+        if rows.start * row_bytes > start:
+            yield start, rows.start * row_bytes
+        start = rows.stop * row_bytes
+    if nbytes > start:
+        yield start, nbytes
 
 
 def _own_shape(name: str, shape: Shape, rows: Rows | None) -> Shape:

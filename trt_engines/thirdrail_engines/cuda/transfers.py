@@ -11,6 +11,7 @@ from thirdrail.tensors import Array, TensorSpec
 from thirdrail_engines.cuda.device import PinnedMemory, Stream
 from thirdrail_engines.cuda.layout import Layout, lay_out
 from thirdrail_engines.cuda.parts import parts_of
+from thirdrail_engines.cuda.placed import spans_for_host
 from thirdrail_engines.cuda.request import Request
 from thirdrail_engines.cuda.staging import PinnedPool
 from thirdrail_engines.plans import Shape
@@ -55,8 +56,9 @@ class Transfers:
         stream: Stream,
     ) -> Callable[[], dict[str, Array]]:
         """Begin to copy the wanted results from where they are on the device. Returns what makes
-        arrays of them when that is done: views of pinned memory where the request receives them.
-        Raises EngineError when one does not fit its array."""
+        arrays of them when that is done: views of pinned memory where the request receives them,
+        without the rows that stay on the device. Raises EngineError when one does not fit its
+        array."""
         self._request.check_results(shapes)
         wanted = [tensor for tensor in outputs if tensor.name in self._request.wanted]
         layout = lay_out(wanted, shapes)
@@ -70,8 +72,9 @@ class Transfers:
                 target = self._request.target(tensor, shape)
             results[tensor.name] = target
             place = _address(target) if block is None else block.address + offset
-            if target.nbytes:
-                stream.copy_out(place, sources[tensor.name], target.nbytes)
+            spans = spans_for_host(self._request.placements, tensor.name, target.nbytes)
+            for start, stop in spans:
+                stream.copy_out(place + start, sources[tensor.name] + start, stop - start)
 
         def collect() -> dict[str, Array]:
             is_there = block is None or self._request.receive is not None
