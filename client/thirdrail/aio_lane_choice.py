@@ -11,7 +11,8 @@ from thirdrail.errors import FailedPrecondition, NotFound, ThirdrailError, Unava
 from thirdrail.failures import with_note
 from thirdrail.lane.attach import ASK_TIMEOUT_S
 from thirdrail.models import DescriptionCache, ModelDescription
-from thirdrail.requests import InferOptions, Inputs, needs_description, require_timeout
+from thirdrail.option_values import require_timeout
+from thirdrail.requests import InferOptions, Inputs, needs_description
 
 if TYPE_CHECKING:  # needs Linux
     from thirdrail.lane.aio_session import AsyncSession

@@ -35,7 +35,7 @@ class AsyncServerCalls(ABC):
 
     async def _describe(self, model: str, version: int, timeout: float | None) -> ModelDescription:
         connection = self._connected()
-        request = models_pb2.DescribeRequest(name=model, version=version)
+        request = models.describe_request(model, version)
         with rpc_errors(connection.address, timeout):
             response = await connection.models.Describe(request, timeout=timeout)
         return models.description_of_message(response)

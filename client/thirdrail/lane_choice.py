@@ -12,7 +12,8 @@ from thirdrail.failures import with_note
 from thirdrail.lane.attach import ASK_TIMEOUT_S
 from thirdrail.lane.calls import NotSent
 from thirdrail.models import DescriptionCache, ModelDescription
-from thirdrail.requests import InferOptions, Inputs, needs_description, require_timeout
+from thirdrail.option_values import require_timeout
+from thirdrail.requests import InferOptions, Inputs, needs_description
 from thirdrail.server_calls import ServerCalls
 from thirdrail.transport import needs_lane
 

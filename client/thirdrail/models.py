@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from thirdrail import dtypes
-from thirdrail.errors import NotFound, ThirdrailError, Unavailable
+from thirdrail.errors import InvalidArgument, NotFound, ThirdrailError, Unavailable
 from thirdrail.failures import with_note
 from thirdrail.tensors import TensorSpec
 from thirdrail.v1 import models_pb2 as pb
@@ -139,6 +139,17 @@ class DescriptionCache:
 
 
 OnProgress = Callable[[LoadProgress], None]
+
+
+def describe_request(model: str, version: int) -> pb.DescribeRequest:
+    """Raises InvalidArgument for a name or a number that no model has."""
+    try:
+        return pb.DescribeRequest(name=model, version=version)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(
+            f"no model is called {model!r:.100} or has the version {version!r:.100}, expected a "
+            f"str and an int of 64 bits: {error}"
+        ) from None
 
 
 def status_of_message(message: pb.ModelStatus) -> ModelStatus:

@@ -15,6 +15,15 @@ from thirdrail.errors import (
     Unimplemented,
 )
 from thirdrail.models import ModelDescription
+from thirdrail.option_values import (
+    cannot_be_sent,
+    parameter,
+    require_outputs,
+    require_parameters,
+    require_text,
+    require_timeout,
+    require_whole_numbers,
+)
 from thirdrail.tensors import Array, TensorSpec
 from thirdrail.v1 import inference_pb2 as pb
 
@@ -23,13 +32,11 @@ from thirdrail.v1 import inference_pb2 as pb
 Inputs = Mapping[str, Any] | Any
 ParameterValue = bool | int | float | str
 
-TIMEOUT_S_MAX = 1e9  # 30 years; gRPC's own clock overflows at 300
-
 
 class InferOptions(TypedDict, total=False):
     """Everything that a request may say beside its model and inputs."""
 
-    outputs: Sequence[str] | None  # the outputs wanted, in this order; none: all
+    outputs: Sequence[str] | None  # the outputs wanted; none: all
     version: int  # 0: the newest one that is ready
     request_id: str | None  # given back in the result and written to the server's log
     timeout: float | None  # seconds until TimedOut is raised; none: wait
@@ -184,8 +191,12 @@ def write_options(
     borrow: says nothing to the server.
     Raises InvalidArgument for values that cannot be sent, TypeError for an option of another name.
     """
-    if isinstance(outputs, str):
-        raise InvalidArgument(f"outputs must be a sequence of names, got the string '{outputs}'")
+    require_text("the name of a model", model)
+    require_whole_numbers(version=version, priority=priority, classes=classes or 0)
+    require_outputs(outputs or ())
+    require_parameters(parameters or {})
+    if request_id is not None:
+        require_text("request_id", request_id)
     if classes and not outputs:
         assert description is not None
         outputs = [spec.name for spec in description.outputs]
@@ -198,14 +209,9 @@ def write_options(
         for name in outputs or ():
             request.outputs.add(name=name, class_count=classes or 0)
         for name, value in (parameters or {}).items():
-            request.parameters[name].CopyFrom(_parameter(name, value))
+            request.parameters[name].CopyFrom(parameter(name, value))
     except ValueError as error:
         raise cannot_be_sent(error) from None
-
-
-def cannot_be_sent(error: ValueError) -> InvalidArgument:
-    """Of a number that a message's field does not hold, or text that UTF-8 does not."""
-    return InvalidArgument(f"an option of the request cannot be sent: {error}")
 
 
 def outcome_of_answer(answer: pb.InferResponse) -> Result | ThirdrailError:
@@ -253,38 +259,6 @@ def only_input(description: ModelDescription) -> TensorSpec:
             "pass a mapping from their names to arrays"
         )
     return description.inputs[0]
-
-
-def _parameter(name: str, value: ParameterValue) -> pb.Parameter:
-    match value:
-        case bool():
-            return pb.Parameter(bool_value=value)
-        case int():
-            return _whole_number(name, value)
-        case float():
-            return pb.Parameter(double_value=value)
-        case str():
-            return pb.Parameter(string_value=value)
-    raise InvalidArgument(
-        f"parameter '{name}' must be bool, int, float or str, got {type(value).__name__}"
-    )
-
-
-def _whole_number(name: str, value: int) -> pb.Parameter:
-    if -(1 << 63) <= value < 1 << 63:
-        return pb.Parameter(int_value=value)
-    if 0 < value < 1 << 64:
-        return pb.Parameter(uint_value=value)
-    raise InvalidArgument(f"parameter '{name}' must fit 64 bits, got {value}")
-
-
-def require_timeout(timeout: float | None) -> None:
-    """Raises InvalidArgument for one that no clock takes."""
-    if timeout is not None and not 0 < timeout <= TIMEOUT_S_MAX:
-        raise InvalidArgument(
-            f"timeout must be above 0 and at most {TIMEOUT_S_MAX:g} seconds, got {timeout}; None "
-            "waits for ever"
-        )
 
 
 def _microseconds(timeout: float | None) -> int:

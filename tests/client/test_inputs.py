@@ -3,6 +3,7 @@
 
 import array as arrays
 import mmap
+import re
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from thirdrail.arrays import array_of_value, has_dtype
 from thirdrail.dtypes import BY_NAME
 from thirdrail.errors import InvalidArgument
 from thirdrail.lane.encoding import Encoder
-from thirdrail.models import DescriptionCache, ModelDescription, ModelStatus
+from thirdrail.models import DescriptionCache, ModelDescription, ModelStatus, describe_request
 from thirdrail.requests import InferOptions, Result, needs_description, write_request
 from thirdrail.tensors import TensorSpec
 from thirdrail.v1 import inference_pb2 as pb
@@ -220,9 +221,51 @@ def test_outputs_as_one_string_is_a_mistake() -> None:
         request_of({}, outputs="prob")
 
 
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"version": "1"}, "version must be an int, got the str '1'"),
+        ({"version": None}, "version must be an int, got the NoneType None"),
+        ({"priority": 1.5}, "priority must be an int, got the float 1.5"),
+        ({"classes": "2"}, "classes must be an int, got the str '2'"),
+        ({"outputs": [3]}, "the name of an output must be a str, got the int 3"),
+        ({"outputs": 3}, "outputs must be a sequence of names, got the int 3"),
+        ({"outputs": iter("yz")}, "outputs must be a sequence of names, got the str_"),
+        ({"request_id": 5}, "request_id must be a str, got the int 5"),
+        ({"timeout": "1"}, "timeout must be a float or an int, got the str '1'"),
+        ({"timeout": np.float32(5)}, "timeout must be a float or an int, got the float32"),
+        ({"parameters": [("p", 1)]}, "parameters must be a mapping from names to values, got the"),
+        ({"parameters": {1: 1}}, "the name of a parameter must be a str, got the int 1"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(bad: Any, said: str) -> None:
+    with pytest.raises(InvalidArgument, match=re.escape(said)):
+        request_of({}, **bad)
+    encoder = Encoder()
+    encoder.options("m", None, {"timeout": 5.0})  # equal to that of FP32, and kept
+    with pytest.raises(InvalidArgument, match=re.escape(said)):
+        encoder.options("m", None, bad)
+
+
+@pytest.mark.parametrize(("model", "version"), [(3, 0), ("\ud800", 0), ("m", 1 << 70), ("m", "1")])
+def test_a_model_that_cannot_be_asked_for_is_named(model: Any, version: Any) -> None:
+    with pytest.raises(InvalidArgument, match="no model is called"):
+        describe_request(model, version)
+
+
+def test_scalars_of_numpy_are_parameters() -> None:
+    given = {"i": np.int64(-2), "f": np.float32(0.5), "b": np.bool_(True), "s": np.str_("x")}
+    parameters = request_of({}, parameters=given).parameters
+    assert (parameters["i"].int_value, parameters["f"].double_value) == (-2, 0.5)
+    assert (parameters["b"].bool_value, parameters["s"].string_value) == (True, "x")
+
+
 def test_an_option_of_another_name_is_a_mistake() -> None:
     with pytest.raises(TypeError, match="timeout_s"):
         request_of({}, timeout_s=1)
+    for value in (1, ["y"]):
+        with pytest.raises(TypeError, match="names"):
+            Encoder().options("m", None, {"names": value})  # type: ignore[typeddict-unknown-key]
 
 
 def test_a_tensor_alone_is_for_models_with_one_input() -> None:

@@ -16,11 +16,14 @@ from thirdrail import dtypes
 from thirdrail.dtypes import BYTES, DType
 from thirdrail.lane.packets import varint
 from thirdrail.models import ModelDescription
-from thirdrail.requests import InferOptions, cannot_be_sent, write_options
+from thirdrail.option_values import cannot_be_sent, require_text
+from thirdrail.requests import InferOptions, write_options
 from thirdrail.tensors import Array
 from thirdrail.v1 import inference_pb2, tensor_pb2
 
 PARTS_KEPT_MAX = 1024
+_LISTS = (tuple, list)
+_PLAIN = (int, float, bool, type(None))
 
 # Keys of fields in the wire format: number << 3 | type.
 _REQUEST_ID_KEY = bytes((5 << 3 | 2,))
@@ -85,6 +88,7 @@ class Encoder:
         request_id = options.get("request_id")
         if not request_id:
             return part
+        require_text("request_id", request_id)
         try:
             text = request_id.encode()
         except UnicodeEncodeError as error:
@@ -142,12 +146,12 @@ def _key_of_options(model: str, options: InferOptions) -> object:
         return model
     if options.get("parameters") or (options.get("classes") and not options.get("outputs")):
         return None
-    outputs = options.get("outputs")
-    if isinstance(outputs, str):
-        return None  # refused when it is written
+    outputs = options.get("outputs") or ()
     apart = ("outputs", "request_id", "parameters")  # the last are none here
-    others = (item for item in options.items() if item[0] not in apart)
-    return (model, tuple(outputs or ()), *others)
+    others = [item for item in options.items() if item[0] not in apart]
+    if type(outputs) not in _LISTS or any(type(value) not in _PLAIN for _, value in others):
+        return None  # perhaps equal to what is plain, and yet to be refused when it is written
+    return (model, tuple(outputs), *others)
 
 
 def _native(array: Array) -> Array:
