@@ -98,6 +98,12 @@ class LoadedModel:
     def ready_versions(self) -> list[int]:
         return [version for version, failure in self.versions.items() if failure is None]
 
+    @property
+    def reservations(self) -> list[str]:
+        """What is not as the configuration has it, for the log."""
+        failures = ((v, text) for v, text in self.versions.items() if text is not None)
+        return [*(f"version {v} is not served: {text}" for v, text in failures), *self.warnings]
+
     def to_fields(self) -> Fields:
         return {
             "config": message_to_text(self.config),

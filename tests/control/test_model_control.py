@@ -66,6 +66,19 @@ async def test_a_missing_repository_is_told_at_once(repository: Any, open_plane:
             pass
 
 
+async def test_what_a_load_has_reservations_about_is_logged_once(
+    repository: Any, open_plane: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    repository.write("m")
+    repository.write("m", version=2)
+    async with open_plane() as plane:
+        await plane.until(plane.catalog.all_ready)
+        async with asyncio.timeout(30):
+            while "model 'm': " not in caplog.text:
+                await asyncio.sleep(0.005)
+    assert caplog.text.count("model 'm': a field has no effect") == 1
+
+
 async def test_explicit_mode_loads_what_is_asked_for(repository: Any, open_plane: Any) -> None:
     repository.write("a")
     repository.write("b")

@@ -7,7 +7,7 @@ What a worker does is in worker_models.py.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from thirdrail.errors import Internal, NotFound, ThirdrailError, Unavailable
@@ -183,6 +183,7 @@ class ModelLoads:
                 failures[each] = error
         if not loaded:
             raise next(iter(failures.values()))
+        _log_reservations(order, loaded.values())
         if not order.worker:
             await self._leave_others(order, failures, placed)
         if not order.is_patient:
@@ -285,3 +286,10 @@ class ModelLoads:
         if task.cancelled() or isinstance(task.exception(), ThirdrailError | None):
             return
         _log.error("model control failed", exc_info=task.exception())
+
+
+def _log_reservations(order: Order, loaded: Iterable[LoadedModel]) -> None:
+    """What is not as the configuration has it, once for all the model's parts."""
+    if not order.improves:  # else the load before has told it
+        for text in dict.fromkeys(text for each in loaded for text in each.reservations):
+            _log.warning("model '%s': %s", order.name, text)
