@@ -206,6 +206,26 @@ def test_sigterm_to_every_process_finishes_what_was_taken_as_well(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_nohup", [False, True])
+def test_the_end_of_a_terminal_is_an_orderly_end_unless_it_is_to_be_ignored(
+    small_repository: Path, start_server: StartServer, is_nohup: bool
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if is_nohup else signal.SIG_DFL)
+    try:
+        server = start_server(small_repository)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    for pid in (server.worker_pid(), server.pid):
+        os.kill(pid, signal.SIGHUP)
+    if is_nohup:
+        with server.channel() as channel:
+            assert infer(channel, [1]) == [1]
+        server.process.terminate()
+    assert server.process.wait(30) == 0
+    assert "died" not in server.log_text()
+
+
+@pytest.mark.slow
 def test_the_second_ctrl_c_ends_at_once(small_repository: Path, start_server: StartServer) -> None:
     server = start_server(small_repository)
     worker = server.worker_pid()

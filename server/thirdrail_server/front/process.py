@@ -219,7 +219,7 @@ class Front:
 
 
 async def run_front(config: ServerConfig) -> None:
-    """Serve until SIGTERM or SIGINT; a second one ends at once.
+    """Serve until SIGTERM, SIGINT or SIGHUP; a second one ends at once.
 
     Raises ConfigError or RepositoryError when the server cannot start.
     """
@@ -245,7 +245,7 @@ async def run_front(config: ServerConfig) -> None:
 
 
 def _until_signalled() -> asyncio.Event:
-    """Set by the first SIGTERM or SIGINT. The second one ends this process."""
+    """Set by the first SIGTERM, SIGINT or SIGHUP. The second one ends this process."""
     ending = asyncio.Event()
     first_s = 0.0
 
@@ -258,7 +258,10 @@ def _until_signalled() -> asyncio.Event:
             log.warning("told to end twice: ending at once")
             os._exit(1)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it: stay
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         asyncio.get_running_loop().add_signal_handler(number, end)
     return ending
 

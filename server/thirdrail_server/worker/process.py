@@ -57,10 +57,11 @@ def run_worker(config: WorkerConfig, inherited: InheritedSockets) -> int:
     configure_logging(process=f"worker {config.name}")
     sys.setswitchinterval(GIL_SWITCH_S)
     allow_descriptors()
-    # A terminal's Ctrl-C reaches the whole group, and a service manager's SIGTERM every process of
-    # the service: the front decides how its workers end, which may still have requests to answer.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A terminal's Ctrl-C and its end reach the whole group, and a service manager's SIGTERM every
+    # process of the service: the front decides how its workers end, which may still have requests
+    # to answer.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     with asyncio.Runner(loop_factory=lambda: new_loop(config.busy_poll_us)) as runner:
         runner.run(_serve(config, inherited))
     # A dying front's sockets close a moment before its death is known: then this is its death, and
