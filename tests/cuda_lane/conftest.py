@@ -41,7 +41,7 @@ def write_models(repository: Path) -> None:
     write(repository, "host_add", add())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """While it exists, models on the device compute nothing."""
     return tmp_path_factory.mktemp("gate") / "closed"
@@ -60,9 +60,9 @@ def worker(tmp_path_factory: pytest.TempPathFactory, gate: Path) -> Iterator[Run
             yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, gate: Path) -> Iterator[RunningServer]:
-    """A whole server, whose worker is like `worker`."""
+    """A whole server, whose worker has a twin as well. Those who kill it wait for the next one."""
     repository = tmp_path_factory.mktemp("repository")
     write_models(repository)
     folder = tmp_path_factory.mktemp("server")

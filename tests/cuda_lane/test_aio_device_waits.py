@@ -19,6 +19,7 @@ from support.server import RunningServer
 from thirdrail.aio import AsyncClient, AsyncDevice
 from thirdrail.device.twin_runtime import TwinRuntime
 from thirdrail.errors import Internal
+from thirdrail.lane.aio_room import Room
 
 
 @pytest.fixture
@@ -134,19 +135,46 @@ async def test_a_request_that_is_given_up(
         assert (await device.infer("twin_double", {"x": x}))["y"].numpy()[1] == 2
 
 
-async def test_a_request_that_is_given_up_before_it_is_sent(server: RunningServer) -> None:
+@pytest.mark.parametrize("how", ["cancelled", "timed out"])
+async def test_a_request_that_is_given_up_before_it_is_sent(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """It waits for room on the host."""
+    async with device_of(server) as (_, device):
+        large = {"x": np.ones(10_000, np.float32)}
+        with monkeypatch.context() as patch:
+            patch.setattr(Room, "refer", lambda *_: asyncio.Event().wait())
+            timeout = 0.02 if how == "timed out" else None
+            held = asyncio.ensure_future(device.infer("twin_double", large, timeout=timeout))
+            await until(lambda: held.done() or memory_of(device).places_free == 63)
+            if how == "cancelled":
+                held.cancel()
+            with pytest.raises((asyncio.CancelledError, thirdrail.NotNow)) as ended:
+                await held
+        if how == "timed out":
+            assert "no answer within 0.02 s" in str(ended.value)
+        assert has_all_places(device)
+        assert (await device.infer("twin_double", large))["y"].numpy()[1] == 2
+
+
+async def test_a_request_that_is_given_up_as_its_answer_comes(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with device_of(server) as (client, device):
         x = await device.array(X)
-        await device.infer("twin_double", {"x": x})
-        calls = [asyncio.ensure_future(device.infer("twin_double", {"x": x})) for _ in range(20)]
-        for turns, call in enumerate(calls):
-            for _ in range(turns % 4):
-                await asyncio.sleep(0)
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
-        del calls
-        gc.collect()
-        await until(lambda: has_all_places(device) and not client_calls(client))
+        session = await client._connected().access.session()
+        assert session is not None
+        answered, calls = session._on_response, list[asyncio.Future[Any]]()
+
+        def and_cancel(response: Any) -> None:
+            answered(response)
+            calls[0].cancel()
+
+        monkeypatch.setattr(session, "_on_response", and_cancel)
+        calls.append(asyncio.ensure_future(device.infer("twin_double", {"x": x})))
+        with pytest.raises(asyncio.CancelledError):
+            await calls[0]
+        await until(lambda: has_all_places(device))
 
 
 async def test_debug_mode_looks_at_inputs_on_the_host(
@@ -199,6 +227,7 @@ async def test_memory_is_unmapped_beside_the_loop(server: RunningServer) -> None
     assert not thread.is_alive()
 
 
+@pytest.mark.slow
 async def test_the_server_dies(server: RunningServer, gate: Path) -> None:
     """What is mapped stays, who waits is told, and the next worker has a device as well."""
     async with device_of(server) as (client, device):
