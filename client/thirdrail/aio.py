@@ -21,6 +21,7 @@ from thirdrail.failures import IS_CLOSED, rpc_errors
 from thirdrail.lane.aio_lane_stream import AsyncLaneStream
 from thirdrail.lane.calls import NotSent, timed_out
 from thirdrail.lane.encoding import Encoder
+from thirdrail.models import DescriptionCache
 from thirdrail.requests import (
     InferOptions,
     Inputs,
@@ -205,6 +206,11 @@ class AsyncClient(AsyncLaneChoice):
         trace: TracebackType | None,
     ) -> None:
         await self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickled or copied, it is a client of its own with the same settings."""
+        anew = {"_connection": None, "_encoder": Encoder(), "_descriptions": DescriptionCache()}
+        return self.__dict__ | anew | {"_rule": LaneRule(self._rule.choice)}
 
     def __repr__(self) -> str:
         if self._connection is not None:

@@ -21,6 +21,7 @@ from thirdrail.failures import IS_CLOSED, rpc_errors
 from thirdrail.lane.busy_poll import LONGEST_US, BusyWindow
 from thirdrail.lane.encoding import Encoder
 from thirdrail.lane_choice import LaneChoice
+from thirdrail.models import DescriptionCache
 from thirdrail.requests import (
     InferOptions,
     Inputs,
@@ -247,6 +248,17 @@ class Client(LaneChoice):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickled or copied, it is a client of its own with the same settings."""
+        anew: dict[str, Any] = {
+            "_connection": None,
+            "_inherited": [],
+            "_locks": {},
+            "_encoder": Encoder(),
+        }
+        anew |= {"_rule": LaneRule(self._rule.choice), "_descriptions": DescriptionCache()}
+        return self.__dict__ | anew
 
     def __repr__(self) -> str:
         connection = self._connection

@@ -134,6 +134,11 @@ class Result(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._held())
 
+    def __reduce__(self) -> "tuple[Any, ...]":
+        """Pickles and copies have arrays of their own, also those of a borrowed result."""
+        arrays = {name: array.copy() for name, array in self._held().items()}
+        return _with_own_arrays, (self._response, arrays)
+
     def __repr__(self) -> str:
         whose = f"Result of {self.model_name} version {self.model_version}"
         if self._arrays is None:
@@ -145,6 +150,12 @@ class Result(Mapping[str, Array]):
         if self._arrays is None:
             raise FailedPrecondition("this result was released: its arrays are gone")
         return self._arrays
+
+
+def _with_own_arrays(response: pb.InferResponse, arrays: dict[str, Array]) -> Result:
+    for array in arrays.values():
+        array.flags.writeable = False
+    return Result(response, arrays)
 
 
 def needs_description(inputs: Inputs, options: InferOptions) -> bool:

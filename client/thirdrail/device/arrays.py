@@ -2,7 +2,7 @@
 """Tensors in memory of the server's device, as a client has them."""
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -44,6 +44,9 @@ class DeviceResult(Result):
 
     def __getitem__(self, name: str) -> Any:
         return super().__getitem__(name)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a result on the device cannot be pickled; `numpy()` of its arrays can")
 
 
 class DeviceArray:

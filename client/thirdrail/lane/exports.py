@@ -8,7 +8,7 @@ import binascii
 import math
 import mmap
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 import numpy as np
 
@@ -176,6 +176,12 @@ class SharedTensor:
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.array.__dlpack_device__()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a shared tensor cannot be pickled: send the token of `client.export(tensor)`, or "
+            "pickle its `array`, which copies it"
+        )
 
     def __enter__(self) -> Self:
         return self
