@@ -12,8 +12,8 @@ import pytest
 from devices.test_host_with_gpus import FIRST, ON_CPU, OTHER, ROW, Host, on, until
 from support.models import add, write
 from support.server import running_server
-from thirdrail import Client
-from thirdrail.aio import AsyncClient
+from thirdrail import CallerError, Client, Device
+from thirdrail.aio import AsyncClient, AsyncDevice
 from thirdrail.errors import NotFound
 from thirdrail.probing import probe_server
 from thirdrail.v1 import sessions_pb2, sessions_pb2_grpc
@@ -104,6 +104,23 @@ async def test_the_same_from_asyncio(host: Host) -> None:
         assert await asyncio.to_thread(lanes.workers) == {FIRST, OTHER, "cpu"}
         with pytest.raises(NotFound, match="'nothing' is not found"):
             await client.infer("nothing", ROW)
+
+
+async def test_a_device_is_that_of_its_worker(host: Host) -> None:
+    uuids = [worker.removeprefix("cuda:") for worker in (FIRST, OTHER)]
+    with Client(host.server.url) as client:
+        devices = [Device(client, wanted) for wanted in ("cuda", *uuids)]
+        assert [each.uuid for each in devices] == [uuids[0], *uuids]
+        for each in devices:
+            assert each.infer("everywhere", each.array(ROW))["c"].numpy()[0, 0] == 1
+        with pytest.raises(CallerError, match="not on 'GPU-none'"):
+            Device(client, "GPU-none")
+    async with AsyncClient(host.server.url) as other:
+        for wanted, uuid in (("", uuids[0]), (uuids[1][:12].lower(), uuids[1])):
+            device = await AsyncDevice(other, wanted)
+            assert device.uuid == uuid
+            result = await device.infer("everywhere", await device.array(ROW))
+            assert result["c"].numpy()[0, 0] == 1
 
 
 async def test_a_model_that_moved_is_found_again(host: Host) -> None:

@@ -22,10 +22,12 @@ from thirdrail_engines import (
     cuda_engines,
     load,
 )
+from thirdrail_engines.cuda.device import Capabilities
 from thirdrail_engines.cuda.engine import CudaEngine, CudaOptions
 from thirdrail_engines.cuda.twin import TwinDevice
 from thirdrail_engines.cuda.twin_program import TwinProgram
 
+SHARES = Capabilities(has_virtual_memory=True, has_posix_fds=True, has_ipc_events=True)
 ELEMENTS_MAX = 64  # of a tensor with an open dimension
 
 _twins: dict[str, TwinDevice] = {}
@@ -34,7 +36,7 @@ _twins: dict[str, TwinDevice] = {}
 def twin(uuid: str) -> TwinDevice:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == uuid, "a worker sees its own device alone"
     (facts,) = [each for each in GPUS if each.uuid == uuid]
-    return _twins.setdefault(uuid, TwinDevice(facts))
+    return _twins.setdefault(uuid, TwinDevice(facts, capabilities=SHARES))
 
 
 class Weighty(TwinProgram):
