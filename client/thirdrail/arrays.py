@@ -6,15 +6,18 @@ server says so. Plain Python values have no dtype of their own and take the one 
 declares.
 """
 
+import sys
 from typing import Any, TypeGuard
 
 import numpy as np
 
 from thirdrail import dtypes
-from thirdrail.dtypes import BYTES, DType
+from thirdrail.dtypes import BF16, BYTES, DType
 from thirdrail.errors import InvalidArgument
 from thirdrail.tensors import Array, TensorSpec
 
+# What numpy and other libraries raise for what they cannot show as an array.
+UNREADABLE = (TypeError, ValueError, OverflowError, RuntimeError, BufferError)
 _ARRAY_METHODS = ("__array__", "__array_interface__", "__dlpack__")
 
 
@@ -37,16 +40,21 @@ def array_of_value(name: str, value: Any, spec: TensorSpec | None) -> Array:
         return value
     try:
         if has_dtype(value):
-            return _array_of_array(value)
+            return array_of_array(value)
         assert spec is not None, "plain values are converted by the model's declaration"
         return _array_of_plain(value, spec)
-    except (TypeError, ValueError, OverflowError, RuntimeError, BufferError) as error:
+    except (*UNREADABLE, InvalidArgument) as error:
         raise InvalidArgument(
             f"cannot send {type(value).__name__} as input '{name}': {error}"
         ) from error
 
 
-def _array_of_array(value: Any) -> Array:
+def array_of_array(value: Any) -> Array:
+    """Of what `has_dtype`. Raises one of UNREADABLE."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16:
+        bits: Array = value.view(torch.int16).numpy()  # numpy has no such type
+        return bits.view(_numpy_of(BF16))
     if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
         return np.from_dlpack(value)
     return np.asarray(value)
@@ -69,19 +77,28 @@ _TAKES = {"b": "b", "i": "biu", "u": "biu", "f": "biuf"}
 
 
 def _array_of_numbers(value: Any, dtype: DType) -> Array:
-    if dtype.numpy is None:
-        raise TypeError("BF16 needs the package ml_dtypes")
+    wanted = _numpy_of(dtype)
     natural = np.asarray(value)
-    takes = _TAKES.get(dtype.numpy.kind, "biuf")
-    if natural.size and natural.dtype.kind not in takes and natural.dtype != dtype.numpy:
+    kind = natural.dtype.kind
+    if kind == "O" or (kind == "f" and wanted.kind in "iu"):
+        exact = np.asarray(value, np.object_)
+        if all(isinstance(element, int | np.integer) for element in exact.flat):
+            natural, kind = exact, "i"  # beyond INT64, which numpy takes for FP64 or for objects
+    if natural.size and kind not in _TAKES.get(wanted.kind, "biuf") and natural.dtype != wanted:
         raise TypeError(f"its elements are {natural.dtype}, expected {dtype.name}")
-    if dtype.numpy.kind in "iu" and natural.size:
-        limits = np.iinfo(dtype.numpy)
+    if wanted.kind in "iu" and natural.size:
+        limits = np.iinfo(wanted)
         for extreme in (int(natural.min()), int(natural.max())):
             if not limits.min <= extreme <= limits.max:
                 raise OverflowError(f"{extreme} does not fit {dtype.name}")
     with np.errstate(over="ignore"):  # too large for FP16 is infinity, as everywhere
-        return natural.astype(dtype.numpy)
+        return natural.astype(wanted)
+
+
+def _numpy_of(dtype: DType) -> np.dtype[Any]:
+    if dtype.numpy is None:
+        raise TypeError("BF16 needs the package ml_dtypes")
+    return dtype.numpy
 
 
 def _array_of_strings(value: Any) -> Array:

@@ -98,7 +98,7 @@ _BY_NUMPY: dict[np.dtype[Any], DType] = {
 
 BYTES = BY_NAME["BYTES"]
 BOOL = BY_NAME["BOOL"]
-_BF16 = BY_NAME["BF16"]
+BF16 = BY_NAME["BF16"]
 _BF16_NAME = "bfloat16"  # numpy's name for the type of ml_dtypes, known once that is imported
 
 
@@ -110,8 +110,11 @@ def extent(
     dtype: numpy's, or one of our names, like "FP32".
     Raises InvalidArgument for a shape or a type that no array has.
     """
-    dims = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
+    dims = (shape,) if isinstance(shape, int | np.integer) else shape
     wanted = _numpy_type(dtype)
+    if not isinstance(dims, Iterable):
+        raise InvalidArgument(f"a shape is an int or a sequence of them, got {shape!r}")
+    dims = tuple(dims)
     if not all(isinstance(dim, int | np.integer) and dim >= 0 for dim in dims):
         raise InvalidArgument(f"a shape has numbers from 0, got {list(dims)}")
     plain = tuple(map(int, dims))
@@ -121,7 +124,7 @@ def extent(
 def _numpy_type(dtype: npt.DTypeLike) -> np.dtype[Any]:
     row = None
     if isinstance(dtype, str):
-        row = _BF16 if dtype == _BF16_NAME else BY_NAME.get(dtype)
+        row = BF16 if dtype == _BF16_NAME else BY_NAME.get(dtype)
     if row is not None:
         if row.numpy is None:
             raise InvalidArgument("arrays of BF16 need ml_dtypes: pip install ml_dtypes")
@@ -144,13 +147,16 @@ def dtype_of_value(value: int) -> DType:
 
 def dtype_of_array(array: npt.NDArray[Any]) -> DType:
     """The row of an array's dtype; text is BYTES. Raises InvalidArgument for other types."""
-    row = _BY_NUMPY.get(array.dtype) or _BY_NUMPY.get(array.dtype.newbyteorder("="))
+    row = _BY_NUMPY.get(array.dtype)
     if row is not None:
         return row
-    if array.dtype.name == _BF16_NAME:
-        return _BF16
-    if array.dtype.kind in "SU":
+    if array.dtype.kind in "SUT":  # T: numpy's StringDType
         return BYTES
+    if array.dtype.name == _BF16_NAME:
+        return BF16
+    row = _BY_NUMPY.get(array.dtype.newbyteorder("="))
+    if row is not None:
+        return row
     raise InvalidArgument(
         f"cannot send an array of {array.dtype}, expected one of {', '.join(BY_NAME)}"
     )

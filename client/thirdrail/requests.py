@@ -177,7 +177,10 @@ def write_request(
     """Fills in an empty request, which may be part of a stream's message. See `write_options`."""
     write_options(request, model, description, **options)
     for name, array in named_arrays(inputs, description).items():
-        dtype, data = dtypes.dtype_of_array(array), tensors.bytes_of_array(array)
+        try:
+            dtype, data = dtypes.dtype_of_array(array), tensors.bytes_of_array(array)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"input '{name}': {error}") from None
         # Filled in place: appending a finished tensor would copy its bytes once more.
         request.inputs.add(name=name, data_type=dtype.value, shape=array.shape, raw=bytes(data))
 

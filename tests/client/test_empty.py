@@ -38,6 +38,7 @@ def test_types_go_by_numpys_names(client: Client) -> None:
     [
         (2, "FP31", "'FP31' is no element type, expected numpy's or one of BOOL, UINT8"),
         (-1, "FP32", r"a shape has numbers from 0, got \[-1\]"),
+        (2.5, "FP32", r"a shape is an int or a sequence of them, got 2\.5"),
         ((2, 1.5), "FP32", r"a shape has numbers from 0, got \[2, 1.5\]"),
     ],
 )

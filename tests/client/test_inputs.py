@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from thirdrail.arrays import array_of_value, has_dtype
-from thirdrail.dtypes import BY_NAME
+from thirdrail.dtypes import BY_NAME, encode_bytes
 from thirdrail.errors import InvalidArgument
 from thirdrail.lane.encoding import Encoder
 from thirdrail.models import DescriptionCache, ModelDescription, ModelStatus, describe_request
@@ -81,6 +81,8 @@ def test_what_cannot_be_read_says_why(value: object) -> None:
         ([0.5], "BF16", None),
         ([1e10], "FP16", np.array([np.inf], np.float16)),
         ([(1 << 64) - 1], "UINT64", np.array([(1 << 64) - 1], np.uint64)),
+        ([[1 << 63, 1]], "UINT64", np.array([[1 << 63, 1]], np.uint64)),  # FP64 to numpy
+        ([1 << 64], "FP32", np.array([1 << 64], np.float32)),
         ([], "INT32", np.array([], np.int32)),
         ([np.float32(1.5)], "FP64", np.array([1.5])),
     ],
@@ -101,16 +103,41 @@ def test_lists_take_the_declared_type(value: Any, dtype: str, wanted: Any) -> No
         (None, "FP32", "object, expected FP32"),
         ([256], "UINT8", "256 does not fit UINT8"),
         ([-1], "UINT64", "-1 does not fit UINT64"),
-        ([1 << 70], "INT64", "object, expected INT64"),
+        ([1 << 70], "INT64", "1180591620717411303424 does not fit INT64"),
+        ([1.0, 1 << 63], "UINT64", "float64, expected UINT64"),
         ([1], "BOOL", "int64, expected BOOL"),
         ([[1, 2], [3]], "INT32", "inhomogeneous"),
         (b"raw", "FP32", "np.frombuffer"),
-        ([b"a", 1], "BYTES", "must be bytes or str"),
+        ([b"a", 1], "BYTES", "as input 'x': a BYTES element must be bytes or str"),
     ],
 )
 def test_nothing_is_rounded_parsed_or_invented(value: Any, dtype: str, text: str) -> None:
     with pytest.raises(InvalidArgument, match=text):
         array_of_value("x", value, spec(dtype, -1))
+
+
+@pytest.mark.parametrize("bad", [np.zeros(2, "c8"), np.array(["a", 1], object)])
+def test_an_array_that_cannot_be_sent_is_named(bad: Any) -> None:
+    with pytest.raises(InvalidArgument, match="input 'x': "):
+        request_of({"x": bad})
+    with pytest.raises(InvalidArgument, match="input 'x': "):
+        Encoder().inputs({"x": bad}, 100)
+
+
+def test_text_of_numpys_own_type_is_bytes() -> None:
+    text = np.array(["a", "\u00e4"], np.dtypes.StringDType())
+    assert request_of({"x": text}).inputs[0].raw == encode_bytes(["a", "\u00e4"])
+
+
+@pytest.mark.needs_torch
+def test_a_tensor_of_bf16_is_sent_without_a_copy() -> None:
+    import torch
+
+    given = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
+    sent = array_of_value("x", given.T, None)
+    assert (sent.dtype, sent.tolist()) == (BY_NAME["BF16"].numpy, [[0, 3], [1, 4], [2, 5]])
+    given[0, 0] = 7
+    assert sent[0, 0] == 7
 
 
 def test_one_value_gets_the_declared_rank() -> None:

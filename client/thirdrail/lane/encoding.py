@@ -14,6 +14,7 @@ import numpy as np
 
 from thirdrail import dtypes
 from thirdrail.dtypes import BYTES, DType
+from thirdrail.errors import InvalidArgument
 from thirdrail.lane.packets import varint
 from thirdrail.models import ModelDescription
 from thirdrail.option_values import cannot_be_sent, require_text
@@ -105,25 +106,28 @@ class Encoder:
         parts: list[bytes] = []
         large: list[LargeInput] = []
         left = inline_bytes_max
-        for name, array in arrays.items():
-            header = self._headers.get((name, array.dtype, array.shape)) or self._header(
-                name, array
-            )
-            if 0 <= header.nbytes <= left:
-                left -= header.nbytes
-                parts.append(header.inline)
-                parts.append(array.tobytes() if header.is_native else _native(array).tobytes())
-                continue
-            if header.nbytes >= 0:
-                large.append(LargeInput(name, header.tensor, array))
-                continue
-            data = dtypes.encode_bytes(array.ravel().tolist())
-            if len(data) > left:
-                large.append(LargeInput(name, header.tensor, np.frombuffer(data, np.uint8)))
-                continue
-            left -= len(data)
-            parts.append(_inline(header.tensor, len(data)))
-            parts.append(data)
+        try:
+            for name, array in arrays.items():
+                header = self._headers.get((name, array.dtype, array.shape)) or self._header(
+                    name, array
+                )
+                if 0 <= header.nbytes <= left:
+                    left -= header.nbytes
+                    parts.append(header.inline)
+                    parts.append(array.tobytes() if header.is_native else _native(array).tobytes())
+                    continue
+                if header.nbytes >= 0:
+                    large.append(LargeInput(name, header.tensor, array))
+                    continue
+                data = dtypes.encode_bytes(array.ravel().tolist())
+                if len(data) > left:
+                    large.append(LargeInput(name, header.tensor, np.frombuffer(data, np.uint8)))
+                    continue
+                left -= len(data)
+                parts.append(_inline(header.tensor, len(data)))
+                parts.append(data)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"input '{name}': {error}") from None
         return parts, large
 
     def _header(self, name: str, array: Array) -> _Header:

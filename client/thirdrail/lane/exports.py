@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Protocol, Self
 
 import numpy as np
 
-from thirdrail.arrays import array_of_value, has_dtype
+from thirdrail.arrays import UNREADABLE, array_of_array, has_dtype
 from thirdrail.dtypes import BYTES, dtype_of_array, dtype_of_value
 from thirdrail.errors import FailedPrecondition, Internal, InvalidArgument, ThirdrailError
 from thirdrail.lane.memory import map_chunk
@@ -56,7 +56,10 @@ def array_to_export(value: Any) -> Array:
     """The array that `value` is. Raises InvalidArgument for what cannot be shared."""
     if not has_dtype(value):
         raise InvalidArgument(f"only arrays can be exported, got {type(value).__name__}")
-    array = array_of_value("to be exported", value, None)
+    try:
+        array = value if isinstance(value, np.ndarray) else array_of_array(value)
+    except UNREADABLE as error:
+        raise InvalidArgument(f"cannot export {type(value).__name__}: {error}") from error
     if dtype_of_array(array) is BYTES:
         raise InvalidArgument("strings cannot be exported: their elements vary in size")
     return array
