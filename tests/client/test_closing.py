@@ -3,7 +3,10 @@
 nothing open."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import gc
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,3 +138,79 @@ def test_a_borrowed_result_outlives_its_loop(server: RunningServer, is_closed: b
         assert result.is_borrowed
         assert (result["y"] == 1).all()
     asyncio.run(client.close())
+
+
+# Memory
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """What forms a cycle stays."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def lane_memory() -> set[str]:
+    """The lane's memory that this process has mapped, by the files' numbers (proc(5))."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[4] for line in lines if "memfd:thirdrail" in line}
+
+
+def share(client: Client) -> str:
+    shared = client.empty(LARGE["x"].shape, np.float32, shared=True)
+    shared[:] = 1
+    return client.export(shared).token
+
+
+def receive(client: Client) -> None:
+    assert client.receive(share(client)).array[-1] == 1
+
+
+def keep(client: Client) -> Any:
+    return client.empty(LARGE["x"].shape)
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda client: client.infer("identity_fp32", LARGE)["y"].sum(),
+        lambda client: client.infer("identity_fp32", LARGE, borrow=True)["y"].sum(),
+        lambda client: client.submit("identity_fp32", LARGE).result()["y"].sum(),
+        lambda client: client.submit("identity_fp32", LARGE).add_done_callback(lambda _: None),
+        lambda client: keep(client).sum(),
+        share,
+        receive,
+    ],
+)
+def test_a_closed_client_gives_its_memory_back(
+    server: RunningServer, use: Callable[[Client], object]
+) -> None:
+    """At once, and not when the garbage collector comes by: it may be a gigabyte."""
+    before = lane_memory()
+    with Client(server.url, transport="lane") as client:
+        use(client)
+        assert lane_memory() - before
+    del client
+    wait_until(lambda: not lane_memory() - before)  # a watcher may be at its end
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_memory_that_somebody_shows_goes_with_him(server: RunningServer) -> None:
+    before = lane_memory()
+    with Client(server.url, transport="lane") as client:
+        array = keep(client)
+    del client
+    assert len(lane_memory() - before) == 1
+    array[:] = 1
+    del array
+    assert not lane_memory() - before
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    ends_s = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < ends_s
+        time.sleep(0.005)

@@ -60,6 +60,12 @@ class Call(Ticket):
         self.error: ThirdrailError | None = None
         self.is_abandoned = False  # nobody will take the result
 
+    def tell(self) -> None:
+        """It is done. Once: whoever is told would otherwise be kept by what he keeps."""
+        on_done, self.on_done = self.on_done, None
+        if on_done is not None:
+            on_done()
+
     @property
     def is_not_found(self) -> bool:
         """Whether the worker has no such model."""

@@ -27,6 +27,7 @@ from thirdrail.lane.session_memory import SessionMemory
 from thirdrail.lane.turns import Notice, Turns
 from thirdrail.lane.watcher import Watcher
 from thirdrail.v1 import inference_pb2, lane_pb2
+from thirdrail.weakly import weakly
 
 # Keys of fields in the wire format: number << 3 | type.
 _INFER_KEY = bytes((2 << 3 | 2,))  # of LaneRequest
@@ -59,10 +60,11 @@ class Conversation:
     def _set_up_turns(self) -> None:
         self.lock = threading.Lock()  # guards the calls and the memory
         wire = self._wire
-        self.turns = Turns(self.lock, self._read, self._expects_more, wire.look_out, wire.ring)
+        read, send = weakly(self._read), weakly(self.send)
+        self.turns = Turns(self.lock, read, weakly(self._expects_more), wire.look_out, wire.ring)
         self.watcher = Watcher(self.lock, self.turns)
-        self.questions = Questions(self.lock, self.turns, self.send)
-        self.placer = Placer(self.lock, self.turns, self.memory, self.send, is_debug=self._is_debug)
+        self.questions = Questions(self.lock, self.turns, send)
+        self.placer = Placer(self.lock, self.turns, self.memory, send, is_debug=self._is_debug)
         self._call_ended = Notice()
 
     @property
@@ -100,6 +102,7 @@ class Conversation:
         """A call that was not sent leaves nothing behind."""
         with self.lock:
             self._take_out(call.number)
+            call.on_done = None
             if call.places:
                 self._leave_places(call)
 
@@ -225,8 +228,7 @@ class Conversation:
             is_abandoned = call.is_abandoned
         if is_abandoned:
             release_outputs(response, self.memory)
-        if call.on_done is not None:
-            call.on_done()
+        call.tell()
 
     def _take_out(self, number: int) -> Call | None:
         """The call is no longer in flight. Wakes whoever waits until fewer are."""
@@ -319,5 +321,4 @@ class Conversation:
                 self.turns.complete(call)
         self._wire.close()
         for call in calls.values():
-            if call.on_done is not None:
-                call.on_done()
+            call.tell()

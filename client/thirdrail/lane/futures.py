@@ -17,6 +17,7 @@ from thirdrail.errors import NotFound, ThirdrailError
 from thirdrail.lane.calls import Call, timed_out
 from thirdrail.requests import Result
 from thirdrail.tensors import Array
+from thirdrail.weakly import weakly
 
 if TYPE_CHECKING:
     from thirdrail.lane.blocking import BlockingLane
@@ -52,7 +53,7 @@ class LaneFuture(Future[Result]):
         self._is_watched = False  # somebody is to be told
         self.call = Call(borrow=borrow, on_done=self._on_read)
         # wait and as_completed put themselves here: the only thing that they do to a future.
-        self._waiters: list[Any] = _Waiters(self._watch)
+        self._waiters: list[Any] = _Waiters(weakly(self._watch))
 
     def send(self, options: bytes, arrays: Mapping[str, Array]) -> None:
         """Waits only while the lane has no room. Raises what `BlockingLane.start` raises."""

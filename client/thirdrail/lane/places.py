@@ -50,7 +50,7 @@ class Place:
     generation: int = 0
     users: int = 1
     address: int = 0
-    watch: "_Watch | None" = None
+    is_shown: bool = False
 
     def ref(self, offset: int, size: int) -> ArenaRef:
         """`offset`: bytes from the start of this place."""
@@ -80,7 +80,10 @@ class Anchor:
 
 
 class _Watch(weakref.ref[Anchor]):
-    """A weak reference that knows its place. Its callback is a deque's append."""
+    """A weak reference that knows its place. Its callback is a deque's append.
+
+    The place does not know it: such a cycle would keep memory that nobody uses any more.
+    """
 
     __slots__ = ("place",)
     place: Place
@@ -92,14 +95,14 @@ class ShownPlaces:
     """
 
     def __init__(self) -> None:
-        self._by_address: list[Place] = []
-        self._collected: deque[_Watch] = deque()
+        self._by_address: list[_Watch] = []
+        self._collected: deque[_Watch | Place] = deque()
 
     def __len__(self) -> int:
         return len(self._by_address)
 
     def count(self, role: Role) -> int:
-        return sum(place.role is role for place in self._by_address)
+        return sum(watch.place.role is role for watch in self._by_address)
 
     @property
     def has_collected(self) -> bool:
@@ -109,9 +112,10 @@ class ShownPlaces:
         """An array over the place, which is noted as collected when the last view of it is gone."""
         anchor = Anchor(place.memory, writable=writable)
         place.address = address_of(place.memory)
-        place.watch = _Watch(anchor, self._collected.append)
-        place.watch.place = place
-        insort(self._by_address, place, key=_ADDRESS)
+        place.is_shown = True
+        watch = _Watch(anchor, self._collected.append)
+        watch.place = place
+        insort(self._by_address, watch, key=_ADDRESS)
         return np.asarray(anchor)
 
     def find(self, address: int, size: int) -> Place | None:
@@ -119,7 +123,7 @@ class ShownPlaces:
         index = bisect_right(self._by_address, address, key=_ADDRESS) - 1
         if index < 0:
             return None
-        place = self._by_address[index]
+        place = self._by_address[index].place
         offset = address - place.address
         if offset + size > place.size or (place.offset + offset) % ALIGNMENT_BYTES:
             return None
@@ -127,17 +131,16 @@ class ShownPlaces:
 
     def let_go(self, place: Place) -> None:
         """Count the arrays as gone, though somebody may have them. Needs no lock: it only notes."""
-        watch = place.watch
-        if watch is not None:
-            self._collected.append(watch)
+        if place.is_shown:
+            self._collected.append(place)
 
     def forget(self, place: Place) -> bool:
         """No longer find it, nor hear of its collection. False: it was forgotten before."""
-        if place.watch is None:
+        if not place.is_shown:
             return False
-        place.watch = None
+        place.is_shown = False
         index = bisect_right(self._by_address, place.address, key=_ADDRESS) - 1
-        assert self._by_address[index] is place
+        assert self._by_address[index].place is place
         del self._by_address[index]
         return True
 
@@ -145,13 +148,14 @@ class ShownPlaces:
         """Those whose arrays are gone since the last time, forgotten now."""
         taken: list[Place] = []
         while self._collected:
-            watch = self._collected.popleft()
-            if watch is watch.place.watch and self.forget(watch.place):
-                taken.append(watch.place)
+            noted = self._collected.popleft()
+            place = noted if isinstance(noted, Place) else noted.place
+            if self.forget(place):
+                taken.append(place)
         return taken
 
 
-_ADDRESS = attrgetter("address")
+_ADDRESS = attrgetter("place.address")
 
 
 def address_of(array: npt.NDArray[Any]) -> int:
