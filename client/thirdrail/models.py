@@ -22,7 +22,7 @@ class ModelStatus:
     name: str
     version: int  # 0: no version is known
     state: str  # "loading", "ready", "unloading" or "unavailable"
-    reason: str  # why it is not ready; empty when it is
+    reason: str  # why it is not ready; or, while it is, why the last reload failed
     engine: str  # what runs it, e.g. "onnxruntime"
     worker: str  # which worker runs it, e.g. "cpu"; several: their names, with commas
     is_expected_back: bool = False  # not ready because its worker died; it will be loaded again

@@ -116,10 +116,13 @@ def test_a_failed_reload_leaves_the_old_one_and_warns_once(catalog: Catalog) -> 
         catalog.fail_load("m", reason)
     model, version = catalog.find("m")
     assert version == 1
-    assert model.warnings == ("w", f"{RELOAD_FAILED}: still damaged")
+    told = f"{RELOAD_FAILED}: still damaged"
+    assert model.warnings == ("w", told)
+    assert [each.reason for each in model.versions] == [told]
     serve(catalog, v2=None)
     model, _ = catalog.find("m")
     assert model.warnings == ("w",)
+    assert [each.reason for each in model.versions] == [""]
 
 
 def test_a_dead_worker_takes_its_own_models_only(catalog: Catalog) -> None:

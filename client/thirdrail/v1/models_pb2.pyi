@@ -63,7 +63,7 @@ class ModelStatus(google.protobuf.message.Message):
     """0: no version is known"""
     state: global___ModelState.ValueType
     reason: builtins.str
-    """why it is not ready; empty when it is"""
+    """why it is not ready; or, while it is, why the last reload failed"""
     engine: builtins.str
     """what runs it, e.g. "onnxruntime" """
     worker: builtins.str

@@ -245,15 +245,16 @@ class Catalog:
                 self._put(failed(part, "the load was cancelled"))
 
     def fail_load(self, name: str, reason: str, worker: str = "") -> None:
-        """What was serving goes on serving, and says in its warnings what happened."""
+        """What was serving goes on serving, and says what happened."""
         for part in self._parts_of(name, worker) or [ServedModel(name, (), worker=worker)]:
-            kept = tuple(each for each in part.versions if each.state == READY)
+            kept = [each for each in part.versions if each.state == READY]
             if not kept:
                 self._put(failed(part, reason))
                 continue
+            told = f"{RELOAD_FAILED}: {reason}"
+            versions = tuple(replace(each, reason=told) for each in kept)
             old = (text for text in part.warnings if not text.startswith(RELOAD_FAILED))
-            warnings = (*old, f"{RELOAD_FAILED}: {reason}")
-            self._put(replace(part, versions=kept, warnings=warnings, load_phase=""))
+            self._put(replace(part, versions=versions, warnings=(*old, told), load_phase=""))
 
     def interrupt(self, name: str, worker: str = "") -> None:
         """It serves no longer, because it is being loaded anew."""

@@ -20,7 +20,7 @@ _BEST_FIRST = (READY, LOADING, UNLOADING, UNAVAILABLE)
 class VersionStatus:
     version: int  # 0: no version is known
     state: pb.ModelState.ValueType
-    reason: str = ""  # why it is not ready; empty when it is
+    reason: str = ""  # why it is not ready, or why what is ready could not be loaded anew
 
 
 @dataclass(frozen=True, slots=True)

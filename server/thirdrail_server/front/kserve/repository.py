@@ -64,7 +64,7 @@ def refuse_repository_name(name: str) -> None:
 
 def model_index(model: ServedModel) -> Iterator[ModelIndex]:
     """One line per version; where none is known, one line without a version. The reason of one
-    that serves is why that is not on the engine of first choice."""
+    that serves is why its last reload failed, or why it is not on the engine of first choice."""
     for status in model.versions:
         yield ModelIndex(
             name=model.name,
