@@ -20,9 +20,15 @@ def configure_logging(*, process: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     is_json = os.environ.get(FORMAT_VARIABLE, "text") == "json"
     handler.setFormatter(_JsonFormatter(process) if is_json else _TextFormatter(process))
+    handler.addFilter(_is_no_chatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(os.environ.get(LEVEL_VARIABLE, "INFO").upper())
+
+
+def _is_no_chatter(record: logging.LogRecord) -> bool:
+    """gRPC's Python code tells at debug, twenty times a second, that there is an event loop."""
+    return record.levelno > logging.DEBUG or not record.name.startswith("grpc.")
 
 
 def _extra(record: logging.LogRecord) -> dict[str, object]:

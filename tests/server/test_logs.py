@@ -70,6 +70,7 @@ def test_every_line_is_json_and_at_debug_refusals_are_there(
     error = fail(server, SHAPELESS, "order-2", way)
     server.stop()
     events = [json.loads(line) for line in server.log_text().splitlines()]
+    assert not [each for each in events if each.get("logger", "").startswith("grpc.")]
     [event] = [each for each in events if each.get("request_id") == "order-2"]
     assert (event["process"], event["level"], event["model"], event["reason"]) == (
         process,
