@@ -17,7 +17,7 @@ from thirdrail.cli import EXIT_REFUSED
 from thirdrail.cli.session import print_json, print_whole, session_of
 from thirdrail.errors import FailedPrecondition, InvalidArgument, NotFound
 from thirdrail_engines.plan_cache import default_folder
-from thirdrail_engines.plan_cache.exporting import export_plans
+from thirdrail_engines.plan_cache.exporting import Exported, export_plans
 from thirdrail_engines.plan_cache.inventory import Entry, entries, fault_of
 from thirdrail_engines.plan_cache.layout import Layout
 from thirdrail_engines.plan_cache.locks import LockTimeout
@@ -182,7 +182,7 @@ def export(
     """
     with _opened(cache_dir) as layout:
         chosen = [each.digest for each in _named(entries(layout), keys) if _is_plan(each)]
-        done = export_plans(layout, chosen, destination)
+        done = _exported(layout, chosen, destination)
     if session_of(ctx).as_json:
         print_json(dataclasses.asdict(done))
     else:
@@ -194,6 +194,18 @@ def export(
         )
     if done.damaged:
         raise typer.Exit(EXIT_REFUSED)
+
+
+def _exported(layout: Layout, digests: Sequence[str], destination: Path) -> Exported:
+    """Raises FailedPrecondition where the destination cannot be made or written to, so that the
+    cache that is copied is not blamed."""
+    try:
+        return export_plans(layout, digests, destination)
+    except OSError as error:
+        where = error.filename or destination
+        raise FailedPrecondition(
+            f"cannot export to {destination}: {where}: {reason_of(error)}"
+        ) from None
 
 
 @contextmanager

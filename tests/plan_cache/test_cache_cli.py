@@ -310,6 +310,12 @@ def test_export_makes_a_cache_for_others(filled: Path, tmp_path: Path, typed: Ty
         assert cache.get(key("b")) is None
 
 
+def test_export_blames_the_destination_that_cannot_be_made(filled: Path, typed: Typed) -> None:
+    refused = typed("export", "/proc/none")
+    assert refused.code == 1
+    assert "cannot export to /proc/none: /proc/none: no such file" in " ".join(refused.err.split())
+
+
 def test_export_goes_into_no_folder_of_others(filled: Path, tmp_path: Path, typed: Typed) -> None:
     folder = tmp_path / "models"
     (folder / "double").mkdir(parents=True)
