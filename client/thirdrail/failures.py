@@ -24,7 +24,7 @@ CHECK_TLS = (
     "something listens there and hung up: it is stopping, or TLS is on at one end only, or the "
     "certificates do not fit (thirdrail --tls-ca FILE, TlsOptions)"
 )
-_HUNG_UP = ("socket closed", "handshake")  # gRPC's words, where it says no more
+_HUNG_UP = ("socket closed", "handshake", "verification")  # gRPC's words, where it says no more
 _ON_A_CLOSED_CHANNEL = ("Cannot invoke RPC", "Channel is closed")  # and where it has no class
 
 Metadata = Sequence[tuple[str, str | bytes]]

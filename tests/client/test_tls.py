@@ -93,8 +93,9 @@ def test_whoever_is_not_known_is_not_answered(
 def test_the_name_is_checked(address: str, folder: Path) -> None:
     wanted = options(folder)
     other = TlsOptions(wanted.ca, wanted.cert, wanted.key)  # the certificate is not for 127.0.0.1
-    with Client(address, tls=other) as client, pytest.raises(Unreachable):
+    with Client(address, tls=other) as client, pytest.raises(Unreachable) as raised:
         client.infer("echo", X)
+    assert raised.value.__notes__ == [CHECK_TLS]
 
 
 def test_a_certificate_needs_its_key(folder: Path) -> None:
