@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from thirdrail._version import __version__
 
 if TYPE_CHECKING:
-    from thirdrail import aio
+    from thirdrail import aio, errors
     from thirdrail.channels import TlsOptions
     from thirdrail.client import Client
     from thirdrail.device.arrays import DeviceArray
@@ -56,6 +56,7 @@ __all__ = [
     "Unreachable",
     "__version__",
     "aio",
+    "errors",
 ]
 
 # Loaded when first used: a worker process shares this package's tensor types and has no use for
@@ -83,8 +84,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "aio":
-        return importlib.import_module("thirdrail.aio")
+    if name in ("aio", "errors"):
+        return importlib.import_module(f"thirdrail.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'thirdrail' has no attribute '{name}'")
     value = getattr(importlib.import_module(f"thirdrail.{_HOMES[name]}"), name)

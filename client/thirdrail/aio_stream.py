@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 from thirdrail.errors import Cancelled, FailedPrecondition, ThirdrailError, Unavailable
 from thirdrail.failures import rpc_errors
 from thirdrail.requests import InferOptions, Inputs, Result, outcome_of_answer
-from thirdrail.stream import IN_FLIGHT_MAX, NOT_ENTERED, UNANSWERED
+from thirdrail.stream import IN_FLIGHT_MAX, UNANSWERED, stream_ended
 from thirdrail.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:  # the asynchronous stub exists for the type checker only
     from thirdrail.v1.inference_pb2_grpc import InferenceAsyncStub
 
 AsyncWrite = Callable[[pb.InferRequest, str, Inputs, InferOptions], Awaitable[None]]
+
+ASYNC_NOT_ENTERED = "enter the stream with `async with` first"
 
 
 class AsyncStream:
@@ -41,7 +43,7 @@ class AsyncStream:
         self._numbers = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Result]] = {}
         self._tasks: set[asyncio.Task[Result]] = set()
-        self._fault: ThirdrailError | None = FailedPrecondition(NOT_ENTERED)
+        self._fault: ThirdrailError | None = FailedPrecondition(ASYNC_NOT_ENTERED)
         self._outgoing: asyncio.Queue[pb.InferStreamRequest | None] = asyncio.Queue()
 
     async def __aenter__(self) -> Self:
@@ -118,7 +120,7 @@ class AsyncStream:
             fault: ThirdrailError = FailedPrecondition("the stream is closed")
             unanswered: ThirdrailError = Unavailable(UNANSWERED)
         except ThirdrailError as error:
-            fault = unanswered = error
+            fault, unanswered = stream_ended(error), error
         except asyncio.CancelledError:  # how grpc.aio reports that we cancelled the call
             fault = unanswered = Cancelled("the stream was left by an exception")
         self._fault = fault

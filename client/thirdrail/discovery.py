@@ -68,9 +68,16 @@ def parse_url(url: str) -> str:
         raise InvalidArgument(
             f"cannot call '{url}', expected host:port or unix:/path/of/the.sock without http://"
         )
-    if re.search(r":\d+$", url) and not _is_bare_ipv6(url):
-        return url
-    return f"[{url}]:{DEFAULT_PORT}" if _is_bare_ipv6(url) else f"{url}:{DEFAULT_PORT}"
+    if _is_bare_ipv6(url):
+        return f"[{url}]:{DEFAULT_PORT}"
+    host, colon, port = ("", "", "") if url.endswith("]") else url.rpartition(":")
+    if not colon:
+        return f"{url}:{DEFAULT_PORT}"
+    if not (host and re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 1 << 16):
+        raise InvalidArgument(
+            f"cannot call '{url}', expected host:port with a port from 1 to 65535"
+        )
+    return url
 
 
 def _is_bare_ipv6(url: str) -> bool:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 from thirdrail.errors import FailedPrecondition, InvalidArgument, ThirdrailError, Unavailable
-from thirdrail.failures import rpc_errors
+from thirdrail.failures import rpc_errors, with_note
 from thirdrail.requests import InferOptions, Inputs, Result, outcome_of_answer
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import inference_pb2_grpc
@@ -113,7 +113,7 @@ class Stream:
             fault: ThirdrailError = FailedPrecondition("the stream is closed")
             unanswered: ThirdrailError = Unavailable(UNANSWERED)
         except ThirdrailError as error:
-            fault = unanswered = error
+            fault, unanswered = stream_ended(error), error
         self._end(fault, unanswered)
 
     def _take(self, answer: pb.InferResponse) -> None:
@@ -142,6 +142,11 @@ def settle(future: Future[Result], outcome: Result | ThirdrailError) -> None:
         future.set_result(outcome)
     else:
         future.set_exception(outcome)
+
+
+def stream_ended(why: ThirdrailError) -> ThirdrailError:
+    """For requests after what ended a stream; it does not begin again when a server is back."""
+    return with_note(type(why)(f"this stream has ended, open another one: {why}"))
 
 
 def require_room(in_flight_max: int) -> None:

@@ -182,7 +182,7 @@ async def test_one_failure_and_a_broken_stream(client: AsyncClient, echo: EchoSe
             await stream.submit("breaks", X)
         with pytest.raises(Unreachable):
             await held
-        with pytest.raises(Unreachable):
+        with pytest.raises(Unreachable, match="has ended, open another one"):
             stream.submit("echo", X)
 
 

@@ -59,6 +59,14 @@ def test_urls(url: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_url(url) == address
 
 
+@pytest.mark.parametrize(
+    "url", ["host:65536", "host:0", "host:abc", "host:", ":8001", "host:\u0661"]
+)
+def test_ports_that_there_are_not_are_refused(url: str) -> None:
+    with pytest.raises(InvalidArgument, match="a port from 1 to 65535"):
+        parse_url(url)
+
+
 @pytest.mark.parametrize("url", ["http://host:1", "grpc://host", "a/b", " "])
 def test_urls_of_other_kinds_are_refused(url: str) -> None:
     with pytest.raises(InvalidArgument, match="expected host:port or unix:"):

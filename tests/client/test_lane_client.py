@@ -184,7 +184,7 @@ def test_the_next_call_attaches_anew(mortal: RunningServer) -> None:
             while is_on_lane(client):
                 assert time.monotonic() < deadline
                 with_error(client)
-            with pytest.raises(errors.Unavailable):
+            with pytest.raises(errors.Unavailable, match="stream has ended, open another one"):
                 stream.submit("identity_fp32", X)
         while with_error(client) is not None:
             assert time.monotonic() < deadline

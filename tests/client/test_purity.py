@@ -35,6 +35,10 @@ def test_what_is_not_imported(statement: str) -> None:
     assert loaded & HEAVY == set()
 
 
+def test_exceptions_are_at_hand_before_a_client_is() -> None:
+    modules_after("import thirdrail; thirdrail.errors.TimedOut")
+
+
 def test_other_peoples_messages_are_not_registered() -> None:
     """Two registrations of one file in one process crash: these files belong to other packages."""
     code = """

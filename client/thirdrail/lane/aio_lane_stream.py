@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Self
 
 from thirdrail.aio_stream import AsyncStream, AsyncWrite, all_ended
 from thirdrail.errors import FailedPrecondition, Unavailable
-from thirdrail.failures import with_note
 from thirdrail.lane.aio_access import AsyncAccess
 from thirdrail.requests import InferOptions, Inputs, Result
-from thirdrail.stream import IN_FLIGHT_MAX
+from thirdrail.stream import IN_FLIGHT_MAX, stream_ended
 
 if TYPE_CHECKING:  # the stub exists for the type checker only; the session needs Linux
     from thirdrail.lane.aio_session import AsyncSession
@@ -67,7 +66,7 @@ class AsyncLaneStream(AsyncStream):
             return await super()._infer(model, inputs, options)
         async with self._room:
             if self._fault is None and session.is_closed:
-                self._fault = with_note(Unavailable(session.closed.result()))
+                self._fault = stream_ended(Unavailable(session.closed.result()))
             if self._fault is not None:
                 raise self._fault
             return await self._infer_on_lane(session, model, inputs, options)

@@ -10,12 +10,11 @@ from types import TracebackType
 from typing import Self, Unpack
 
 from thirdrail.errors import Cancelled, FailedPrecondition, NotFound, ThirdrailError, Unavailable
-from thirdrail.failures import with_note
 from thirdrail.lane.blocking import BlockingLane
 from thirdrail.lane.futures import LaneFuture
 from thirdrail.lane.turns import Notice
 from thirdrail.requests import InferOptions, Inputs, Result
-from thirdrail.stream import IN_FLIGHT_MAX, NOT_ENTERED, OTHER_PROCESS, Stream
+from thirdrail.stream import IN_FLIGHT_MAX, NOT_ENTERED, OTHER_PROCESS, Stream, stream_ended
 from thirdrail.tensors import Array
 
 # A request without its inputs, and these.
@@ -95,7 +94,7 @@ class LaneStream(Stream):
         while True:
             with self._lock:
                 if self._fault is None and self._lane.has_ended:
-                    self._fault = with_note(Unavailable(self._lane.end_reason))
+                    self._fault = stream_ended(Unavailable(self._lane.end_reason))
                 if self._fault is not None:
                     raise self._fault
                 if len(self._open) < self._in_flight_max:
