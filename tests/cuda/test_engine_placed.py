@@ -48,7 +48,7 @@ def given(engine: CudaEngine, output: str, places: tuple[OnDevice, OnDevice]) ->
         shapes.update(own)
         return {output: y.address}
 
-    placement = Placement([output], None, place, lambda stream: None)
+    placement = Placement([output], None, place, lambda stream: None, is_in_place=True)
     engine.run_batch({"x": [x]}, [], lambda results: None, [placement])
     return shapes
 

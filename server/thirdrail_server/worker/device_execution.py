@@ -65,25 +65,47 @@ def placements(
     members: Sequence[Member],
     tensors: Sequence[Mapping[str, Any]],
     outcomes: Sequence[Outcome],
-) -> list[Placement]:
-    """Of those members that have something on the device. tensors: the inputs of each."""
-    made = []
+    holding: contextlib.ExitStack,
+) -> dict[int, Placement]:
+    """Of those members that have results on the engine's device, or memory of a session there, by
+    their number. tensors: the inputs of each. holding: until the run is over."""
+    made = {}
     rows_of_all = sum(member.request.rows for member in members)
+    is_alone = len(members) == 1
     stop = 0
-    for member, inputs, outcome in zip(members, tensors, outcomes, strict=True):
+    for number, (member, inputs, outcome) in enumerate(
+        zip(members, tensors, outcomes, strict=True)
+    ):
         start, stop = stop, stop + member.request.rows
-        call = member.device
-        if call is None or not computes_there(engine, call):
-            continue
-        on_device = [output.name for output in member.request.outputs if output.on_device]
-        is_alone = len(members) == 1
-        rows = None if is_alone else Rows(start, stop, rows_of_all)
-        place = functools.partial(_place, call, member.request.rows, spec, outcome)
-        made.append(Placement(on_device, rows, place, call.record_done))
-        on_host = any(isinstance(tensor, np.ndarray) for tensor in inputs.values())
-        outcome.copies += on_host or not is_alone
-        outcome.copies += bool(on_device) and not is_alone
+        rows = Rows(start, stop, rows_of_all) if spec.batch_rows_max else None
+        call, parts = member.device, _parts_there(engine, spec, member)
+        if call is not None and computes_there(engine, call):
+            on_device = [output.name for output in member.request.outputs if output.on_device]
+            place = functools.partial(_place, call, member.request.rows, spec, outcome)
+            made[number] = Placement(on_device, rows, place, call.record_done, is_in_place=is_alone)
+            on_host = any(isinstance(tensor, np.ndarray) for tensor in inputs.values())
+            outcome.copies += on_host or not is_alone
+            outcome.copies += bool(on_device) and not is_alone
+        elif parts:
+            put = functools.partial(_place_in_parts, parts, member.request.rows, spec, outcome)
+            place = functools.partial(put, holding)
+            made[number] = Placement(list(parts), rows, place, lambda stream: None, is_awaited=True)
+            outcome.copies += 1
     return made
+
+
+def _parts_there(engine: Engine, spec: VersionSpec, member: Member) -> dict[str, RegionPart]:
+    """Of memory of others on the engine's device, for results. Such memory need not be aligned as
+    an engine wants it: it is copied to."""
+    return {
+        output.name: output.region
+        for output in member.request.outputs
+        if output.region is not None
+        and not output.class_count
+        and spec.outputs[output.name].dtype.numpy is not None
+        and is_cuda(engine)
+        and output.region.is_on(engine.device_uuid)
+    }
 
 
 def _place(
@@ -100,21 +122,46 @@ def _place(
     return {name: tensor.address for name, tensor in leased.items()}
 
 
+def _place_in_parts(
+    parts: Mapping[str, RegionPart],
+    rows: int,
+    spec: VersionSpec,
+    outcome: Outcome,
+    holding: contextlib.ExitStack,
+    shapes: Mapping[str, Shape],
+) -> dict[str, int] | None:
+    """See Placement.place. A part that is too small or gone is this member's fault alone."""
+    places = {}
+    try:
+        for name, shape in shapes.items():
+            spec.check_rows(name, shape, rows)
+            size = _tensor(spec, name, shape).nbytes
+            parts[name].check_room(name, size)
+            places[name] = holding.enter_context(parts[name].held())
+    except ThirdrailError as error:
+        outcome.fail(error)
+        return None
+    for name, address in places.items():
+        outcome.placed[name] = PlacedResult(None, _tensor(spec, name, shapes[name], address))
+    return places
+
+
+def _tensor(spec: VersionSpec, name: str, shape: Shape, address: int = 0) -> DeviceTensor:
+    dtype = spec.outputs[name].dtype.numpy
+    assert dtype is not None
+    return DeviceTensor(address, dtype, shape)
+
+
 def _leased(
     call: DeviceCall, spec: VersionSpec, outcome: Outcome, shapes: Mapping[str, Shape]
 ) -> dict[str, DeviceTensor]:
     """Room for results, which the outcome has then. Raises what `DeviceCall.lease` raises."""
-    tensors = {}
-    for name, shape in shapes.items():
-        dtype = spec.outputs[name].dtype.numpy
-        assert dtype is not None
-        tensors[name] = DeviceTensor(0, dtype, shape)
-    places = call.lease({name: tensor.nbytes for name, tensor in tensors.items()})
-    for name, (ref, memory) in places.items():
-        tensor = DeviceTensor(memory.address, tensors[name].dtype, tensors[name].shape)
-        tensors[name] = tensor
-        outcome.placed[name] = PlacedResult(ref, tensor)
-    return tensors
+    sizes = {name: _tensor(spec, name, shape).nbytes for name, shape in shapes.items()}
+    leased = {}
+    for name, (ref, memory) in call.lease(sizes).items():
+        leased[name] = _tensor(spec, name, shapes[name], memory.address)
+        outcome.placed[name] = PlacedResult(ref, leased[name])
+    return leased
 
 
 # For all others

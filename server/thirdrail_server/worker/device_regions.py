@@ -158,6 +158,14 @@ class RegionPart:
         with self._region.copying() as (address, _):
             yield address + self._offset
 
+    def check_room(self, output: str, nbytes: int) -> None:
+        """Raises Internal, as Triton has it, where a result of that size does not fit."""
+        if nbytes > self.size:
+            raise Internal(
+                f"shared memory size specified with the request for output '{output}' ({self.size} "
+                f"bytes) should be at least {nbytes} bytes to hold the results"
+            )
+
     def read_into(self, target: Array) -> None:
         """target: contiguous, of `size` bytes. Raises InvalidArgument when the region is closed,
         EngineError, DeviceLost."""
@@ -169,16 +177,9 @@ class RegionPart:
             stream.synchronize()
 
     def write(self, output: str, array: Array) -> None:
-        """Put the elements of an output there.
-
-        Raises Internal, as Triton has it, when they do not fit; and what `read_into` raises.
-        """
+        """Put the elements of an output there. Raises what `check_room` and `read_into` raise."""
         data = np.frombuffer(tensors.bytes_of_array(array), np.uint8)
-        if data.nbytes > self.size:
-            raise Internal(
-                f"shared memory size specified with the request for output '{output}' ({self.size} "
-                f"bytes) should be at least {data.nbytes} bytes to hold the results"
-            )
+        self.check_room(output, data.nbytes)
         if not data.nbytes:
             return
         with self._region.copying() as (address, stream):

@@ -76,7 +76,9 @@ def execute(engine: Engine, spec: VersionSpec, members: Sequence[Member]) -> Exe
 
 
 def _execute_together(engine: Engine, spec: VersionSpec, members: Sequence[Member]) -> Execution:
-    if not any(member.request.fetches or member.device is not None for member in members):
+    if not is_cuda(engine) and not any(
+        member.request.fetches or member.device is not None for member in members
+    ):
         return _run_together(engine, spec, members, None)
     with contextlib.ExitStack() as holding:  # until the run is over
         return _run_together(engine, spec, members, holding)
@@ -88,13 +90,13 @@ def _run_together(
     members: Sequence[Member],
     holding: contextlib.ExitStack | None,
 ) -> Execution:
-    """holding: for inputs that are not in memory of ours on the host; None: there are none."""
+    """holding: for what is not in memory of ours on the host; None: there is nothing."""
     outcomes = [Outcome(member.arena) for member in members]
     started = gathered = computed = time.monotonic_ns()
     has_failed = is_fetched = False
     device_lost = None
     slots: dict[str, Slot] = {}
-    placed: Sequence[Placement] = ()
+    placed: Mapping[int, Placement] = {}
 
     def receive(results: Mapping[str, Any]) -> None:
         nonlocal computed
@@ -106,13 +108,13 @@ def _run_together(
         if holding is not None:
             tensors = bound = bind_regions(engine, members, holding)
             _fetch(engine, members, bound, outcomes)
-            placed = placements(engine, spec, members, tensors, outcomes)
+            placed = placements(engine, spec, members, tensors, outcomes, holding)
         is_fetched = True
         if is_cuda(engine) and (len(members) > 1 or placed):
             parts = {name: [each[name] for each in tensors] for name in tensors[0]}
-            wanted = _wanted_names(members, spec, is_on_host=bool(placed))
+            wanted = _wanted_names(members, spec, placed)
             gathered = computed = time.monotonic_ns()
-            engine.run_batch(parts, wanted, receive, placed)
+            engine.run_batch(parts, wanted, receive, list(placed.values()))
         else:
             inputs = _gather(members, tensors, outcomes)
             if len(members) == 1:
@@ -121,7 +123,7 @@ def _run_together(
             if len(members) == 1:
                 receive(_run_alone(engine, spec, members[0], inputs, slots, outcomes[0]))
             else:
-                receive(engine.run(inputs, _wanted_names(members, spec), {}))
+                receive(engine.run(inputs, _wanted_names(members, spec, placed), {}))
     except Exception as error:
         has_failed = not isinstance(error, ThirdrailError) or not is_fetched
         device_lost = error if isinstance(error, DeviceLost) else None
@@ -216,13 +218,13 @@ def _gather(
 
 
 def _wanted_names(
-    members: Sequence[Member], spec: VersionSpec, *, is_on_host: bool = False
+    members: Sequence[Member], spec: VersionSpec, placed: Mapping[int, Placement]
 ) -> list[str]:
-    """is_on_host: only those that somebody wants there."""
+    """What somebody wants on the host, in the model's order."""
     asked = {
         output.name
-        for member in members
+        for number, member in enumerate(members)
         for output in member.request.outputs
-        if not (is_on_host and output.on_device)
+        if number not in placed or output.name not in placed[number].on_device
     }
     return [name for name in spec.outputs if name in asked]

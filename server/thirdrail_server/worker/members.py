@@ -25,9 +25,9 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class PlacedResult:
-    """One that stays on the device. The lease is its call's."""
+    """One that stays on the device. ref: its call's lease; None: it is in memory of others."""
 
-    ref: tensor_pb2.ArenaRef
+    ref: tensor_pb2.ArenaRef | None
     tensor: DeviceTensor
 
 

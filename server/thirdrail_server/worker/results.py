@@ -143,7 +143,9 @@ def _collect(
     for output in member.request.outputs:
         placed = outcome.placed.get(output.name)
         if placed is not None:
-            _add_tensor(outcome, output, cast("Array", placed.tensor)).ref.CopyFrom(placed.ref)
+            tensor = _add_tensor(outcome, output, cast("Array", placed.tensor))
+            if placed.ref is not None:
+                tensor.ref.CopyFrom(placed.ref)
             continue
         array = results[output.name]
         slot = slots.get(output.name)

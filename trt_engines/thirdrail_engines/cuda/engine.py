@@ -116,8 +116,8 @@ class CudaEngine:
         `receive`, for whom they are valid until it returns; what it raises is raised.
 
         placements: of those requests that have tensors on the device, which must stay as they are
-        until the stream that each is told of has done its work. Where nothing is on the host this
-        does not wait for it. One request may run so as well, and has a placement without rows.
+        until the stream that each is told of has done its work. Where nothing is on the host, and
+        nobody says otherwise, this does not wait for it. One request may run so as well, in place.
         """
         whole = {name: joined(name, parts) for name, parts in inputs.items()}
         request = self._checked(whole, wanted, {})

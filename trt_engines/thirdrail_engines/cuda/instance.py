@@ -109,7 +109,7 @@ class Instance:
                         _copy(pieces, out_of_device)
                     placement.given(out_of_device)
                 out_of_device.record(slot.is_out)
-            if transfers.use_host:
+            if transfers.are_awaited:
                 slot.is_out.wait()
             if request.receive is None:
                 return results()

@@ -39,17 +39,21 @@ class Placement:
     """What one request of a run has on the device.
 
     on_device: its results that stay there, by name.
-    rows: which rows of the run's results are its own; None: it runs alone. Then inputs are read,
-        and results written, where they are, as far as that can be.
+    rows: which rows of the run's results are its own; None: all, for it runs alone.
     place: given the shapes of its own results by name, once, if there are any; returns where they
         go, or None to have them dropped. It may raise, which fails the run.
     given: told the stream that the run was given to, when nothing more of this request follows.
+    is_in_place: it runs alone, and inputs are read, and results written, where they are, as far as
+        that can be.
+    is_awaited: its results are to be there when the run is over for its thread.
     """
 
     on_device: Sequence[str]
     rows: Rows | None
     place: Callable[[Mapping[str, Shape]], Mapping[str, int] | None]
     given: Callable[[Stream], None]
+    is_in_place: bool = False
+    is_awaited: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,9 +30,13 @@ class Request:
 
     @property
     def alone(self) -> Placement | None:
-        """Of a request that has tensors on the device and runs alone."""
-        placements = self.placements
-        return placements[0] if placements and placements[0].rows is None else None
+        """Of a request that runs alone, in place."""
+        return next((each for each in self.placements if each.is_in_place), None)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody wants more than that the device has the run."""
+        return bool(self.wanted) or any(each.is_awaited for each in self.placements)
 
     def bound_inputs(self, specs: Sequence[TensorSpec]) -> dict[str, Placed]:
         """Those that are read where they are, as others of a batch never lie.

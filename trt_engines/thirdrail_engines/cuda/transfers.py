@@ -24,7 +24,7 @@ class Transfers:
         self._pool = pool
         self._request = request
         self._blocks: list[PinnedMemory] = []
-        self.use_host = bool(request.wanted)  # its memory: until they are done
+        self.are_awaited = request.is_awaited
 
     def stage(
         self, inputs: Sequence[TensorSpec], layout: Layout, target: int
@@ -37,7 +37,7 @@ class Transfers:
             for offset, part in parts_of(self._request.inputs[tensor.name])
         ]
         on_host = [piece for piece in pieces if isinstance(piece.source, np.ndarray)]
-        self.use_host = self.use_host or bool(on_host)
+        self.are_awaited = self.are_awaited or bool(on_host)  # whose memory is in use
         block = self._lend(layout.total_bytes) if on_host else None
         if block is None:
             return lambda stream: _copy_directly(pieces, target, stream)
