@@ -222,9 +222,8 @@ async def test_memory_is_unmapped_beside_the_loop(server: RunningServer) -> None
     assert result["y"].numpy().tolist() == (2 * X).tolist()
     assert thread.is_alive()
     del result
-    gc.collect()
-    await asyncio.to_thread(thread.join, WAIT_S_MAX)
-    assert not thread.is_alive()
+    # The loop may still have something of the session to let go of.
+    await until(lambda: gc.collect() >= 0 and not thread.is_alive())
 
 
 @pytest.mark.slow
