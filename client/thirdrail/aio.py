@@ -110,7 +110,8 @@ class AsyncClient(AsyncLaneChoice):
     ) -> asyncio.Task[Result]:
         """`infer` as a task. Cancelling the task cancels the request in the server.
 
-        Nothing but the lane's own limit bounds how many are in flight; `stream` does.
+        Nothing but the limits of the lane, or over gRPC of the server, bounds how many are in
+        flight, with ResourceExhausted; `stream` does.
         """
         return asyncio.create_task(self.infer(model, inputs, **options))
 
@@ -163,7 +164,7 @@ class AsyncClient(AsyncLaneChoice):
         be written any more: an array that is exported where it lies becomes read-only.
 
         uid: the user that may receive it, our own by default.
-        lifetime: seconds until it must have been received.
+        lifetime: seconds until it must have been received; of more than an hour, one hour counts.
         Raises FailedPrecondition without the lane, InvalidArgument for what is no array of numbers,
         ResourceExhausted when too much is shared already.
         """

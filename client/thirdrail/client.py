@@ -132,7 +132,8 @@ class Client(LaneChoice):
     def submit(self, model: str, inputs: Inputs, **options: Unpack[InferOptions]) -> Future[Result]:
         """`infer` that does not wait. Cancelling the future cancels the request in the server.
 
-        Nothing but the lane's own limit bounds how many are in flight; `stream` does.
+        Nothing but the limits of the lane, or over gRPC of the server, bounds how many are in
+        flight, with ResourceExhausted; `stream` does.
         """
         timeout, borrow = options.get("timeout"), options.get("borrow", False)
 
@@ -207,7 +208,7 @@ class Client(LaneChoice):
         be written any more: an array that is exported where it lies becomes read-only.
 
         uid: the user that may receive it, our own by default.
-        lifetime: seconds until it must have been received.
+        lifetime: seconds until it must have been received; of more than an hour, one hour counts.
         Raises FailedPrecondition without the lane, InvalidArgument for what is no array of numbers,
         ResourceExhausted when too much is shared already.
         """

@@ -25,6 +25,8 @@ CHECK_TLS = (
     "certificates do not fit (thirdrail --tls-ca FILE, TlsOptions)"
 )
 _HUNG_UP = ("socket closed", "handshake", "verification")  # gRPC's words, where it says no more
+# gRPC's words for HTTP/2's REFUSED_STREAM (RFC 9113, section 7): a server is there, and too busy.
+_REFUSED_STREAM = "RST_STREAM with error code 7"
 _ON_A_CLOSED_CHANNEL = ("Cannot invoke RPC", "Channel is closed")  # and where it has no class
 
 Metadata = Sequence[tuple[str, str | bytes]]
@@ -96,10 +98,18 @@ def error_of_call(
     if isinstance(reason, str) and reason in pb.Reason.keys():  # noqa: SIM118 an enum wrapper, not a dict
         return with_note(errors.error_of_reason(pb.Reason.Value(reason), details))
     if status is grpc.StatusCode.UNAVAILABLE:
-        return _unreachable(address, details)
+        return _refused() if _REFUSED_STREAM in details else _unreachable(address, details)
     if status is grpc.StatusCode.DEADLINE_EXCEEDED and timeout is not None:
         return with_note(errors.TimedOut(f"no answer within {timeout:g} s"))
     return with_note(statuses.error_of_status(status, details))
+
+
+def _refused() -> ThirdrailError:
+    error = errors.ResourceExhausted(
+        "too many calls wait at the server, which did not take this one"
+    )
+    error.add_note("wait for answers, or use a stream: it holds back who sends too much")
+    return error
 
 
 def _unreachable(address: str, details: str) -> ThirdrailError:

@@ -14,7 +14,7 @@ import pytest
 from support.echo import EchoServer, start
 from thirdrail import Client, NotNow, Unreachable, errors
 from thirdrail.channels import Compression
-from thirdrail.failures import START_A_SERVER
+from thirdrail.failures import START_A_SERVER, error_of_call
 from thirdrail.v1 import inference_pb2 as pb
 
 X = {"x": np.array([[1, 2]], np.float32)}
@@ -222,3 +222,10 @@ def test_a_server_that_restarts_is_found_again(tmp_path: Path) -> None:
         client.wait_ready(30)
         client.infer("echo", X)
     server.stop(None).wait()
+
+
+def test_a_refused_stream_is_no_server_that_is_away() -> None:
+    details = "Stream removed (RST_STREAM (Received RST_STREAM with error code 7))"
+    error = error_of_call(grpc.StatusCode.UNAVAILABLE, details, (), address="here", timeout=None)
+    assert isinstance(error, errors.ResourceExhausted)
+    assert "use a stream" in error.__notes__[0]

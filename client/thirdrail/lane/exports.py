@@ -135,7 +135,7 @@ class SharedTensor:
     It is an input of `infer` as it is, without a copy, and so are its `array` and views of that.
     Its memory is given back by `release`, at the end of a `with` block, or with its last view.
     After a revoke every use fails with FailedPrecondition; views that were taken before stay
-    readable, but the server takes them as inputs no more.
+    readable, but the server reads them where they lie no more: they are inputs only if copied.
     """
 
     def __init__(self, place: Place, array: Array, session: Session) -> None:
