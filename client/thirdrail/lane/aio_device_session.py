@@ -15,6 +15,7 @@ import numpy.typing as npt
 from thirdrail.device.arrays import DeviceArray, DeviceResult
 from thirdrail.device.runtime import Pending
 from thirdrail.errors import ThirdrailError
+from thirdrail.lane.aio_calls import Answer, Unclaimed
 from thirdrail.lane.aio_device_opening import DeviceOpening
 from thirdrail.lane.aio_returns import COLLECT_INTERVAL_S
 from thirdrail.lane.aio_room import Room
@@ -34,9 +35,6 @@ from thirdrail.v1 import inference_pb2, lane_pb2
 
 LOOK_S = 0.0005  # between two looks at a twin's work; a GPU's is waited for by streams
 
-# Told once when nobody takes a call's answer; None: it was not sent.
-Unclaimed = Callable[[inference_pb2.InferResponse | None], None]
-Answer = tuple[inference_pb2.InferResponse, list[Place]]
 Call = Callable[[bytes, Mapping[str, Array], Encoder, Unclaimed], Awaitable[Answer]]
 
 

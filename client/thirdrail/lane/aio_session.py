@@ -11,7 +11,6 @@ import contextlib
 import mmap
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -21,12 +20,13 @@ from thirdrail.dtypes import extent
 from thirdrail.errors import Cancelled, ThirdrailError, Unavailable
 from thirdrail.failures import WAS_CLOSED, with_note
 from thirdrail.lane import forks, packets
-from thirdrail.lane.aio_device_session import Answer, AsyncDeviceSession, Unclaimed
+from thirdrail.lane.aio_calls import Answer, AsyncCall, Unclaimed
+from thirdrail.lane.aio_device_session import AsyncDeviceSession
 from thirdrail.lane.aio_exports import AsyncExports
 from thirdrail.lane.aio_returns import Returns
 from thirdrail.lane.aio_room import Room
 from thirdrail.lane.aio_wire import AsyncWire
-from thirdrail.lane.calls import Checksum, NotSent
+from thirdrail.lane.calls import NotSent
 from thirdrail.lane.encoding import Encoder
 from thirdrail.lane.input_arena import COPY_ON_LOOP_BYTES_MAX
 from thirdrail.lane.places import Place, Role
@@ -38,15 +38,7 @@ from thirdrail.tensors import Array
 from thirdrail.v1 import inference_pb2, lane_pb2
 
 
-@dataclass(slots=True)
-class _Call:
-    future: asyncio.Future[inference_pb2.InferResponse]
-    unclaimed: Unclaimed
-    places: list[Place] = field(default_factory=list)  # that it reads
-    checksums: list[Checksum] = field(default_factory=list)  # debug mode
-
-
-class AsyncSession(AsyncWire[_Call]):
+class AsyncSession(AsyncWire[AsyncCall]):
     """Use `await AsyncSession.open(...)`; it ends by `leave`, or when `closed` is done."""
 
     def __init__(
@@ -91,7 +83,7 @@ class AsyncSession(AsyncWire[_Call]):
         Raises ResourceExhausted where waiting cannot help, NotSent when the session has ended
         before the worker heard of the call, Unavailable when it ends afterwards.
         """
-        call = _Call(self._loop.create_future(), unclaimed)
+        call = AsyncCall(self._loop.create_future(), unclaimed)
         try:
             number = await self._send_call(call, head, arrays, encoder)
         except BaseException:
@@ -102,7 +94,7 @@ class AsyncSession(AsyncWire[_Call]):
         return await answer, places
 
     async def _send_call(
-        self, call: _Call, head: bytes, arrays: Mapping[str, Array], encoder: Encoder
+        self, call: AsyncCall, head: bytes, arrays: Mapping[str, Array], encoder: Encoder
     ) -> int:
         """Returns its number."""
         if self._memory.shown.has_collected:
@@ -123,7 +115,7 @@ class AsyncSession(AsyncWire[_Call]):
             raise self._not_sent() from call.future.exception()
         return number
 
-    async def _response(self, number: int, call: _Call) -> inference_pb2.InferResponse:
+    async def _response(self, number: int, call: AsyncCall) -> inference_pb2.InferResponse:
         future = call.future
         try:
             return await future
@@ -284,25 +276,15 @@ class AsyncSession(AsyncWire[_Call]):
         self._room.refused(message)
 
     def _on_response(self, response: inference_pb2.InferResponse) -> None:
-        if response.final:
-            call = self._pending.pop(response.call, None)
-            if call is not None:
-                self._slots.release()
-        else:
-            call = self._pending.get(response.call)
-        fault = None if call is None else _first_fault(call.checksums)
-        if call is not None and response.final and not call.future.done() and fault is None:
-            return call.future.set_result(response)
-        if call is not None and response.final:
-            self._returns.leave(call.places)
-            call.unclaimed(response)
-        else:
+        call = self._pending.pop(response.call, None) if response.final else None
+        if call is None:
             release_outputs(response, self._memory)
-        self._returns.flush_soon()
-        if call is not None and not call.future.done() and fault is not None:
-            call.future.set_exception(fault)
+            return self._returns.flush_soon()
+        self._slots.release()
+        if not call.answer(response):
+            self._leave(call.places)
 
-    def _on_closed(self, error: Unavailable, pending: list[_Call]) -> None:
+    def _on_closed(self, error: Unavailable, pending: list[AsyncCall]) -> None:
         self._returns.close()
         self._room.close(self._not_sent())
         self.exports.close(self._not_sent())
@@ -318,7 +300,3 @@ class AsyncSession(AsyncWire[_Call]):
     def _not_sent(self) -> ThirdrailError:
         reason = self.closed.result()
         return Cancelled(reason) if self._is_leaving else with_note(NotSent(reason))
-
-
-def _first_fault(checksums: Sequence[Checksum]) -> ThirdrailError | None:
-    return next(filter(None, (each.fault() for each in checksums)), None)
