@@ -198,6 +198,31 @@ def test_a_closed_client_gives_its_memory_back(
 
 
 @pytest.mark.usefixtures("no_collector")
+def test_a_closed_asyncio_client_gives_its_memory_back(server: RunningServer) -> None:
+    before = lane_memory()
+
+    async def use() -> None:
+        async with AsyncClient(server.url, transport="lane") as client, client.stream() as stream:
+            assert (await client.infer("identity_fp32", LARGE))["y"].all()
+            with await client.infer("identity_fp32", LARGE, borrow=True) as result:
+                assert result["y"].all()
+            assert (await stream.submit("identity_fp32", LARGE))["y"].all()
+            shared = await client.empty(LARGE["x"].shape, shared=True)
+            shared[:] = 1
+            received = await client.receive((await client.export(shared)).token)
+            assert received.array.all()
+            assert lane_memory() - before
+
+    async def use_it_and_go_on() -> None:
+        await use()
+        async with asyncio.timeout(30):
+            while lane_memory() - before:
+                await asyncio.sleep(0.005)
+
+    asyncio.run(use_it_and_go_on())
+
+
+@pytest.mark.usefixtures("no_collector")
 def test_memory_that_somebody_shows_goes_with_him(server: RunningServer) -> None:
     before = lane_memory()
     with Client(server.url, transport="lane") as client:

@@ -19,6 +19,7 @@ from thirdrail.transport import needs_lane
 if TYPE_CHECKING:
     from thirdrail.aio import AsyncClient
     from thirdrail.lane.aio_device_session import AsyncDeviceSession
+    from thirdrail.lane.aio_session import AsyncSession
 
 
 class AsyncDevice:
@@ -43,7 +44,7 @@ class AsyncDevice:
     def __init__(self, client: "AsyncClient", uuid: str = "") -> None:
         self._client = client
         self._wanted = uuid_of(uuid)
-        self._found: AsyncDeviceSession | None = None
+        self._found: AsyncSession | None = None
 
     def __await__(self) -> Generator[Any, None, Self]:
         return self._attached().__await__()
@@ -114,10 +115,10 @@ class AsyncDevice:
             raise FailedPrecondition(
                 "this device was not awaited: device = await AsyncDevice(client)"
             )
-        return self._found
+        return self._found.device
 
 
-async def _session_of(client: "AsyncClient", uuid: str) -> "AsyncDeviceSession":
+async def _session_of(client: "AsyncClient", uuid: str) -> "AsyncSession":
     lanes = client._connected().lanes
     session = await lanes.home.session()
     if session is None:
@@ -129,4 +130,4 @@ async def _session_of(client: "AsyncClient", uuid: str) -> "AsyncDeviceSession":
         if session is None:
             raise FailedPrecondition(needs_lane(access.transport))
     await session.device.opening.attach(uuid)
-    return session.device
+    return session

@@ -36,6 +36,7 @@ from thirdrail.lane.wire import DEBUG_FEATURE, DEVICE_FEATURE
 from thirdrail.requests import Result
 from thirdrail.tensors import Array
 from thirdrail.v1 import inference_pb2, lane_pb2
+from thirdrail.weakly import weakly
 
 
 class AsyncSession(AsyncWire[AsyncCall]):
@@ -223,11 +224,11 @@ class AsyncSession(AsyncWire[AsyncCall]):
             self._memory,
             self._outbox.send,
             self._limits.packet_bytes,
-            on_freed=self._on_freed,
+            on_freed=weakly(self._on_freed),
         )
         self._room = Room(
             self._memory,
-            self._request_growth,
+            weakly(self._request_growth),
             returns.collect,
             returns.leave,
             is_debug=self._is_debug,
@@ -235,8 +236,8 @@ class AsyncSession(AsyncWire[AsyncCall]):
         self._slots = asyncio.Semaphore(attached.limits.calls_in_flight)
         self.exports = AsyncExports(
             self._memory,
-            send=self._send,
-            reserve_alone=self._reserve_alone,
+            send=weakly(self._send),
+            reserve_alone=weakly(self._reserve_alone),
             leave=returns.leave,
             give_back=returns.give_back,
             settle=returns.settle,
@@ -244,10 +245,10 @@ class AsyncSession(AsyncWire[AsyncCall]):
         self.device = AsyncDeviceSession(
             self._memory,
             self._room,
-            send=self._send,
-            call=self.call,
-            leave=self._leave,
-            fail=self.close,
+            send=weakly(self._send),
+            call=weakly(self.call),
+            leave=weakly(self._leave),
+            fail=weakly(self.close),
         )
 
     def _on_freed(self) -> None:

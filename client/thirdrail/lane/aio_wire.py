@@ -21,6 +21,7 @@ from thirdrail.lane.memory import map_chunk
 from thirdrail.lane.outbox import Outbox
 from thirdrail.lane.wire import ATTACH_PACKET_BYTES_MAX, VERSION_MAX, VERSION_MIN
 from thirdrail.v1 import inference_pb2, lane_pb2
+from thirdrail.weakly import weakly
 
 PACKETS_PER_WAKEUP_MAX = 64
 OUTBOX_PACKETS_MAX = 1 << 16
@@ -42,7 +43,7 @@ class AsyncWire(ABC, Generic[P]):
         self._loop = loop
         self._pending: dict[int, P] = {}
         self._next_call = 1
-        self._outbox = Outbox(sock, loop, packets_max=OUTBOX_PACKETS_MAX, fail=self.close)
+        self._outbox = Outbox(sock, loop, packets_max=OUTBOX_PACKETS_MAX, fail=weakly(self.close))
         self._attached: asyncio.Future[lane_pb2.Attached] = loop.create_future()
         self._limits = lane_pb2.Limits(packet_bytes=ATTACH_PACKET_BYTES_MAX)
         self.closed: asyncio.Future[str] = loop.create_future()  # done with the reason

@@ -170,6 +170,8 @@ class LaneFuture(Future[Result]):
         try:
             result = self._ask_for_result()
         except BaseException as error:
+            # Frames of ours have this future, and it would have them: a cycle that keeps the lane.
+            error.__traceback__ = error.__context__ = None
             failure = error
             return lambda: self.set_exception(failure)
         return lambda: self.set_result(result)
