@@ -62,7 +62,7 @@ class AsyncLaneChoice(AsyncServerCalls):
             return error
         except ThirdrailError as reason:
             return reason
-        return with_note(models.error_of_missing(status))
+        return with_note(models.error_of_missing(status, version))
 
     async def _needed_description(
         self, model: str, inputs: Inputs, options: InferOptions
@@ -79,6 +79,6 @@ class AsyncLaneChoice(AsyncServerCalls):
         if description is None:
             require_timeout(timeout)
             description = await self._describe(model, version, timeout)
-            models.require_declaration(description)
+            models.require_declaration(description, version)
             self._descriptions.put(model, version, description, now_ns)
         return description

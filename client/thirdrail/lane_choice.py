@@ -78,7 +78,7 @@ class LaneChoice(ServerCalls):
             return error
         except ThirdrailError as reason:
             return reason
-        return with_note(models.error_of_missing(status))
+        return with_note(models.error_of_missing(status, version))
 
     def _on_lane(self, call: "Callable[[BlockingLane], T]") -> T:
         """Raises FailedPrecondition where there is no lane."""
@@ -100,6 +100,6 @@ class LaneChoice(ServerCalls):
         if description is None:
             require_timeout(timeout)
             description = self._describe(model, version, timeout)
-            models.require_declaration(description)
+            models.require_declaration(description, version)
             self._descriptions.put(model, version, description, now_ns)
         return description

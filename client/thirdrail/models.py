@@ -35,10 +35,15 @@ class ModelStatus:
         return self.state == "ready"
 
 
-def error_of_missing(status: ModelStatus) -> ThirdrailError:
+def error_of_missing(status: ModelStatus, version: int = 0) -> ThirdrailError:
     """What it means that a worker did not find a model that the server knows: in the words that a
-    call over gRPC gets, where the front looks the same up."""
+    call over gRPC gets, where the front looks the same up. version: as asked for, 0 for any."""
     if status.state == "unavailable" and not status.is_expected_back:
+        if version:
+            place = f"'{status.name}' version {version}"
+            return Unavailable(
+                f"Request for unknown model: {place} is not at ready state: {status.reason}"
+            )
         why = f": {status.reason}" if status.reason.startswith("evicted ") else ""
         return NotFound(
             f"Request for unknown model: '{status.name}' has no available versions{why}"
@@ -107,13 +112,13 @@ class LoadProgress:
     phase_steps: int = 0  # 0: nobody knows
 
 
-def require_declaration(description: ModelDescription) -> None:
+def require_declaration(description: ModelDescription, version: int) -> None:
     """For who needs the inputs: a model that is not loaded may have none to tell.
 
     Raises what `error_of_missing` says.
     """
     if not description.inputs and not description.status.is_ready:
-        raise with_note(error_of_missing(description.status))
+        raise with_note(error_of_missing(description.status, version))
 
 
 class DescriptionCache:

@@ -194,6 +194,11 @@ def test_load_and_unload(
     assert found == {"model": "echo", "versions": [1]}
     assert typed("describe", "echo", "--json", url).json["batch_rows_max"] == 2
     assert typed("unload", "echo", "--json", url).json == {"model": "echo", "unloaded": True}
+    models.write(tmp_path / "repository", "echo", models.identity(), "version_policy { all {} }", 2)
+    (tmp_path / "repository/echo/3").mkdir()
+    (tmp_path / "repository/echo/3/model.onnx").write_bytes(b"no model")
+    assert typed("load", "echo", url).out == "echo is ready: version 1, 2\n"
+    assert "3, unavailable: model.onnx: not a" in typed("describe", "echo", "--version=3", url).out
 
 
 # -- the command line is wrong, or nobody answers ----------------------------------------------

@@ -6,12 +6,13 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from conftest import StartServer
-from server.controlled import EXPLICIT, client_of, reason_of, state_of, until, value_of
+from server.controlled import EXPLICIT, A, client_of, reason_of, state_of, until, value_of
 from support.models import add, identity, slow, write
 from support.server import RunningServer, running_server
 from thirdrail import Client
@@ -21,8 +22,12 @@ from thirdrail.errors import (
     NotFound,
     PermissionDenied,
     ThirdrailError,
+    Unavailable,
 )
 from thirdrail.models import LoadProgress
+from thirdrail.transport import TransportChoice
+
+TRANSPORTS: tuple[TransportChoice, ...] = ("grpc", "lane")
 
 
 @pytest.fixture
@@ -103,6 +108,24 @@ def test_what_cannot_be_loaded_says_why(controlled: RunningServer) -> None:
         with pytest.raises(ThirdrailError, match="config_pbtxt"):
             client.load("plus", config_pbtxt="no: field")
         assert value_of(client) == 1
+
+
+@pytest.mark.parametrize("a", [A, [[0.0] * 4]], ids=["array", "list that needs the declaration"])
+def test_a_version_that_failed_beside_others_is_told_alike_over_lane_and_grpc(
+    controlled: RunningServer, a: Any
+) -> None:
+    write(controlled.repository, "both", add(1), "version_policy { all {} }")
+    write(controlled.repository, "both", add(2), version=2)
+    (controlled.repository / "both" / "2" / "model.onnx").write_text("no model")
+    with client_of(controlled) as client:
+        assert client.load("both") == [1]
+    told: set[str] = set()
+    for transport in TRANSPORTS:
+        with Client(controlled.url, transport=transport) as client:
+            with pytest.raises(Unavailable, match=r"'both' version 2 is not .*onnx") as raised:
+                client.infer("both", {"a": a}, version=2)
+            told.add(str(raised.value))
+    assert len(told) == 1
 
 
 class Callers:

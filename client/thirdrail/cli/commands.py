@@ -98,7 +98,7 @@ def _description_json(found: ModelDescription) -> dict[str, Any]:
 def _print_description(found: ModelDescription) -> None:
     out, status = console(), found.status
     title = f"[bold]{escape(status.name)}[/] version {status.version}, {status.state}"
-    if not (found.inputs or found.outputs):  # not loaded
+    if not status.is_ready or not (found.inputs or found.outputs):  # not loaded
         out.print(
             f"{title}: {escape(_reason(status))}" if _reason(status) else title, soft_wrap=True
         )
