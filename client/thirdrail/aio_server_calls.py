@@ -11,13 +11,21 @@ from thirdrail import health, models
 from thirdrail.aio_connection import AsyncConnection
 from thirdrail.errors import NotFound, TimedOut, Unavailable
 from thirdrail.failures import not_ready, rpc_errors
-from thirdrail.models import ModelChange, ModelDescription, ModelStatus, OnProgress
+from thirdrail.models import (
+    DescriptionCache,
+    ModelChange,
+    ModelDescription,
+    ModelStatus,
+    OnProgress,
+)
 from thirdrail.server_calls import READY_POLL_SECONDS, ready_answer_seconds
 from thirdrail.v1 import metrics_pb2, models_pb2
 
 
 class AsyncServerCalls(ABC):
     """The twin of `server_calls.ServerCalls`."""
+
+    _descriptions: DescriptionCache
 
     @abstractmethod
     def _connected(self) -> AsyncConnection: ...
@@ -55,6 +63,7 @@ class AsyncServerCalls(ABC):
                 if progress is not None:
                     progress(models.progress_of_message(message))
                 versions.extend(message.versions)
+        self._descriptions = DescriptionCache()  # it may declare something else now
         return versions
 
     async def unload(self, model: str) -> None:

@@ -10,7 +10,13 @@ from thirdrail import health, models
 from thirdrail.connection import Connection
 from thirdrail.errors import NotFound, TimedOut, Unavailable
 from thirdrail.failures import not_ready, rpc_errors
-from thirdrail.models import ModelChange, ModelDescription, ModelStatus, OnProgress
+from thirdrail.models import (
+    DescriptionCache,
+    ModelChange,
+    ModelDescription,
+    ModelStatus,
+    OnProgress,
+)
 from thirdrail.v1 import metrics_pb2, models_pb2
 
 READY_POLL_SECONDS = 0.05
@@ -24,6 +30,8 @@ def ready_answer_seconds(deadline: float) -> float:
 
 class ServerCalls(ABC):
     """Every method raises the exceptions of `thirdrail.errors`."""
+
+    _descriptions: DescriptionCache
 
     @abstractmethod
     def _connected(self) -> Connection: ...
@@ -61,6 +69,7 @@ class ServerCalls(ABC):
                 if progress is not None:
                     progress(models.progress_of_message(message))
                 versions.extend(message.versions)
+        self._descriptions = DescriptionCache()  # it may declare something else now
         return versions
 
     def unload(self, model: str) -> None:

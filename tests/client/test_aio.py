@@ -75,6 +75,9 @@ async def test_infer_models_health(client: AsyncClient, echo: EchoServer) -> Non
     seen: list[str] = []
     assert await client.load("echo", progress=lambda at: seen.append(at.phase)) == [1, 3]
     assert seen == ["reading", "ready"]
+    described = echo.described
+    await client.infer("echo", [[1, 2]])
+    assert echo.described == described + 1  # after a load a model is asked anew
     assert await client.metrics() == "thirdrail_up 1\n"
     assert (await client.snapshot()).uptime_ns == 1
     assert await client.health() is True

@@ -162,6 +162,14 @@ def test_loading_reports_its_progress(client: Client) -> None:
     assert seen == [("reading", 1, 2), ("ready", 2, 2)]
 
 
+def test_after_a_load_a_model_is_asked_anew(client: Client, echo: EchoServer) -> None:
+    for described in (1, 2):
+        client.infer("echo", [[1, 2]])
+        client.infer("echo", [[1, 2]])
+        assert echo.described == described
+        client.load("echo")
+
+
 def test_watching_ends_when_the_caller_stops(client: Client, echo: EchoServer) -> None:
     changes = client.watch()
     assert [next(changes).initial, next(changes).initial] == [True, False]
