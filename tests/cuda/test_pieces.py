@@ -3,6 +3,8 @@
 
 import math
 from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from thirdrail.dtypes import BY_NAME
 from thirdrail.tensors import TensorSpec
 from thirdrail_engines.cuda.placed import Placement, Rows, pieces_of, spans_for_host
+from thirdrail_engines.cuda.request import Request
 from thirdrail_engines.engine import EngineError
 from thirdrail_engines.plans import Shape
 
@@ -95,3 +98,19 @@ def test_results_without_room_are_dropped() -> None:
     assert list(pieces_of(placement, OUTPUTS, {"z": (1,)}, SOURCES)) == []
     none = Placement([], Rows(0, 1, 1), nowhere, nothing)
     assert list(pieces_of(none, OUTPUTS, {"z": (1,)}, SOURCES)) == []
+
+
+def test_what_is_bound_where_it_lies() -> None:
+    """Of a request alone: numbers that are no indices, and not what is on the host."""
+    there = SimpleNamespace(address=512)
+    specs = tuple(TensorSpec(name, BY_NAME[name], (-1,)) for name in ("FP16", "INT64", "BOOL"))
+    host = TensorSpec("host", BY_NAME["FP32"], (-1,))
+    inputs = {**{spec.name: there for spec in specs}, "host": np.ones(1, np.float32)}
+
+    def bound(*placements: Placement) -> dict[str, Any]:
+        request = Request(inputs, {}, 0, [], {}, placements=placements)
+        return dict(request.bound_inputs([*specs, host]))
+
+    assert bound(Placement([], None, nowhere, nothing, is_in_place=True)) == {"FP16": there}
+    assert bound(Placement([], Rows(0, 1, 1), nowhere, nothing)) == {}
+    assert bound() == {}

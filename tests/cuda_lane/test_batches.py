@@ -21,6 +21,7 @@ from support.twins import twin_engine
 from thirdrail.errors import ResourceExhausted
 from thirdrail.tensors import Array
 from thirdrail_engines import EngineOptions, Inspector, load
+from thirdrail_engines.cuda import instance
 from thirdrail_engines.cuda.device import Stream
 from thirdrail_engines.cuda.twin import TwinDevice
 from thirdrail_engines.cuda_engines import is_cuda
@@ -33,7 +34,7 @@ from thirdrail_server.worker.version_spec import VersionSpec
 __all__ = ["inspector"]
 
 
-ENGINES = ["there", "there without pinned memory", "elsewhere"]
+ENGINES = ["there", "there without pinned memory", "there on three streams", "elsewhere"]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,10 @@ def engine(
         made = twin_engine(
             path, twin, inspector, elements_max=4000, staging_bytes_max=pinned, activation_bytes=64
         )
-    yield made
+    with pytest.MonkeyPatch.context() as patch:
+        if "three" in request.param:
+            patch.setattr(instance, "OVERLAP_BYTES_MIN", 1)
+        yield made
     made.close()
 
 

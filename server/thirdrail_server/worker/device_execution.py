@@ -87,8 +87,9 @@ def placements(
             outcome.copies += on_host or not is_alone
             outcome.copies += bool(on_device) and not is_alone
         elif parts:
-            put = functools.partial(_place_in_parts, parts, member.request.rows, spec, outcome)
-            place = functools.partial(put, holding)
+            place = functools.partial(
+                _place_in_parts, parts, member.request.rows, spec, outcome, holding
+            )
             made[number] = Placement(list(parts), rows, place, lambda stream: None, is_awaited=True)
             outcome.copies += 1
     return made

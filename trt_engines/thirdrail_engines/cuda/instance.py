@@ -122,7 +122,7 @@ class Instance:
             transfers.close()
 
     def close(self) -> None:
-        """Waits for what `run_placed` has left under way: memory in use must not be freed."""
+        """Waits for what runs have left under way: memory in use must not be freed."""
         for stream in self._streams:
             with contextlib.suppress(EngineError):  # of a run that is over
                 stream.synchronize()

@@ -39,7 +39,7 @@ class Request:
         return bool(self.wanted) or any(each.is_awaited for each in self.placements)
 
     def bound_inputs(self, specs: Sequence[TensorSpec]) -> dict[str, Placed]:
-        """Those that are read where they are, as others of a batch never lie.
+        """Those that are read where they are: of a request alone.
 
         Integers may be indices, and a client can write its memory at any time: what is read twice
         must be the same twice. So they are copied on the device; booleans are too.
