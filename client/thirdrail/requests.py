@@ -178,6 +178,7 @@ def write_request(
     write_options(request, model, description, **options)
     for name, array in named_arrays(inputs, description).items():
         try:
+            require_text("the name of an input", name)
             dtype, data = dtypes.dtype_of_array(array), tensors.bytes_of_array(array)
         except InvalidArgument as error:
             raise InvalidArgument(f"input '{name}': {error}") from None

@@ -124,6 +124,14 @@ def test_an_array_that_cannot_be_sent_is_named(bad: Any) -> None:
         Encoder().inputs({"x": bad}, 100)
 
 
+def test_the_name_of_an_input_is_text() -> None:
+    inputs: Any = {1: np.zeros(1)}
+    with pytest.raises(InvalidArgument, match="the name of an input must be a str, got the int 1"):
+        request_of(inputs)
+    with pytest.raises(InvalidArgument, match="the name of an input must be a str, got the int 1"):
+        Encoder().inputs(inputs, 100)
+
+
 def test_text_of_numpys_own_type_is_bytes() -> None:
     text = np.array(["a", "\u00e4"], np.dtypes.StringDType())
     assert request_of({"x": text}).inputs[0].raw == encode_bytes(["a", "\u00e4"])

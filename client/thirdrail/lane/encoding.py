@@ -131,6 +131,7 @@ class Encoder:
         return parts, large
 
     def _header(self, name: str, array: Array) -> _Header:
+        require_text("the name of an input", name)
         dtype = dtypes.dtype_of_array(array)
         tensor = tensor_pb2.Tensor(
             name=name, data_type=dtype.value, shape=array.shape
