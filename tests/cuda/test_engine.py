@@ -15,7 +15,7 @@ from support.twin_runs import FLOAT, Load, Node, compute_stream, wait_until
 from support.twins import twin_engine
 from thirdrail_engines import Engine, Inspector, ModelFileError
 from thirdrail_engines.cuda.twin import TWIN_FACTS, TwinDevice
-from thirdrail_engines.engine import EngineError
+from thirdrail_engines.engine import EngineError, EngineInputError
 from thirdrail_engines.plans import Profile, ShapeRange
 
 TYPES = sorted(name for name in ELEMENT_TYPES if name != "BYTES")
@@ -49,7 +49,7 @@ def test_a_shape_that_no_profile_takes_is_refused_with_those_that_are(
     engine = load_model(double, profiles=profiles)
     for count in (1, 4, 100, 200):
         assert engine.run({"x": np.ones(count, np.float32)}, ["y"], {})["y"].shape == (count,)
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(EngineInputError) as caught:
         engine.run({"x": np.ones(50, np.float32)}, ["y"], {})
     assert str(caught.value) == (
         "input 'x' has the shape [50], this model takes [1] to [4] or [100] to [200]"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from thirdrail_engines import Engine, EngineError, EngineOptions, ModelFileError
+from thirdrail_engines import Engine, EngineError, EngineInputError, EngineOptions, ModelFileError
 from thirdrail_engines.engine import DeviceLost
 
 pytestmark = pytest.mark.needs_torch
@@ -114,7 +114,7 @@ def test_a_shape_outside_of_what_was_exported_is_refused_in_words(
     words, mask = np.ones((2, 5, 8), np.float32), np.ones((2, 5, 1), np.float32)
     with pytest.raises(EngineError, match=r"input 'words' is float32 with the shape \[2, 4, 8\]"):
         engine.run({"words": words[:, :4], "mask": mask}, ["each"], {})
-    with pytest.raises(EngineError, match="the model takes no such shape: it needs "):
+    with pytest.raises(EngineInputError, match="the model takes no such shape: it needs "):
         engine.run({"words": words, "mask": mask[:1]}, ["each"], {})
     with pytest.raises(EngineError, match="input 'mask' is absent"):
         engine.run({"words": words}, ["each"], {})

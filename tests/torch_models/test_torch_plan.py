@@ -8,7 +8,7 @@ import pytest
 
 from thirdrail import dtypes
 from thirdrail.tensors import TensorSpec
-from thirdrail_engines.engine import EngineError, ModelFileError
+from thirdrail_engines.engine import EngineInputError, ModelFileError
 from thirdrail_engines.torch_plan import Sizes, read_plan, write_plan
 
 BOUNDS, DAMAGED = b'{"s0": [1, 64], "s1": [2, null]}', "its plan has a damaged header"
@@ -74,6 +74,6 @@ def test_sizes_within_bounds_are_taken(x: Sequence[int]) -> None:
     ],
 )  # fmt: skip
 def test_other_sizes_are_refused(x: Sequence[int], y: Sequence[int], expected: str) -> None:
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(EngineInputError) as caught:
         SIZES.check({"x": x, "y": y})
     assert str(caught.value) == expected

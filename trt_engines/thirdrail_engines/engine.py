@@ -17,7 +17,8 @@ class EngineError(Exception):
 
 
 class EngineInputError(EngineError):
-    """An element of an input is one that the engine cannot take, whatever the model."""
+    """An input is not for this engine: an element that no model of its kind takes, or a shape
+    beyond those that this one was built for."""
 
 
 class DeviceLost(Exception):

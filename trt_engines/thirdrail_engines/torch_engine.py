@@ -25,7 +25,13 @@ from torch.utils import _pytree as pytree
 from thirdrail import dtypes
 from thirdrail.dtypes import DType
 from thirdrail.tensors import Array, TensorSpec
-from thirdrail_engines.engine import DeviceLost, EngineError, EngineSpec, ModelFileError
+from thirdrail_engines.engine import (
+    DeviceLost,
+    EngineError,
+    EngineInputError,
+    EngineSpec,
+    ModelFileError,
+)
 from thirdrail_engines.malloc import return_free_memory
 from thirdrail_engines.options import EngineOptions
 from thirdrail_engines.torch_sources.exported import (
@@ -154,7 +160,7 @@ class TorchEngine:
             raise
         except Exception as error:  # an operator raises whatever it happens to
             self._raise_if_lost()
-            raise EngineError(_words(error)) from None
+            raise _failure(error) from None
 
     def close(self) -> None:
         """See Engine.close. Results that were handed out stay valid."""
@@ -288,9 +294,10 @@ def _array_of(tensor: Any, spec: TensorSpec) -> Array:
     return plain
 
 
-def _words(error: Exception) -> str:
+def _failure(error: Exception) -> EngineError:
     """A guard of the program says which of its assumptions is broken, in Python's words."""
     text = tidy(error)
     if isinstance(error, AssertionError) and text.startswith("Guard failed: "):
-        return f"the model takes no such shape: it needs {text.removeprefix('Guard failed: ')}"
-    return text
+        needs = text.removeprefix("Guard failed: ")
+        return EngineInputError(f"the model takes no such shape: it needs {needs}")
+    return EngineError(text)

@@ -15,7 +15,7 @@ from typing import Any
 
 from thirdrail import dtypes
 from thirdrail.tensors import TensorSpec
-from thirdrail_engines.engine import EngineError, ModelFileError
+from thirdrail_engines.engine import EngineInputError, ModelFileError
 from thirdrail_engines.plan_files import checking_header, read_plan_file, write_plan_file
 
 _KIND = b"thirdrail aot_inductor plan 1\n"
@@ -32,12 +32,14 @@ class Sizes:
     bounds: Mapping[str, tuple[int, int | None]]
 
     def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Raises EngineError for shapes that the compiled code does not take."""
+        """Raises EngineInputError for shapes that the compiled code does not take."""
         known: dict[str, tuple[int, str]] = {}
         for name, wanted in self.inputs.items():
             found = shapes[name]
             if len(found) != len(wanted):
-                raise EngineError(f"input '{name}' has {len(found)} dimensions, not {len(wanted)}")
+                raise EngineInputError(
+                    f"input '{name}' has {len(found)} dimensions, not {len(wanted)}"
+                )
             for axis, (size, allowed) in enumerate(zip(found, wanted, strict=True)):
                 self._check_size(f"dimension {axis} of input '{name}'", size, allowed, known)
 
@@ -46,15 +48,17 @@ class Sizes:
     ) -> None:
         if isinstance(allowed, int):
             if size != allowed:
-                raise EngineError(f"{place} is {size}, the model takes {allowed}")
+                raise EngineInputError(f"{place} is {size}, the model takes {allowed}")
             return
         least, most = self.bounds[allowed]
         if size < least or (most is not None and size > most):
             limit = f"{least} or more" if most is None else f"{least} to {most}"
-            raise EngineError(f"{place} is {size}, the model takes {limit}")
+            raise EngineInputError(f"{place} is {size}, the model takes {limit}")
         other_size, other = known.setdefault(allowed, (size, place))
         if size != other_size:
-            raise EngineError(f"{place} is {size}, and {other} is {other_size}: they must be equal")
+            raise EngineInputError(
+                f"{place} is {size}, and {other} is {other_size}: they must be equal"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,13 @@ from thirdrail_engines.cuda.program import Program, choose_profile, largest_shap
 from thirdrail_engines.cuda.request import Request, check_request
 from thirdrail_engines.cuda.slots import SlotTable
 from thirdrail_engines.cuda.staging import PinnedPool, StagingFigures
-from thirdrail_engines.engine import DeviceLost, EngineError, EngineSpec, ModelFileError
+from thirdrail_engines.engine import (
+    DeviceLost,
+    EngineError,
+    EngineInputError,
+    EngineSpec,
+    ModelFileError,
+)
 
 __all__ = ["CudaEngine", "CudaOptions"]
 
@@ -135,7 +141,7 @@ class CudaEngine:
         shapes = check_request(self._spec, inputs, wanted, into)
         profile = choose_profile(self._program.spec.profiles, shapes)
         if profile is None:
-            raise EngineError(refusal(self._program.spec.profiles, shapes))
+            raise EngineInputError(refusal(self._program.spec.profiles, shapes))
         return Request(inputs, shapes, profile, wanted, into)
 
     @property
