@@ -22,6 +22,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 PORT_MAX = 65535
 UID_MAX = 2**32 - 1  # this one means "none" to the kernel
+THREADS_MAX = 4096  # of engines; far beyond, a load makes threads for minutes
 GRPC_BOUND_MAX = 2_000_000_000  # gRPC's own numbers have 32 bits
 
 
@@ -190,7 +191,7 @@ class WorkerConfig:
     busy_poll_us: int = LONGEST_US  # how long the loop looks for news before it sleeps; 0: never
 
     def __post_init__(self) -> None:
-        _require(self, "threads_max", 0)
+        _require(self, "threads_max", 0, THREADS_MAX)
         _require(self, "busy_poll_us", 0)
         _require(self, "queue_requests_max", 1)
         _require(self, "loads_at_once_max", 1)

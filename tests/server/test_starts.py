@@ -60,6 +60,7 @@ def test_a_broken_model_is_told_at_the_end_of_the_start(
         (["--address=nowhere"], "must be HOST:PORT"),
         (["--max-queue=0"], "--max-queue must be 1 or more, got 0"),
         (["--threads=-1"], "--threads must be 0 or more, got -1"),
+        (["--threads=100000"], "--threads must be at most 4096, got 100000"),
         (["--load-model=plus"], "--load-model needs --model-control explicit"),
         (["--derive-batching=1"], "--derive-batching must be 0 (off) or 2 or more, got 1"),
         (["--log-format=xml"], "--log-format takes text or json"),
