@@ -3,8 +3,10 @@
 reflection, channelz."""
 
 import shutil
+import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -181,6 +183,30 @@ def test_calls_above_the_bound_are_refused_at_once(server: RunningServer) -> Non
         for each in watches:
             each.cancel()
         _until(lambda: _is_served(server), "room again when the others have gone")
+
+
+@pytest.mark.slow
+def test_calls_that_come_all_at_once_are_all_answered(
+    repository: Path, start_server: StartServer
+) -> None:
+    """More than gRPC keeps by itself of calls that the front has not looked at yet."""
+    server = start_server(repository)
+    options = [("grpc.use_local_subchannel_pool", 1)]  # a connection each
+    with ExitStack() as stack:
+        channels = [
+            stack.enter_context(grpc.insecure_channel(f"unix:{server.socket}", options))
+            for _ in range(4)
+        ]
+        for channel in channels:
+            infer(channel)
+        request = pb.InferRequest(model_name="identity", inputs=[tensor_of_array("x", X)])
+        server.process.send_signal(signal.SIGSTOP)
+        stubs = [inference_pb2_grpc.InferenceStub(channel) for channel in channels]
+        calls = [stub.Infer.future(request, timeout=60) for stub in stubs for _ in range(1000)]
+        server.process.send_signal(signal.SIGCONT)
+        codes = Counter(call.code() for call in calls)
+    assert set(codes) <= {Status.OK, Status.RESOURCE_EXHAUSTED}, codes
+    assert codes[Status.OK] > 0
 
 
 # TLS

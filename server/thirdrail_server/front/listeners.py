@@ -17,14 +17,21 @@ KEEPALIVE_MIN_PING_MS = 10_000
 # A connection may have so many more streams than calls are allowed: at its own bound a client waits
 # in silence, at ours it is told.
 REFUSED_STREAMS_MAX = 64
+INT32_MAX = 2**31 - 1
 
 
 def channel_options(config: ServerConfig) -> list[tuple[str, Any]]:
     """gRPC's settings for every listener."""
+    streams_max = config.concurrent_calls_max + REFUSED_STREAMS_MAX
+    calls_max = min(streams_max * config.connections_max, INT32_MAX)
     return [
         ("grpc.max_receive_message_length", config.message_bytes_max),
         ("grpc.max_send_message_length", config.message_bytes_max),
-        ("grpc.max_concurrent_streams", config.concurrent_calls_max + REFUSED_STREAMS_MAX),
+        ("grpc.max_concurrent_streams", streams_max),
+        # Of calls that the front has not looked at yet gRPC drops some, from 1000 on, and their
+        # callers hear "CANCELLED". The front answers all of them, within the other bounds here.
+        ("grpc.server.max_pending_requests", calls_max),
+        ("grpc.server.max_pending_requests_hard_limit", calls_max),
         ("grpc.max_allowed_incoming_connections", config.connections_max),
         # Two servers on one port would each get half of the calls, and neither would say so.
         ("grpc.so_reuseport", 0),
