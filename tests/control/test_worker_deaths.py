@@ -160,6 +160,19 @@ async def test_a_worker_that_falls_silent_is_replaced_however_many_wait_for_it(
         await plane.until(plane.catalog.all_ready)
 
 
+@pytest.mark.slow
+async def test_a_worker_that_does_not_end_is_killed_and_that_is_said(
+    repository: Any, open_plane: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    repository.write("m")
+    async with open_plane(control=ControlLimits(worker_stop_s_max=1)) as plane:
+        await plane.until(plane.catalog.all_ready)
+        silent = (await plane.worker.status()).pid
+        os.kill(silent, signal.SIGSTOP)
+    assert not psutil.pid_exists(silent)
+    assert f"pid {silent} did not end within 1 s: killed" in caplog.text
+
+
 async def test_a_lane_that_cannot_be_attached_is_a_death_like_any_other(
     repository: Any, open_plane: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

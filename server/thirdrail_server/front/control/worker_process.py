@@ -7,6 +7,7 @@ when the last request is answered.
 """
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -16,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from thirdrail_server.exit_codes import MEANINGS
+
+log = logging.getLogger(__name__)
 
 WORKER_COMMAND = (sys.executable, "-m", "thirdrail_server.worker")
 
@@ -54,6 +57,7 @@ class WorkerProcess:
         try:
             return await asyncio.wait_for(self.wait(), grace_s)
         except TimeoutError:
+            log.warning("pid %d did not end within %g s: killed", self.pid, grace_s)
             self.kill()
         return await self.wait()
 
