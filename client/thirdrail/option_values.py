@@ -38,7 +38,7 @@ def require_timeout(timeout: object) -> None:
     """Raises InvalidArgument for one that no clock takes: one of FP32 has steps of 128 s today."""
     if timeout is None:
         return
-    if not isinstance(timeout, int | float):
+    if not isinstance(timeout, int | float | np.integer):
         raise InvalidArgument(f"timeout must be a float or an int, got {_shown(timeout)}")
     if not 0 < timeout <= TIMEOUT_S_MAX:
         raise InvalidArgument(

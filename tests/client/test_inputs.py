@@ -238,6 +238,7 @@ def test_a_timeout_is_above_0_and_finite(bad: float) -> None:
 
 def test_the_shortest_timeout_is_not_none_at_all() -> None:
     assert request_of({}, timeout=1e-9).timeout_us == 1
+    assert request_of({}, timeout=np.int64(3)).timeout_us == 3_000_000
 
 
 @pytest.mark.parametrize(
