@@ -60,6 +60,7 @@ def test_a_sticky_error_restarts_the_worker_and_the_models_come_back(
         with pytest.raises(grpc.RpcError) as caught:
             running.result(timeout=30)  # of another model, in the same process
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        until(lambda: _snapshot(server).workers[0].restarts == 1)
         until(lambda: health(channel) == SERVING)  # all models
         assert pick(channel, 1) == [11]
         assert infer(channel, [1]) == [1]
@@ -78,9 +79,11 @@ def test_a_run_that_never_ends_is_a_lost_device(server: RunningServer) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             pick(channel, 3, "twin_stuck")
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        until(
+            lambda: _snapshot(server).workers[0].restarts == 1
+        )  # before, it may serve for a moment
         until(lambda: health(channel, "twin_stuck") == SERVING)
         assert pick(channel, 1, "twin_stuck") == [11]
-        assert _snapshot(server).workers[0].restarts == 1
     log = server.log_text()
     assert "the device was lost: a run has not ended within 0.75 s; this process ends" in log
     assert f"exit status {exit_codes.DEVICE_LOST} (the device was lost)" in log

@@ -41,8 +41,8 @@ def test_a_sticky_error_restarts_the_worker(needs_gpu: None, is_twin: bool, tmp_
         with pytest.raises(grpc.RpcError) as caught:
             pick(channel, 9)
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        until(lambda: sum(worker.restarts for worker in _snapshot(server).workers) == 1)
         until(lambda: health(channel, "wild") == SERVING)
         assert pick(channel, 1) == [11]
-        assert sum(worker.restarts for worker in _snapshot(server).workers) == 1
         status = exit_codes.DEVICE_LOST
         assert f"exit status {status} (the device was lost)" in server.log_text()
