@@ -94,6 +94,7 @@ def test_failures_have_one_type_on_every_way(
         assert str(streamed) == str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_full_queue(client: Client) -> None:
     with client.stream() as stream:
         futures = [stream.submit("narrow", LONG) for _ in range(8)]

@@ -175,6 +175,7 @@ def test_a_load_tells_its_phases(repository: Path, server: RunningServer, client
     assert client.describe("told").engine_report.is_cache_hit
 
 
+@pytest.mark.slow
 def test_a_plan_is_found_after_a_restart_and_in_a_cache_that_is_only_read(
     tmp_path: Path, start_server: StartServer
 ) -> None:

@@ -168,6 +168,7 @@ def test_a_plan_that_is_there_needs_no_stopgap(server: RunningServer, client: Cl
     assert server.log_text().count("not by onnxruntime plan: compiling") == with_plan == 1
 
 
+@pytest.mark.slow
 def test_an_unload_ends_the_build(server: RunningServer, client: Client) -> None:
     with held_build(server) as build:
         until_ready(client, "m")

@@ -140,6 +140,7 @@ def test_a_cancelled_load_looks_for_no_other_engine(
     assert caught.value.fault is BuildFault.CANCELLED
 
 
+@pytest.mark.slow
 def test_a_loaded_plan_makes_room_for_others(
     inspector: Inspector, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -188,6 +189,7 @@ def test_a_bare_plan_needs_a_gpu_and_says_what_built_it(
         load_model(path, {})
 
 
+@pytest.mark.slow
 def test_engines_are_closed_on_every_way_out(
     load_model: LoadModel,
     cache: PlanCache,

@@ -75,6 +75,7 @@ def test_nothing_is_to_come_when_the_plan_is_there(
     assert services.phases == [LOADING]
 
 
+@pytest.mark.slow
 def test_a_damaged_plan_is_built_anew_while_another_engine_answers(
     begin: Begin, model: Path, tmp_path: Path
 ) -> None:
@@ -119,6 +120,7 @@ def test_no_gpu_is_known_at_once(begin: Begin, model: Path) -> None:
     assert [each.fault for each in begun.now.report.attempts] == ["missing"]
 
 
+@pytest.mark.slow
 def test_an_engine_stays_when_the_other_is_not_proven(
     begin: Begin, cache: PlanCache, model: Path
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_run_whose_results_stay_on_the_device(
     peer.close()
 
 
+@pytest.mark.slow
 def test_a_run_while_its_model_is_loaded(worker: RunningWorker, tmp_path: Path, gate: Path) -> None:
     write(tmp_path, NAME, double(), WARM_UP)
     gate.touch()

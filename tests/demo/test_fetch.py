@@ -77,7 +77,10 @@ def test_second_run_downloads_nothing(repository: Path, wheels: Path) -> None:
     assert fetch_test_package(repository, wheels) == []
 
 
-@pytest.mark.parametrize("damaged", ["magika/1/model.onnx", "magika/shout.txt"])
+@pytest.mark.parametrize(
+    "damaged",
+    ["magika/1/model.onnx", pytest.param("magika/shout.txt", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("content", [None, b"", MODEL[:-1] + b"?"])
 def test_damaged_file_is_fetched_again(
     repository: Path, wheels: Path, damaged: str, content: bytes | None

@@ -41,7 +41,7 @@ def reason(inspector: Inspector) -> Callable[[Path], str]:
         ("a.onnx", b"\x08\x0a", "a.onnx: "),
         ("a.plan", b"x", "a.plan: no TensorRT plan by its first bytes; here: "),
         # Of one engine where PyTorch is not installed, of two where it is.
-        ("a.pt2", b"x", "a.pt2"),
+        pytest.param("a.pt2", b"x", "a.pt2", marks=pytest.mark.slow),
         ("a.pt", b"x", "a.pt"),
         ("model.py", b"x", "model.py: Python models are not served, expected model.onnx, model.pt"),
         ("model.bin", b"x", "model.bin: unknown kind of model file, expected model.onnx"),

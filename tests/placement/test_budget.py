@@ -113,6 +113,7 @@ def test_what_does_not_fit_is_refused_with_figures(serve: Callable[..., Budgeted
     assert 4 * MIB <= size < 4.5 * MIB
 
 
+@pytest.mark.slow
 def test_a_model_that_is_larger_than_its_file_is_found_out(
     serve: Callable[..., Budgeted], tmp_path: Path
 ) -> None:
@@ -226,6 +227,7 @@ def test_a_reload_that_does_not_fit_beside_what_serves_is_refused(
     assert warning.startswith("the last reload failed, what was loaded before is serving: worker")
 
 
+@pytest.mark.slow
 def test_a_reload_may_let_go_of_what_serves_first(
     serve: Callable[..., Budgeted], tmp_path: Path
 ) -> None:

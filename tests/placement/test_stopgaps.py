@@ -28,6 +28,7 @@ def started(tmp_path: Path, start_server: StartServer, mib: float, *arguments: s
     return Client(start_server(repository, *control, budget, cache, *arguments, wait=False).url)
 
 
+@pytest.mark.slow
 def test_a_better_engine_that_does_not_fit_beside_the_first_is_not_had(
     tmp_path: Path, start_server: StartServer
 ) -> None:

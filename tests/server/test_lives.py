@@ -168,6 +168,7 @@ def test_a_front_killed_while_it_starts_leaves_nothing_behind(
     until(lambda: all(is_gone(child.pid) for child in children))
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_what_was_taken_and_exits_with_zero(
     small_repository: Path, start_server: StartServer
 ) -> None:

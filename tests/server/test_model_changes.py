@@ -50,6 +50,7 @@ POLICIES = {
 }
 
 
+@pytest.mark.slow
 def test_the_version_policy_chooses(repository: Path, start_server: StartServer) -> None:
     for name, (policy, _) in POLICIES.items():
         for version in (2, 9, 10):

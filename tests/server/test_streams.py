@@ -317,7 +317,9 @@ def test_cancels_of_answers_that_wait_for_their_reader(
 # The server's end
 
 
-@pytest.mark.parametrize("opened", [native_stream, kserve_stream])
+@pytest.mark.parametrize(
+    "opened", [native_stream, pytest.param(kserve_stream, marks=pytest.mark.slow)]
+)
 def test_a_stop_finishes_what_was_read_and_says_why(
     repository: Path, start_server: StartServer, opened: Callable[..., Any]
 ) -> None:

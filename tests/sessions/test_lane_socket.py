@@ -128,6 +128,7 @@ def test_it_goes_with_the_server(start_server: StartServer, standard_repository:
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_it_goes_with_a_front_that_is_killed(
     start_server: StartServer, standard_repository: Path
 ) -> None:
@@ -170,6 +171,7 @@ def test_a_server_without_a_lane_says_why(
     assert not list(server.socket.parent.glob("*.lane"))
 
 
+@pytest.mark.slow
 def test_other_users_reach_it_where_they_may_attach(
     start_server: StartServer, standard_repository: Path
 ) -> None:

@@ -35,6 +35,7 @@ def slow(call: int, turns: int) -> Request:
     return request
 
 
+@pytest.mark.slow
 def test_calls_in_flight_are_answered_before_the_goodbye(
     server: RunningServer, peer: LanePeer
 ) -> None:
@@ -58,6 +59,7 @@ def test_calls_in_flight_are_answered_before_the_goodbye(
     assert server.process.wait(STOP_S_MAX) == 0
 
 
+@pytest.mark.slow
 def test_a_call_that_takes_too_long_does_not_hold_up_the_end(
     start_server: StartServer, standard_repository: Path
 ) -> None:

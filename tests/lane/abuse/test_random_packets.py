@@ -55,6 +55,7 @@ def until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_random_packets(worker: RunningWorker, neighbour: AsyncLane) -> None:
     throw(worker, neighbour, 40)  # what grows only once has grown
     rss, fds = footprint(worker)
