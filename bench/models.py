@@ -49,7 +49,7 @@ def write_scale(repository: Path, name: str, size_bytes_max: int) -> None:
     _write(repository, name, graph, profile)
 
 
-def write_mlp(repository: Path, name: str = "mlp") -> Path:
+def write_mlp(repository: Path, name: str = "mlp", more_config: str = "") -> Path:
     """Four layers of 1024x1024 with ReLU, FP32 [rows, 1024]. Returns the model file."""
     random = np.random.default_rng(1)
     nodes, weights = [], []
@@ -63,7 +63,7 @@ def write_mlp(repository: Path, name: str = "mlp") -> Path:
     shape: list[str | int | None] = ["rows", MLP_WIDTH]
     tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy"]
     graph = helper.make_graph(nodes, "mlp", tensors[:1], tensors[1:], weights)
-    return _write(repository, name, graph, MLP_CONFIG)
+    return _write(repository, name, graph, MLP_CONFIG + more_config)
 
 
 def _write(repository: Path, name: str, graph: onnx.GraphProto, config: str = "") -> Path:
