@@ -2,6 +2,7 @@
 """`thirdrail` itself: help, shared options, other packages' commands, and what is not installed."""
 
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -49,6 +50,25 @@ def test_help_fills_the_lines_of_a_narrow_terminal(
 
 def test_version(typed: Thirdrail) -> None:
     assert typed("--version").out == f"thirdrail {__version__}\n"
+
+
+@pytest.mark.parametrize("flags", [(), ("-u",)])
+def test_a_full_disk_is_one_line(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    command = [sys.executable, *flags, "-m", "thirdrail", "--version"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "Error: cannot write the output: No space left on device\n"
+
+
+def test_a_pipe_that_nobody_reads_ends_without_a_word() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        command = [sys.executable, "-m", "thirdrail", "--version"]
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_the_servers_commands_are_listed_without_importing_it() -> None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line. It needs packages of the extra `cli`, so this file imports none of them."""
 
+import os
 import sys
 
-EXIT_REFUSED = 1  # the server said no
+EXIT_REFUSED = 1  # the server said no, or the output cannot be written
 EXIT_USAGE = 2  # the command line is wrong, or a package for it is missing
 EXIT_UNREACHABLE = 3  # no server answered
 EXIT_INTERRUPTED = 130  # as shells say it of Ctrl-C
@@ -15,6 +16,25 @@ def main() -> None:
         _main()
     except KeyboardInterrupt:  # while packages were imported; later, typer takes care of it
         sys.exit(EXIT_INTERRUPTED)
+    except OSError:
+        why_not = _why_no_output()
+        if why_not is None:
+            raise
+        print(f"Error: cannot write the output: {why_not}", file=sys.stderr)
+        sys.exit(EXIT_REFUSED)
+
+
+def _why_no_output() -> str | None:
+    """What keeps even an empty line from standard output; None: nothing. A closed pipe is no case
+    of it: typer ends without a word then.
+    """
+    stdout = 1  # the descriptor
+    try:
+        os.write(stdout, b"\n")
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)  # for what is left in buffers
+        return error.strerror
+    return None
 
 
 def _main() -> None:

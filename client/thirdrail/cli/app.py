@@ -49,7 +49,7 @@ _EPILOG = """
 
 \b
   0  it worked
-  1  the server said no, or is not healthy
+  1  the server said no, is not healthy, or the output cannot be written
   2  the command line is wrong, or a package for the command is missing
   3  no server answered
 """
