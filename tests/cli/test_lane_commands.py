@@ -2,6 +2,8 @@
 """`thirdrail probe` and `thirdrail sessions` against real servers."""
 
 import json
+import os
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +102,19 @@ def test_sessions(thirdrail: Thirdrail, server: RunningServer) -> None:
         assert any(line.split()[0] == str(ours["session"]) for line in lines)
         assert np.all(result["y"] == 1)
         assert thirdrail("sessions", "--watch").out.splitlines()[0] == lines[0]  # no terminal
+
+
+@pytest.mark.slow
+def test_sessions_name_a_worker_that_stands_still(
+    start_server: StartServer, typed: Thirdrail, standard_repository: Path
+) -> None:
+    server = start_server(standard_repository)
+    os.kill(server.worker_pid(), signal.SIGSTOP)
+    for flags in ((), ("--json",)):
+        done = typed("sessions", f"--url={server.url}", *flags)
+        assert done.code == 1
+        assert "worker 'cpu' has said nothing for 5 s" in done.err
+    assert done.json == []
 
 
 def test_what_a_client_calls_itself_does_not_reach_the_terminal() -> None:

@@ -18,6 +18,11 @@ from thirdrail.v1.sessions_pb2 import (
     OpenSessionRequest,
 )
 from thirdrail.v1.sessions_pb2_grpc import SessionsStub
+from thirdrail_server.config import ControlLimits, ServerConfig
+from thirdrail_server.control_channel import ChannelLimits
+from thirdrail_server.front.control.supervisor import Lane, Supervisor
+from thirdrail_server.front.control.worker_process import WorkerProcess
+from thirdrail_server.front.sessions.service import SessionsServicer
 
 LARGE = np.arange(1 << 18, dtype=np.float32)  # 1 MiB: never inline
 
@@ -58,6 +63,22 @@ def test_an_opened_session_is_listed_before_anybody_attaches(sessions: SessionsS
     (mine,) = [each for each in listed if each.session == opened.session]
     assert mine.state == SESSION_STATE_OPENING
     assert [each.is_front for each in listed].count(True) == 1
+
+
+async def test_a_worker_that_is_not_there_is_named_among_the_sessions(tmp_path: Path) -> None:
+    def start() -> WorkerProcess:
+        raise AssertionError("nobody starts it")
+
+    async def attach(_sock: object) -> Lane:
+        raise AssertionError("nobody attaches")
+
+    down = Supervisor("cuda:0", start, attach, ControlLimits(), ChannelLimits())
+    servicer = SessionsServicer(ServerConfig(tmp_path), [down])
+    listed = await servicer.ListSessions(ListSessionsRequest(), None)  # type: ignore[arg-type]
+    assert list(listed.sessions) == []
+    assert dict(listed.unheard) == {
+        "cuda:0": "worker 'cuda:0' is not running; it is being restarted"
+    }
 
 
 def test_an_unknown_worker_is_named(sessions: SessionsStub) -> None:

@@ -3,16 +3,18 @@
 
 import os
 import time
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
 from thirdrail.cli.figures import dict_of_message
 from thirdrail.cli.session import console, new_table, print_json, print_whole, session_of
+from thirdrail.errors import Unavailable
 from thirdrail.lane.attach import OPEN_TIMEOUT_S, socket_candidates
 from thirdrail.transport import CannotAttach
 from thirdrail.v1 import sessions_pb2 as pb
@@ -50,16 +52,19 @@ def sessions(
     with session.channel() as (_, channel):
         service = sessions_pb2_grpc.SessionsStub(channel)
         if session.as_json or not watch or not out.is_terminal:
-            found = service.ListSessions(pb.ListSessionsRequest()).sessions
+            listed = service.ListSessions(pb.ListSessionsRequest())
             if session.as_json:
-                print_json([_dict_of_session(each) for each in found])
+                print_json([_dict_of_session(each) for each in listed.sessions])
             else:
-                print_whole(view(found))
+                print_whole(view(listed.sessions))
+            if listed.unheard:
+                raise Unavailable("; ".join(listed.unheard.values()))
             return
         with Live(Text("…"), console=out, screen=True, auto_refresh=False) as live:
             while True:
-                found = service.ListSessions(pb.ListSessionsRequest()).sessions
-                live.update(view(found), refresh=True)
+                listed = service.ListSessions(pb.ListSessionsRequest())
+                unheard = map(Text, listed.unheard.values())
+                live.update(Group(view(listed.sessions), *unheard), refresh=True)
                 time.sleep(interval)
 
 
@@ -96,10 +101,8 @@ def open_(
         typer.echo("\n".join(f"{name} {value}" for name, value in place.items()))
 
 
-def view(found: Any) -> RenderableType:
-    """One screen."""
-    if not found:
-        return Text("Nobody is on the lane.")
+def view(found: Iterable[pb.SessionInfo]) -> RenderableType:
+    """A row for each. The front is always among them, unless its worker is not heard."""
     table = new_table("ID", "CLIENT", "WORKER", "STATE", *_NUMBERS, right=("ID", *_NUMBERS), gap=1)
     for each in found:
         table.add_row(

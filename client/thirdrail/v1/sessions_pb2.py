@@ -24,31 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bthirdrail/v1/sessions.proto\x12\x0cthirdrail.v1\"$\n\x12OpenSessionRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\"\x97\x01\n\x13OpenSessionResponse\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x15\n\rtoken_life_ms\x18\x03 \x01(\r\x12\x13\n\x0bsocket_name\x18\x04 \x01(\t\x12\x13\n\x0bsocket_path\x18\x05 \x01(\t\x12\x0e\n\x06worker\x18\x06 \x01(\t\x12\x0f\n\x07workers\x18\x07 \x03(\t\"\x15\n\x13ListSessionsRequest\"C\n\x14ListSessionsResponse\x12+\n\x08sessions\x18\x01 \x03(\x0b\x32\x19.thirdrail.v1.SessionInfo\"\xf0\x02\n\x0bSessionInfo\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.thirdrail.v1.SessionState\x12\x13\n\x0b\x63lient_name\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0b\n\x03uid\x18\x06 \x01(\r\x12\x13\n\x0binput_bytes\x18\x07 \x01(\x04\x12\x14\n\x0coutput_bytes\x18\x08 \x01(\x04\x12\x14\n\x0cleased_bytes\x18\t \x01(\x04\x12\x0e\n\x06leases\x18\n \x01(\r\x12\x17\n\x0f\x63\x61lls_in_flight\x18\x0b \x01(\r\x12\r\n\x05\x63\x61lls\x18\x0c \x01(\x04\x12\x0f\n\x07\x65xports\x18\r \x01(\r\x12\x0f\n\x07imports\x18\x0e \x01(\r\x12\x14\n\x0cshared_bytes\x18\x0f \x01(\x04\x12\r\n\x05\x61ge_s\x18\x10 \x01(\x01\x12\x10\n\x08is_front\x18\x11 \x01(\x08\x12\x14\n\x0c\x64\x65vice_bytes\x18\x12 \x01(\x04\"\x1f\n\x0cProbeRequest\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\"e\n\rProbeResponse\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12+\n\ntransports\x18\x02 \x03(\x0b\x32\x17.thirdrail.v1.Transport\x12\x16\n\x0eserver_version\x18\x03 \x01(\t\"K\n\tTransport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07offered\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t*\xd1\x01\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SESSION_STATE_OPENING\x10\x01\x12\x1a\n\x16SESSION_STATE_ATTACHED\x10\x02\x12\x18\n\x14SESSION_STATE_ACTIVE\x10\x03\x12\x1a\n\x16SESSION_STATE_DRAINING\x10\x04\x12\x1c\n\x18SESSION_STATE_QUARANTINE\x10\x05\x12\x17\n\x13SESSION_STATE_FREED\x10\x06\x32\xf7\x01\n\x08Sessions\x12R\n\x0bOpenSession\x12 .thirdrail.v1.OpenSessionRequest\x1a!.thirdrail.v1.OpenSessionResponse\x12U\n\x0cListSessions\x12!.thirdrail.v1.ListSessionsRequest\x1a\".thirdrail.v1.ListSessionsResponse\x12@\n\x05Probe\x12\x1a.thirdrail.v1.ProbeRequest\x1a\x1b.thirdrail.v1.ProbeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bthirdrail/v1/sessions.proto\x12\x0cthirdrail.v1\"$\n\x12OpenSessionRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\"\x97\x01\n\x13OpenSessionResponse\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x15\n\rtoken_life_ms\x18\x03 \x01(\r\x12\x13\n\x0bsocket_name\x18\x04 \x01(\t\x12\x13\n\x0bsocket_path\x18\x05 \x01(\t\x12\x0e\n\x06worker\x18\x06 \x01(\t\x12\x0f\n\x07workers\x18\x07 \x03(\t\"\x15\n\x13ListSessionsRequest\"\xb5\x01\n\x14ListSessionsResponse\x12+\n\x08sessions\x18\x01 \x03(\x0b\x32\x19.thirdrail.v1.SessionInfo\x12@\n\x07unheard\x18\x02 \x03(\x0b\x32/.thirdrail.v1.ListSessionsResponse.UnheardEntry\x1a.\n\x0cUnheardEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xf0\x02\n\x0bSessionInfo\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.thirdrail.v1.SessionState\x12\x13\n\x0b\x63lient_name\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0b\n\x03uid\x18\x06 \x01(\r\x12\x13\n\x0binput_bytes\x18\x07 \x01(\x04\x12\x14\n\x0coutput_bytes\x18\x08 \x01(\x04\x12\x14\n\x0cleased_bytes\x18\t \x01(\x04\x12\x0e\n\x06leases\x18\n \x01(\r\x12\x17\n\x0f\x63\x61lls_in_flight\x18\x0b \x01(\r\x12\r\n\x05\x63\x61lls\x18\x0c \x01(\x04\x12\x0f\n\x07\x65xports\x18\r \x01(\r\x12\x0f\n\x07imports\x18\x0e \x01(\r\x12\x14\n\x0cshared_bytes\x18\x0f \x01(\x04\x12\r\n\x05\x61ge_s\x18\x10 \x01(\x01\x12\x10\n\x08is_front\x18\x11 \x01(\x08\x12\x14\n\x0c\x64\x65vice_bytes\x18\x12 \x01(\x04\"\x1f\n\x0cProbeRequest\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\"e\n\rProbeResponse\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12+\n\ntransports\x18\x02 \x03(\x0b\x32\x17.thirdrail.v1.Transport\x12\x16\n\x0eserver_version\x18\x03 \x01(\t\"K\n\tTransport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07offered\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t*\xd1\x01\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SESSION_STATE_OPENING\x10\x01\x12\x1a\n\x16SESSION_STATE_ATTACHED\x10\x02\x12\x18\n\x14SESSION_STATE_ACTIVE\x10\x03\x12\x1a\n\x16SESSION_STATE_DRAINING\x10\x04\x12\x1c\n\x18SESSION_STATE_QUARANTINE\x10\x05\x12\x17\n\x13SESSION_STATE_FREED\x10\x06\x32\xf7\x01\n\x08Sessions\x12R\n\x0bOpenSession\x12 .thirdrail.v1.OpenSessionRequest\x1a!.thirdrail.v1.OpenSessionResponse\x12U\n\x0cListSessions\x12!.thirdrail.v1.ListSessionsRequest\x1a\".thirdrail.v1.ListSessionsResponse\x12@\n\x05Probe\x12\x1a.thirdrail.v1.ProbeRequest\x1a\x1b.thirdrail.v1.ProbeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'thirdrail.v1.sessions_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SESSIONSTATE']._serialized_start=914
-  _globals['_SESSIONSTATE']._serialized_end=1123
+  _globals['_LISTSESSIONSRESPONSE_UNHEARDENTRY']._loaded_options = None
+  _globals['_LISTSESSIONSRESPONSE_UNHEARDENTRY']._serialized_options = b'8\001'
+  _globals['_SESSIONSTATE']._serialized_start=1029
+  _globals['_SESSIONSTATE']._serialized_end=1238
   _globals['_OPENSESSIONREQUEST']._serialized_start=45
   _globals['_OPENSESSIONREQUEST']._serialized_end=81
   _globals['_OPENSESSIONRESPONSE']._serialized_start=84
   _globals['_OPENSESSIONRESPONSE']._serialized_end=235
   _globals['_LISTSESSIONSREQUEST']._serialized_start=237
   _globals['_LISTSESSIONSREQUEST']._serialized_end=258
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=260
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=327
-  _globals['_SESSIONINFO']._serialized_start=330
-  _globals['_SESSIONINFO']._serialized_end=698
-  _globals['_PROBEREQUEST']._serialized_start=700
-  _globals['_PROBEREQUEST']._serialized_end=731
-  _globals['_PROBERESPONSE']._serialized_start=733
-  _globals['_PROBERESPONSE']._serialized_end=834
-  _globals['_TRANSPORT']._serialized_start=836
-  _globals['_TRANSPORT']._serialized_end=911
-  _globals['_SESSIONS']._serialized_start=1126
-  _globals['_SESSIONS']._serialized_end=1373
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=261
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=442
+  _globals['_LISTSESSIONSRESPONSE_UNHEARDENTRY']._serialized_start=396
+  _globals['_LISTSESSIONSRESPONSE_UNHEARDENTRY']._serialized_end=442
+  _globals['_SESSIONINFO']._serialized_start=445
+  _globals['_SESSIONINFO']._serialized_end=813
+  _globals['_PROBEREQUEST']._serialized_start=815
+  _globals['_PROBEREQUEST']._serialized_end=846
+  _globals['_PROBERESPONSE']._serialized_start=848
+  _globals['_PROBERESPONSE']._serialized_end=949
+  _globals['_TRANSPORT']._serialized_start=951
+  _globals['_TRANSPORT']._serialized_end=1026
+  _globals['_SESSIONS']._serialized_start=1241
+  _globals['_SESSIONS']._serialized_end=1488
 # @@protoc_insertion_point(module_scope)

@@ -128,15 +128,37 @@ global___ListSessionsRequest = ListSessionsRequest
 class ListSessionsResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class UnheardEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     SESSIONS_FIELD_NUMBER: builtins.int
+    UNHEARD_FIELD_NUMBER: builtins.int
     @property
     def sessions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SessionInfo]: ...
+    @property
+    def unheard(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """workers whose sessions are missing here, and why"""
+
     def __init__(
         self,
         *,
         sessions: collections.abc.Iterable[global___SessionInfo] | None = ...,
+        unheard: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["sessions", b"sessions"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["sessions", b"sessions", "unheard", b"unheard"]) -> None: ...
 
 global___ListSessionsResponse = ListSessionsResponse
 

@@ -124,12 +124,22 @@ class Supervisor:
             raise await self._death_of(life)
         return answer
 
+    async def ask(self, do: str, fields: Fields | None = None) -> Fields:
+        """`call`, for what a sound worker answers at once. Unavailable also where it does not."""
+        answer_s_max = self._limits.worker_answer_s_max
+        try:
+            async with asyncio.timeout(answer_s_max):
+                return await self.call(do, fields)
+        except TimeoutError:
+            raise Unavailable(
+                f"worker '{self.name}' has said nothing for {answer_s_max} s"
+            ) from None
+
     async def status(self) -> metrics_pb2.WorkerStatus:
         """Figures of the worker; those that only it knows are 0 while it does not answer."""
         status = metrics_pb2.WorkerStatus()
-        with contextlib.suppress(ThirdrailError, ValueError, KeyError, TimeoutError):
-            async with asyncio.timeout(self._limits.worker_answer_s_max):
-                answer = await self.call("status")
+        with contextlib.suppress(ThirdrailError, ValueError, KeyError):
+            answer = await self.ask("status")
             status = message_of_text(metrics_pb2.WorkerStatus, answer["status"])
         status.name = self.name
         status.pid = self._life.process.pid if self._life else 0

@@ -5,7 +5,6 @@ Everything here is asked for in the model's turn. A worker swaps a model in one 
 fails there changes nothing but what is told.
 """
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
@@ -127,20 +126,17 @@ class WorkerModels:
 
     async def cancel_loads(self, name: str | None) -> None:
         """End the builds of a model. None: of all models, for good."""
-        with contextlib.suppress(ThirdrailError, TimeoutError):  # no worker: nothing is built
-            async with asyncio.timeout(self._limits.worker_answer_s_max):
-                await self._worker.call("cancel loads", {} if name is None else {"name": name})
+        with contextlib.suppress(ThirdrailError):  # no worker: nothing is built
+            await self._worker.ask("cancel loads", {} if name is None else {"name": name})
 
     async def counters(self) -> list[metrics_pb2.ModelCounters]:
         """Of every model version since the server started; they never decrease."""
         try:
-            async with asyncio.timeout(self._limits.worker_answer_s_max):
-                answer = await self._worker.call("counters")
-            texts = answer["models"]
+            texts = (await self._worker.ask("counters"))["models"]
             self._counters.observe(
                 [message_of_text(metrics_pb2.ModelCounters, text) for text in texts]
             )
-        except (ThirdrailError, TimeoutError):
+        except ThirdrailError:
             pass  # no worker to ask: what was known stays true
         except (KeyError, TypeError, ValueError) as error:
             _log.error("worker '%s' sent counters that cannot be read: %r", self.name, error)

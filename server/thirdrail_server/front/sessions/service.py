@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 import grpc
 
-from thirdrail.errors import FailedPrecondition, NotFound
+from thirdrail.errors import FailedPrecondition, NotFound, ThirdrailError
 from thirdrail.v1 import sessions_pb2 as pb
 from thirdrail.v1 import sessions_pb2_grpc
 from thirdrail_engines.cuda.sharing_here import sharing_here
@@ -58,7 +58,7 @@ class SessionsServicer(sessions_pb2_grpc.SessionsServicer):
         path = self._lane_paths.get(worker.name)
         if why_not or path is None:
             raise FailedPrecondition(why_not)
-        opened = OpenedSession.from_fields(await worker.call("open session"))
+        opened = OpenedSession.from_fields(await worker.ask("open session"))
         return pb.OpenSessionResponse(
             session=opened.session,
             token=opened.token,
@@ -73,12 +73,11 @@ class SessionsServicer(sessions_pb2_grpc.SessionsServicer):
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Context
     ) -> pb.ListSessionsResponse:
-        asked = map(_sessions_of, self._workers.values())
-        lists = await asyncio.gather(*asked, return_exceptions=True)
-        found = [each for each in lists if not isinstance(each, BaseException)]
-        if not found:
-            await _sessions_of(self._first)  # raises why there is nobody to ask
-        return pb.ListSessionsResponse(sessions=[each for some in found for each in some])
+        lists = await asyncio.gather(*map(_sessions_of, self._workers.values()))
+        listed = pb.ListSessionsResponse()
+        for each in lists:
+            listed.MergeFrom(each)
+        return listed
 
     @answering
     async def Probe(self, request: pb.ProbeRequest, context: Context) -> pb.ProbeResponse:
@@ -112,12 +111,15 @@ class SessionsServicer(sessions_pb2_grpc.SessionsServicer):
         return ""
 
 
-async def _sessions_of(worker: Supervisor) -> list[pb.SessionInfo]:
-    answer = await worker.call("list sessions")
+async def _sessions_of(worker: Supervisor) -> pb.ListSessionsResponse:
+    try:
+        answer = await worker.ask("list sessions")
+    except ThirdrailError as error:
+        return pb.ListSessionsResponse(unheard={worker.name: error.message})
     sessions = [message_of_text(pb.SessionInfo, text) for text in answer["sessions"]]
     for each in sessions:
         each.worker = worker.name
-    return sessions
+    return pb.ListSessionsResponse(sessions=sessions)
 
 
 def is_local(caller: str) -> bool:
