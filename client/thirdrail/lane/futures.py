@@ -84,10 +84,10 @@ class LaneFuture(Future[Result]):
             if self._is_taken:
                 return self.cancelled()
             self._is_taken = True
-        super().cancel()
-        self.set_running_or_notify_cancel()  # tells those who wait for several
         self._lane.abandon(self.call)
         self._lane.talk.watcher.leave(self)
+        super().cancel()
+        self.set_running_or_notify_cancel()  # tells those who wait for several
         return True
 
     def fail(self, error: ThirdrailError) -> None:
@@ -97,13 +97,13 @@ class LaneFuture(Future[Result]):
                 return
             self._is_taken = True
         self._lane.abandon(self.call)
-        self.set_exception(error)
         self._lane.talk.watcher.leave(self)
+        self.set_exception(error)
 
     def add_done_callback(self, fn: Callable[[Future[Result]], object]) -> None:
         """Has `fn(future)` called at the end: by another thread, or at once where it has ended."""
+        self._watch()  # first, or the answer might be read in between, and told by who reads
         super().add_done_callback(fn)
-        self._watch()
 
     def _watch(self) -> None:
         with self._condition:
@@ -162,8 +162,10 @@ class LaneFuture(Future[Result]):
             if self._is_taken:
                 return
             self._is_taken = True
+        self._lane.talk.watcher.leave(
+            self
+        )  # before callbacks, which may raise what is no Exception
         self._outcome()()
-        self._lane.talk.watcher.leave(self)
 
     def _outcome(self) -> Callable[[], None]:
         """What ends the future."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The thread that reads a lane for those who wait elsewhere. It exists while there are any."""
 
+import sys
 import threading
 import time
 from collections import deque
@@ -58,8 +59,9 @@ class Watcher:
 
     def _start(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="thirdrail-watcher", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="thirdrail-watcher", daemon=True)
+            thread.start()  # where there can be no more, whoever comes next tries again
+            self._thread = thread
 
     def _run(self) -> None:
         while True:
@@ -72,7 +74,7 @@ class Watcher:
                 ends_s = [each for each in self._watched.values() if each is not None]
                 deadline_s = min(ends_s, default=None)
             if work is not None:
-                work()
+                _do(work)
             else:
                 self._turns.wait(ticket, deadline_s)
                 self._end_overdue(time.monotonic())
@@ -83,5 +85,13 @@ class Watcher:
             overdue = [each for each, end_s in ends_s if end_s is not None and end_s <= now_s]
             for future in overdue:
                 del self._watched[future]
-        for future in overdue:
-            future.on_overdue()
+                self._work.append(future.on_overdue)
+
+
+def _do(work: Callable[[], None]) -> None:
+    """What a callback raises would end a thread of its own; this one has others to tell."""
+    try:
+        work()
+    except BaseException:
+        failure = (*sys.exc_info(), threading.current_thread())
+        threading.excepthook(threading.ExceptHookArgs(failure))
