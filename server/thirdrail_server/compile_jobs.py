@@ -12,6 +12,7 @@ from thirdrail_engines.compile_options import (
     OnFailure,
     TorchCompile,
 )
+from thirdrail_engines.file_modes import is_file, is_folder, is_there
 from thirdrail_engines.host import cuda_devices
 from thirdrail_engines.plans import Builder, Precision, ShapeRange
 from thirdrail_engines.profiles import PROFILES_MAX, GivenProfile, read_shape_range
@@ -96,14 +97,14 @@ def jobs_at(path: Path, wish: Wish) -> Iterator[Job]:
     path: a model file, the folder of one model, or a repository.
     Raises InvalidArgument when it is none of them.
     """
-    if wish.profiles and not path.is_file():
+    if wish.profiles and not is_file(path):
         raise InvalidArgument(
             f"--profile is for a model file, and {path} is none: write profile.0.INPUT into its "
             "config.pbtxt, where servers read it too"
         )
-    if path.is_file():
+    if is_file(path):
         yield from _of_file(path, wish)
-    elif not path.is_dir():
+    elif not is_folder(path):
         raise InvalidArgument(f"{path} does not exist, expected a model file or a folder of models")
     elif _is_model_folder(path):
         yield from _of_model(path.parent, path.resolve().name, wish)
@@ -115,7 +116,7 @@ def jobs_at(path: Path, wish: Wish) -> Iterator[Job]:
 def _is_model_folder(path: Path) -> bool:
     """Whether versions lie in it, and not models."""
     return any(
-        (each / name).exists()
+        is_there(each / name)
         for each in path.iterdir()
         if each.name.isdecimal()
         for name in MODEL_FILENAMES

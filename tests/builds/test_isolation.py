@@ -75,7 +75,7 @@ def test_a_build_is_alone_and_stands_back(facts: Mapping[str, Any], folder: Path
     assert facts["oom_score"] == 1000
     assert facts["no_new_privileges"]
     assert facts["threads"] == 1
-    assert facts["descriptors"] == 3
+    assert facts["descriptors"] == []
     assert facts["user"] == (NOBODY if facts["was"] == "as nobody" else os.geteuid())
     assert facts["folder"] == str(folder)
     environment = facts["environment"]
@@ -84,6 +84,7 @@ def test_a_build_is_alone_and_stands_back(facts: Mapping[str, Any], folder: Path
     assert environment["HOME"] == environment["TMPDIR"] == str(folder / "home")
 
 
+@pytest.mark.slow  # not in `make test`, which has to pass in any container
 def test_this_machine_permits_it(facts: Mapping[str, Any]) -> None:
     """So that the test above has shown something. Ubuntu forbids it to those who are not root."""
     if facts and os.geteuid() == 0:

@@ -70,7 +70,8 @@ def test_a_large_manifest_on_a_full_disk(tmp_path: Path) -> None:
             assert bytes(plan.data) == b"plan", "a build of half an hour is not thrown away"
     """.strip()
     said = run_on_small_disk(tmp_path / "disk", 2 * MIB, FULL_DISK.format(what=what))
-    assert "is not kept: no space left on device" in said
+    reason = "no space left on device" if can_mount() else "file too large"
+    assert f"is not kept: {reason}" in said
 
 
 def test_a_note_on_a_full_disk_is_not_kept(tmp_path: Path) -> None:

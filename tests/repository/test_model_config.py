@@ -156,7 +156,7 @@ def test_reads_json_with_numbers_as_strings() -> None:
         (b"null", r"the JSON configuration is not a JSON object"),
         (b"", r"the JSON configuration is empty"),
         (b"\xff", r"the JSON configuration is not UTF-8 text"),
-        (b'{"input":' + b"[" * 100_000, r"the JSON configuration: .*recursion"),
+        (b'{"input":' + b"[" * 100_000, r"the JSON configuration: .*nested too deeply"),
         (b'{"name": "\\ud800"}', r"the JSON configuration: "),
         (b'{"input": {"a": 1}}', r"the JSON configuration: "),
         (b'{"max_batch_size": %s}' % (b"9" * 5000), r"the JSON configuration: "),

@@ -11,6 +11,7 @@ from thirdrail import dtypes
 from thirdrail.dtypes import DType
 from thirdrail.tensors import TensorSpec
 from thirdrail_engines.engine import EngineSpec, ModelFileError
+from thirdrail_engines.file_modes import is_file
 from thirdrail_engines.inspector import Findings
 from thirdrail_engines.onnxruntime_errors import tidy
 from thirdrail_engines.onnxruntime_plan import OnnxRuntimePlan
@@ -129,7 +130,7 @@ def _open(
 
 def _check_file(path: Path) -> None:
     try:
-        if not path.is_file():
+        if not is_file(path):
             raise ModelFileError(f"{path.name}: no such file")
         if path.stat().st_size == 0:
             raise ModelFileError(f"{path.name}: the file is empty")

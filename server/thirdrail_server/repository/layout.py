@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from thirdrail_engines.file_modes import is_file, is_folder, is_there
 from thirdrail_server.repository.errors import RepositoryError
 from thirdrail_server.repository.paths import (
     reason_of,
@@ -77,7 +78,7 @@ def find(repository: Path, name: str) -> ModelFolder | None:
         root = Path(os.path.realpath(repository, strict=True))
         os.scandir(root).close()
         path = root / name
-        is_candidate = path.is_dir() or (path.is_symlink() and not path.exists())
+        is_candidate = is_folder(path) or (path.is_symlink() and not is_there(path))
     except OSError as error:
         raise _unreadable(repository, error) from None
     return _model_folder(root, name) if is_candidate else None
@@ -108,7 +109,7 @@ def model_file(folder: ModelFolder, version: int, filename: str = "") -> Path:
     if not filename and not os.path.lexists(within / present):
         raise RepositoryError(f"{what} '{present}' does not exist{_alternatives(within)}")
     real = resolve_inside(folder.root, within, present, what)
-    if not real.is_file():
+    if not is_file(real):
         raise RepositoryError(f"{what} '{present}' is not a regular file")
     refuse_open_to_all(within, "the version's folder")
     refuse_open_to_all(real, what)
@@ -117,7 +118,7 @@ def model_file(folder: ModelFolder, version: int, filename: str = "") -> Path:
 
 def _present(version_folder: Path) -> str | None:
     names = (*MODEL_FILENAMES, *(f"model{suffix}" for suffix in _NOT_SERVED))
-    return next((name for name in names if (version_folder / name).exists()), None)
+    return next((name for name in names if is_there(version_folder / name)), None)
 
 
 def _alternatives(version_folder: Path) -> str:

@@ -83,6 +83,8 @@ def _decoded(data: bytes, where: str) -> str:
 
 
 def _cause(error: Exception) -> str:
+    if isinstance(error, RecursionError) or isinstance(error.__context__, RecursionError):
+        return "it is nested too deeply"  # each Python says that in other words
     cause = " ".join(str(error).split())
     if isinstance(error, text_format.ParseError):
         cause = cause.partition(" : ")[2] or cause  # its own "line:column : " prefix
