@@ -228,7 +228,7 @@ class ControlLimits:
     restart_stable_s: int = 60  # a worker that lived so long starts over at the smallest delay
     worker_start_s_max: int = 60  # from its start to its first answer
     worker_stop_s_max: int = 10  # from hanging up to SIGKILL
-    worker_answer_s_max: int = 5  # for figures; loads take as long as they take
+    worker_answer_s_max: int = 5  # for figures, and to any question while the server stops
     worker_silence_s_max: int = 30  # a worker whose loop answers nothing for so long is replaced
     models_max: int = 10_000  # known by name, broken and unloaded ones included
     waiting_per_model_max: int = 16  # loads and unloads of one model in line

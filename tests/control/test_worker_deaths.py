@@ -173,6 +173,32 @@ async def test_a_worker_that_does_not_end_is_killed_and_that_is_said(
     assert f"pid {silent} did not end within 1 s: killed" in caplog.text
 
 
+async def test_a_worker_that_dies_while_the_server_stops_is_not_replaced(
+    repository: Any, open_plane: Any
+) -> None:
+    async with open_plane() as plane:
+        await plane.worker.wait_until_up()
+        await plane.worker.begin_stop()
+        await plane.kill_worker()
+        await plane.worker._running
+        assert plane.worker.restarts == 0
+
+
+@pytest.mark.slow
+async def test_a_silent_worker_is_not_waited_for_when_the_server_stops(
+    repository: Any, open_plane: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = ControlLimits(worker_answer_s_max=1, worker_stop_s_max=3600)
+    async with open_plane(control=limits) as plane:
+        await plane.worker.wait_until_up()
+        os.kill((await plane.worker.status()).pid, signal.SIGSTOP)
+        asked = asyncio.create_task(plane.worker.call("status"))
+        await plane.worker.begin_stop()
+        with pytest.raises(WorkerDied):
+            await asked
+    assert "worker 'cpu' said nothing for 1 s: killed" in caplog.text
+
+
 async def test_a_lane_that_cannot_be_attached_is_a_death_like_any_other(
     repository: Any, open_plane: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -227,6 +227,20 @@ def test_the_end_of_a_terminal_is_an_orderly_end_unless_it_is_to_be_ignored(
 
 
 @pytest.mark.slow
+def test_a_worker_that_stands_still_does_not_hold_up_the_end(
+    small_repository: Path, start_server: StartServer
+) -> None:
+    server = start_server(small_repository, "--shutdown-seconds=600")
+    worker = server.worker_pid()
+    os.kill(worker, signal.SIGSTOP)
+    server.process.terminate()
+    assert server.process.wait(60) == 0
+    assert "worker 'cpu' said nothing for 5 s: killed" in server.log_text()
+    assert "restarting" not in server.log_text()
+    assert is_gone(worker)
+
+
+@pytest.mark.slow
 def test_the_second_ctrl_c_ends_at_once(small_repository: Path, start_server: StartServer) -> None:
     server = start_server(small_repository)
     worker = server.worker_pid()

@@ -74,7 +74,7 @@ async def test_a_worker_that_is_not_there_is_named_among_the_sessions(tmp_path: 
 
     down = Supervisor("cuda:0", start, attach, ControlLimits(), ChannelLimits())
     servicer = SessionsServicer(ServerConfig(tmp_path), [down])
-    listed = await servicer.ListSessions(ListSessionsRequest(), None)  # type: ignore[arg-type]
+    listed = await servicer.ListSessions(ListSessionsRequest(), None)
     assert list(listed.sessions) == []
     assert dict(listed.unheard) == {
         "cuda:0": "worker 'cuda:0' is not running; it is being restarted"

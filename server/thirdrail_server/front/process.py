@@ -159,8 +159,12 @@ class Front:
         self._native.begin_stop()
         self._kserve.begin_stop()
         ends_at = time.monotonic() + self._config.shutdown_s_max
-        await self._control.cancel_loads()
-        await asyncio.gather(self._until_answered(), self._stop_sessions())
+        await asyncio.gather(
+            self._control.cancel_loads(),
+            self._until_answered(),
+            self._stop_sessions(),
+            *(worker.begin_stop() for worker in self._workers.values()),
+        )
         await self._server.stop(max(0.0, ends_at - time.monotonic()))
         await self._metrics_endpoint.stop()
         await self._control.stop()

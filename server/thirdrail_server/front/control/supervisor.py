@@ -90,7 +90,8 @@ class Supervisor:
         self._life: _Life | None = None
         self._is_up = asyncio.Event()
         self._is_tried = asyncio.Event()
-        self._stopping = asyncio.Event()
+        self._last_life = asyncio.Event()  # no other worker is started
+        self._stopping = asyncio.Event()  # and the one that is there has to go
         self._running: asyncio.Task[None] | None = None
 
     def start(self, news: WorkerNews) -> None:
@@ -147,8 +148,16 @@ class Supervisor:
         status.restarts = self.restarts
         return status
 
+    async def begin_stop(self) -> None:
+        """No restart follows any more. A worker that answers nothing is killed: what it has taken
+        on would be waited for in vain."""
+        self._last_life.set()
+        if self._life is not None:
+            await self._kill_if_silent(self._life, self._limits.worker_answer_s_max)
+
     async def stop(self) -> None:
         """End the worker: hang up, wait, and kill it when it takes too long. No restart follows."""
+        self._last_life.set()
         self._stopping.set()
         if self._running is not None:
             await self._running
@@ -157,7 +166,7 @@ class Supervisor:
         return WorkerDied(self.name, await asyncio.shield(life.death))
 
     async def _run(self, news: WorkerNews) -> None:
-        while not self._stopping.is_set():
+        while not self._last_life.is_set():
             try:
                 how = await self._live(news)
             except Exception:  # nobody else would start the worker again
@@ -166,12 +175,15 @@ class Supervisor:
             self._is_tried.set()
             if self._stopping.is_set():
                 break
+            if self._last_life.is_set():
+                _log.error("worker '%s' died: %s", self.name, how)
+                break
             delay_ns = self._delay.on_death(time.monotonic_ns())
             _log.error(
                 "worker '%s' died: %s; restarting in %d ms", self.name, how, delay_ns // 1_000_000
             )
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), delay_ns / S)
+                await asyncio.wait_for(self._last_life.wait(), delay_ns / S)
             self.restarts += 1
 
     async def _live(self, news: WorkerNews) -> str:
@@ -230,7 +242,7 @@ class Supervisor:
     async def _until_death(self, life: _Life, news: WorkerNews) -> str:
         """A worker whose lane has closed cannot be called any more: it ends as well."""
         ended = asyncio.create_task(life.process.wait())
-        listening = asyncio.create_task(self._kill_when_silent(life))
+        listening = asyncio.create_task(self._watch_for_silence(life))
         stopping = asyncio.create_task(self._stopping.wait())
         events: set[asyncio.Future[Any]] = {ended, stopping, life.lane.closed}
         await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
@@ -251,23 +263,25 @@ class Supervisor:
         await ended
         return how
 
-    async def _kill_when_silent(self, life: _Life) -> None:
+    async def _watch_for_silence(self, life: _Life) -> None:
         """A process can be there and yet do nothing: stopped, deadlocked, held by one call."""
         silence_s = self._limits.worker_silence_s_max
         while True:
             await asyncio.sleep(silence_s / 3)
-            heard = life.channel.lines_heard
-            try:
-                async with asyncio.timeout(silence_s):
-                    await life.channel.call("status")
-            except ChannelClosed:
-                return
-            except (TimeoutError, ThirdrailError):
-                pass  # with many calls unanswered, ours waits; and an error is an answer, too
-            if life.channel.lines_heard == heard:
-                _log.error("worker '%s' said nothing for %d s: killed", self.name, silence_s)
-                life.process.kill()
-                return
+            await self._kill_if_silent(life, silence_s)
+
+    async def _kill_if_silent(self, life: _Life, silence_s: int) -> None:
+        heard = life.channel.lines_heard
+        try:
+            async with asyncio.timeout(silence_s):
+                await life.channel.call("status")
+        except ChannelClosed:
+            return
+        except (TimeoutError, ThirdrailError):
+            pass  # with many calls unanswered, ours waits; and an error is an answer, too
+        if life.channel.lines_heard == heard:
+            _log.error("worker '%s' said nothing for %d s: killed", self.name, silence_s)
+            life.process.kill()
 
     async def _ending(self, process: WorkerProcess) -> str:
         return await process.stop(self._limits.worker_stop_s_max)
