@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from thirdrail.errors import Cancelled, FailedPrecondition, ThirdrailError, Unavailable
-from thirdrail.failures import rpc_errors
+from thirdrail.failures import anew, rpc_errors
 from thirdrail.requests import InferOptions, Inputs, Result, outcome_of_answer
 from thirdrail.stream import IN_FLIGHT_MAX, UNANSWERED, stream_ended
 from thirdrail.v1 import inference_pb2 as pb
@@ -80,7 +80,7 @@ class AsyncStream:
         own error once it has failed.
         """
         if self._fault is not None:
-            raise self._fault
+            raise anew(self._fault)
         task = asyncio.create_task(self._infer(model, inputs, options))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -96,7 +96,7 @@ class AsyncStream:
         await self._room.acquire()
         if self._fault is not None:
             self._room.release()
-            raise self._fault
+            raise anew(self._fault)
         call = message.infer.call = next(self._numbers)
         # The room is given back by the answer, which also follows a cancel: it counts what the
         # server holds.

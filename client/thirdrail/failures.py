@@ -76,6 +76,16 @@ def with_note(error: ThirdrailError) -> ThirdrailError:
     return error
 
 
+def anew(error: ThirdrailError) -> ThirdrailError:
+    """A copy to raise, of an error that is kept: with each raise one keeps more frames, and in them
+    its callers' arrays.
+    """
+    made = type(error)(error.message)
+    for note in getattr(error, "__notes__", ()):
+        made.add_note(note)
+    return made
+
+
 def error_of_status(status: pb.Status) -> ThirdrailError:
     """The exception for a failure that came in band, on a stream."""
     return with_note(errors.error_of_reason(status.reason, status.message))

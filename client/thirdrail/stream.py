@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 from thirdrail.errors import FailedPrecondition, InvalidArgument, ThirdrailError, Unavailable
-from thirdrail.failures import rpc_errors, with_note
+from thirdrail.failures import anew, rpc_errors, with_note
 from thirdrail.requests import InferOptions, Inputs, Result, outcome_of_answer
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import inference_pb2_grpc
@@ -91,7 +91,7 @@ class Stream:
         with self._lock:
             if self._fault is not None:
                 self._room.release()
-                raise self._fault
+                raise anew(self._fault)
             call = message.infer.call = next(self._numbers)
             future = self._pending[call] = Future()
             self._outgoing.put(message)

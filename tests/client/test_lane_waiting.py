@@ -7,6 +7,7 @@ The peer is scripted, so that the lane is as full as a test wants it.
 import contextlib
 import os
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from support.lane_reading import OPTIONS
 from support.lanes import ScriptedPeer
 from thirdrail import errors
 from thirdrail.lane import blocking, packets
+from thirdrail.lane.lane_stream import LaneStream
 from thirdrail.lane.memory import create_chunk
 from thirdrail.lane.places import Place
 from thirdrail.lane.turns import Notice
@@ -146,3 +149,30 @@ def test_descriptors_that_nobody_asked_for_are_closed(tmp_path: Path, what: str)
         assert (error is None) == (what == "an answer")
         assert os.read(reader, 1) == b"", "its other end is open in nobody"
         os.close(reader)
+
+
+def encode(*_: object) -> tuple[bytes, dict[str, Any]]:
+    return OPTIONS, SMALL
+
+
+def test_a_stream_waits_no_longer_than_its_requests_may(peer: ScriptedPeer) -> None:
+    """The worker answers nothing, not even that the time is over."""
+    with LaneStream(peer.caller.lane, encode, lambda *_: _[-1], in_flight_max=1) as stream:
+        first = stream.submit("m", SMALL, timeout=0.1)
+        with pytest.raises(errors.TimedOut, match=r"no answer within 0\.05 s"):
+            stream.submit("m", SMALL, timeout=0.05)
+    assert isinstance(first.exception(0), errors.TimedOut)
+
+
+def test_errors_that_are_kept_keep_nothing_of_whoever_got_them(peer: ScriptedPeer) -> None:
+    with LaneStream(peer.caller.lane, encode, lambda *_: _[-1]) as stream:
+        peer.sock.close()
+        with pytest.raises(errors.Unavailable):
+            peer.caller.infer("m", SMALL)
+        depths = []
+        for _ in range(3):
+            with pytest.raises(errors.Unavailable, match="open another one") as told:
+                stream.submit("m", SMALL)
+            depths.append(len(list(traceback.walk_tb(told.tb))))
+            assert told.value.__notes__
+    assert len(set(depths)) == 1

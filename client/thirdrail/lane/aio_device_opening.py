@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 from thirdrail.errors import ThirdrailError, error_of_reason
-from thirdrail.failures import with_note
+from thirdrail.failures import anew, with_note
 from thirdrail.lane.calls import timed_out
 from thirdrail.lane.device_chunks import open_device
 from thirdrail.lane.device_memory import ATTACH_TIMEOUT_S, DeviceMemory
@@ -61,7 +61,7 @@ class DeviceOpening:
     def require_open(self) -> None:
         """Raises why the session has ended."""
         if self._ended is not None:
-            raise _copy(self._ended)
+            raise anew(self._ended)
 
     async def attach(self, uuid: str) -> None:
         """Ask the worker for its device, which it gives once in a session.
@@ -77,7 +77,7 @@ class DeviceOpening:
             except TimeoutError:
                 raise timed_out(ATTACH_TIMEOUT_S) from None
         if isinstance(self._opened, ThirdrailError):
-            raise _copy(self._opened)
+            raise anew(self._opened)
         self.memory.require_device(uuid)
 
     async def _ask(self, uuid: str) -> None:
@@ -98,7 +98,7 @@ class DeviceOpening:
                 chunks = await thread.call(partial(open_device, attached, fds, thread.end))
             except ThirdrailError as error:
                 thread.end()
-                self._opened = _copy(error)
+                self._opened = with_note(anew(error))
             else:
                 self._opened = DeviceMemory(attached, chunks)
 
@@ -143,12 +143,7 @@ class DeviceOpening:
         """The session has ended: whoever waits, fails."""
         self._ended = error
         if self._question is not None and not self._question.done():
-            self._question.set_exception(_copy(error))
-
-
-def _copy(error: ThirdrailError) -> ThirdrailError:
-    """Errors keep the frames they saw: one that is kept is not raised."""
-    return with_note(type(error)(error.message))
+            self._question.set_exception(anew(error))
 
 
 class _Thread(threading.Thread):

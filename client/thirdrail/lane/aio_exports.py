@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from thirdrail.errors import FailedPrecondition, ThirdrailError, error_of_reason
-from thirdrail.failures import with_note
+from thirdrail.failures import anew, with_note
 from thirdrail.lane.calls import timed_out
 from thirdrail.lane.exports import (
     ANSWER_S_MAX,
@@ -135,7 +135,7 @@ class AsyncExports:
     async def _ask(self, message: lane_pb2.LaneRequest) -> _Answer:
         """The answer, or the error that it is. Raises the session's error when it ends."""
         if self._ended is not None:
-            raise type(self._ended)(self._ended.message)  # a copy: errors keep the frames they saw
+            raise anew(self._ended)
         number = next(self._numbers)
         getattr(message, message.WhichOneof("message") or "").request = number
         future: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
@@ -189,7 +189,7 @@ class AsyncExports:
         self._ended = error
         for future in self._open.values():
             if not future.done():
-                future.set_exception(type(error)(error.message))
+                future.set_exception(anew(error))
 
     # The session of a tensor that was received: see `exports.Session`
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 from thirdrail.aio_stream import AsyncStream, AsyncWrite, all_ended
 from thirdrail.errors import FailedPrecondition, Unavailable
+from thirdrail.failures import anew
 from thirdrail.lane.aio_access import AsyncAccess
 from thirdrail.requests import InferOptions, Inputs, Result
 from thirdrail.stream import IN_FLIGHT_MAX, stream_ended
@@ -68,7 +69,7 @@ class AsyncLaneStream(AsyncStream):
             if self._fault is None and session.is_closed:
                 self._fault = stream_ended(Unavailable(session.closed.result()))
             if self._fault is not None:
-                raise self._fault
+                raise anew(self._fault)
             return await self._infer_on_lane(session, model, inputs, options)
 
     def __repr__(self) -> str:

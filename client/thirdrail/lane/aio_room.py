@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from thirdrail.errors import ResourceExhausted, ThirdrailError
+from thirdrail.failures import anew
 from thirdrail.lane.calls import Checksum
 from thirdrail.lane.encoding import LargeInput
 from thirdrail.lane.input_arena import COPY_ON_LOOP_BYTES_MAX
@@ -166,12 +167,12 @@ class Room:
         self._ended = error
         growing, self._growing = self._growing, None
         if growing is not None:
-            _fail(growing, error)
+            _fail(growing, anew(error))
         self.wake()
 
     def _require_open(self) -> None:
         if self._ended is not None:
-            raise self._ended
+            raise anew(self._ended)
 
     def _give_back_unused(self, growing: "asyncio.Future[Place | None]") -> None:
         if growing.exception() is None and (place := growing.result()) is not None:

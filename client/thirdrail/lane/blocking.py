@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from thirdrail.dtypes import extent
 from thirdrail.errors import FailedPrecondition, ThirdrailError
+from thirdrail.failures import anew
 from thirdrail.lane import forks
 from thirdrail.lane.blocking_wire import BlockingWire
 from thirdrail.lane.calls import Call, timed_out
@@ -142,7 +143,7 @@ class BlockingLane:
                 self._device = attach_device(self, uuid)
             device = self._device
         if isinstance(device, ThirdrailError):
-            raise type(device)(device.message)  # a copy: errors keep the frames they saw
+            raise anew(device)
         device.memory.require_device(uuid)
         return device
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from thirdrail.device.arrays import DeviceArray, DeviceResult
 from thirdrail.device.runtime import Pending
 from thirdrail.errors import ThirdrailError
+from thirdrail.failures import anew
 from thirdrail.lane.calls import Call, timed_out
 from thirdrail.lane.device_chunks import open_device
 from thirdrail.lane.device_memory import (
@@ -181,7 +182,7 @@ class DeviceSession:
             self._talk.turns.poll()
             ended = self._talk.ended
             if ended is not None:
-                raise type(ended)(str(ended))
+                raise anew(ended)
 
 
 @dataclass(slots=True, eq=False)

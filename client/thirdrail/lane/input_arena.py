@@ -13,6 +13,7 @@ import numpy as np
 
 from thirdrail.dtypes import Buffer
 from thirdrail.errors import ResourceExhausted, Unavailable
+from thirdrail.failures import anew
 from thirdrail.lane.allocator import ALIGNMENT_BYTES, ArenaAllocator
 from thirdrail.v1.tensor_pb2 import ArenaRef
 
@@ -130,7 +131,7 @@ class InputArena:
 
     def _find(self, size: int) -> Place | None:
         if self._ended is not None:
-            raise self._ended
+            raise anew(self._ended)
         return self._allocator.allocate(size)
 
     async def _fill_beside_loop(

@@ -10,7 +10,9 @@ from types import TracebackType
 from typing import Self, Unpack
 
 from thirdrail.errors import Cancelled, FailedPrecondition, NotFound, ThirdrailError, Unavailable
+from thirdrail.failures import anew
 from thirdrail.lane.blocking import BlockingLane
+from thirdrail.lane.calls import timed_out
 from thirdrail.lane.futures import LaneFuture
 from thirdrail.lane.turns import Notice
 from thirdrail.requests import InferOptions, Inputs, Result
@@ -59,7 +61,8 @@ class LaneStream(Stream):
             self._cancel_all()
         try:
             for future in list(self._open):
-                self._lane.wait(future.call, None)
+                if not self._lane.wait(future.call, future.deadline_s):
+                    future.on_overdue()
         except BaseException:
             self._cancel_all()
             raise
@@ -78,7 +81,7 @@ class LaneStream(Stream):
             on_answer=self._on_answer,
             why_missing=partial(self._why_missing, model, options),
         )
-        self._take_room(future)
+        self._take_room(future, options.get("timeout"))
         try:
             future.send(head, arrays)
         except BaseException:
@@ -90,18 +93,20 @@ class LaneStream(Stream):
         state = "closed" if self._fault else "open"
         return f"<Stream on lane {self._lane.session} {state}, {len(self._open)} in flight>"
 
-    def _take_room(self, future: LaneFuture) -> None:
+    def _take_room(self, future: LaneFuture, timeout: float | None) -> None:
         while True:
             with self._lock:
                 if self._fault is None and self._lane.has_ended:
                     self._fault = stream_ended(Unavailable(self._lane.end_reason))
                 if self._fault is not None:
-                    raise self._fault
+                    raise anew(self._fault)
                 if len(self._open) < self._in_flight_max:
                     self._open[future] = None
                     return
                 answered = self._answered
-            self._lane.wait(answered, None)
+            in_time = self._lane.wait(answered, future.deadline_s)
+            if not in_time and not self._lane.has_ended:
+                raise timed_out(timeout)
 
     def _on_answer(self, future: LaneFuture) -> None:
         with self._lock:

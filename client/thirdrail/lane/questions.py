@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from thirdrail.errors import ThirdrailError, error_of_reason
-from thirdrail.failures import with_note
+from thirdrail.failures import anew, with_note
 from thirdrail.lane.calls import NotSent, timed_out
 from thirdrail.lane.packets import close_all
 from thirdrail.lane.turns import Ticket, Turns
@@ -73,8 +73,7 @@ class Questions:
                 self._open.pop((kind, number), None)
         if question.answer is None:
             assert self._ended is not None
-            # A copy: an error that is kept would keep the frames of whoever got it, and its arrays.
-            raise type(self._ended)(str(self._ended))
+            raise anew(self._ended)
         return _checked(question.answer)
 
     def answered(self, kind: str, message: lane_pb2.LaneResponse, fds: list[int]) -> bool:
