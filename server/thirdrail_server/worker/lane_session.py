@@ -203,8 +203,11 @@ class LaneSession:
         self._host.freed(self)
 
     def _on_unreachable(self, reason: str) -> None:
-        """It takes nothing any more; before it hung up it may have said that it lets go."""
-        self.end(reason, may_answer=True)
+        """It takes nothing any more; before it hung up it may have said that it lets go. To be gone
+        breaks no rule, to read nothing does."""
+        is_gone = self._outbox.waiting <= self._outbox.packets_max
+        log.debug("%s: %s", self, reason)
+        self.end("" if is_gone else reason, may_answer=True)
 
     def _on_peer_dead(self) -> None:
         self.end(has_let_go=True)
@@ -229,7 +232,8 @@ class LaneSession:
             except packets.PacketTooLarge as error:
                 return self.goodbye(InvalidArgument(str(error)))
             except OSError as error:
-                return self.end(f"receiving failed: {error.strerror}")
+                log.debug("%s: receiving failed: %s", self, error.strerror)
+                return self.end()
             if not packet:
                 return self.end()
             if self._calls.repeat(packet):

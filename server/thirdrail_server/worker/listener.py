@@ -81,7 +81,7 @@ class Listener:
         try:
             peer = peer_of(client)
         except OSError as error:
-            log.warning("a client was gone before it was known: %s", error.strerror)
+            log.debug("a client was gone before it was known: %s", error.strerror)
             return client.close()
         if self._uids is not None and peer.uid not in self._uids:
             refusal = PermissionDenied(
