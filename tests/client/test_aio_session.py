@@ -229,7 +229,7 @@ async def test_a_cancel_while_memory_is_awaited(session: AsyncSession) -> None:
 async def test_failures_and_what_follows(session: AsyncSession) -> None:
     with pytest.raises(errors.NotFound):
         await infer(session, "nowhere", {"x": LARGE})
-    with pytest.raises(errors.ThirdrailError):
+    with pytest.raises(errors.InvalidArgument, match="idx=9 must be within"):
         await infer(session, "gather", {"index": np.array([9])})
     with pytest.raises(errors.InvalidArgument, match="'x'"):
         await infer(session, "identity_fp32", {"x": LARGE.astype(np.float64)}, borrow=True)

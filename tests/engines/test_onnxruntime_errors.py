@@ -3,9 +3,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from thirdrail_engines.onnxruntime_errors import tidy
+from thirdrail_engines.onnxruntime_errors import run_failure, tidy
 
 
 @pytest.mark.parametrize(
@@ -81,3 +82,11 @@ def test_a_long_text_is_cut() -> None:
     text = tidy("word " * 10_000)
     assert len(text) == 1000
     assert text.endswith("...")
+
+
+def test_a_kernel_without_a_reason_is_named_still_and_few_of_many_inputs_are() -> None:
+    silent = "Non-zero status code returned while running ArgMax node. Name:'' Status Message: "
+    inputs = {f"x{i}": np.zeros((i, 2)) for i in range(10)}
+    text = str(run_failure(RuntimeError(silent), inputs))
+    assert text.startswith("the model cannot compute with 'x0' [0, 2], 'x1' [1, 2], ")
+    assert text.endswith(", 'x7' [7, 2], 2 more: ArgMax node")

@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
         ),
     ),
     "no size works": (
-        "no trial input was accepted: MatMul node",
+        "no trial input was accepted: the model cannot compute with 'x' [1, 32]: MatMul node",
         (
             [Node("MatMul", ["x", "w"], ["y"])],
             {"x": ROWS},
@@ -167,7 +167,7 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
         ),
     ),
     "only single rows work": (
-        "a batch of 4 rows fails: Add node",
+        "a batch of 4 rows fails: the model cannot compute with 'x' [4, 6]: Add node",
         (
             [
                 Node("Shape", ["x"], ["rows"], end=1),

@@ -174,6 +174,10 @@ B = ("b", "FP32", [1, 4], ROW)
         (request_of("identity_fp32", ("x", "FP32", [-1], b"")), "negative dimension"),
         (request_of("plus_one", ("a", "FP32", [1 << 62, 4], ROW)), "elements"),
         (request_of("plus_one", ("a", "FP32", [(1 << 63) - 1, 4], ROW)), "elements"),
+        (
+            request_of("gather", ("index", "INT64", [1], np.int64(9).tobytes())),
+            "the model cannot compute with 'index' [1]: Gather node: ",  # Triton: INTERNAL
+        ),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_by_name(

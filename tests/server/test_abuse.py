@@ -52,7 +52,6 @@ EXPECTED = {
     Status.RESOURCE_EXHAUSTED,
     Status.DEADLINE_EXCEEDED,  # a random timeout passed
     Status.UNAVAILABLE,  # the same over KServe
-    Status.INTERNAL,  # a run failed
 }
 
 

@@ -103,6 +103,17 @@ def gather() -> onnx.ModelProto:
     return model([node], [tensor("index", "INT64", ("n",))], [tensor("y", "FP32", ("n",))], [table])
 
 
+def positives() -> onnx.ModelProto:
+    """y = the rows of x that are above 0: as a model that batches, at fault where some are not."""
+    nodes = [
+        helper.make_node("Greater", ["x", "zero"], ["is_above"]),
+        helper.make_node("Reshape", ["is_above", "flat"], ["keep"]),
+        helper.make_node("Compress", ["x", "keep"], ["y"], axis=0),
+    ]
+    constants = [constant("zero", np.array(0, np.float32)), constant("flat", np.array([-1]))]
+    return model(nodes, [tensor("x", "FP32", ("n", 1))], [tensor("y", "FP32", ("k", 1))], constants)
+
+
 def slow(width: int = 64) -> onnx.ModelProto:
     """y = x after `turns` turns of a loop that multiplies two 64x64 matrices: 5 to 30 us each.
 

@@ -20,7 +20,7 @@ from support.models import model, tensor
 from support.scribbling import Contents, Scribbled, scribbled
 from support.sessions import Session
 from thirdrail.dtypes import dtype_of_array
-from thirdrail.errors import Internal
+from thirdrail.errors import InvalidArgument
 from thirdrail.tensors import Array
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail_server.worker.execution import execute
@@ -84,7 +84,7 @@ class Runs:
             member = Member(bare, member.arena, member.inline_bytes_max)
         (outcome,) = execute(self._prepared.engine, self._prepared.spec, [member]).outcomes
         if outcome.error is not None:
-            assert isinstance(outcome.error, Internal)
+            assert isinstance(outcome.error, InvalidArgument)
             return None
         found = self._session.arrays(outcome)["y"].view(np.uint8)
         self._session.release(outcome)

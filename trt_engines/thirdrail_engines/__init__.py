@@ -11,6 +11,7 @@ from thirdrail_engines.engine import (
     Engine,
     EngineError,
     EngineInputError,
+    EngineMemoryError,
     EngineSpec,
     ModelFileError,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "Engine",
     "EngineError",
     "EngineInputError",
+    "EngineMemoryError",
     "EngineOptions",
     "EngineReport",
     "EngineSpec",

@@ -17,8 +17,12 @@ class EngineError(Exception):
 
 
 class EngineInputError(EngineError):
-    """An input is not for this engine: an element that no model of its kind takes, or a shape
-    beyond those that this one was built for."""
+    """An input is not for this engine: an element that no model of its kind takes, a shape beyond
+    those that this one was built for, or values and shapes that the model cannot compute with."""
+
+
+class EngineMemoryError(EngineError):
+    """There was no memory for a run. A smaller one may have some, or the same one later."""
 
 
 class DeviceLost(Exception):
@@ -69,7 +73,7 @@ class Engine(Protocol):
         a copy of its own, any other array where it did not, as for small results. Results never
         share memory with the inputs. BYTES come as object arrays of bytes.
         Raises EngineError when the run fails, also when an array of `into` does not fit;
-        EngineInputError for what nobody but the caller can change; DeviceLost.
+        EngineInputError for what nobody but the caller can change; EngineMemoryError; DeviceLost.
         """
         ...
 

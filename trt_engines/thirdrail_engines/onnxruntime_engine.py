@@ -22,7 +22,7 @@ from thirdrail.tensors import Array
 from thirdrail_engines.engine import EngineError, EngineInputError, EngineSpec
 from thirdrail_engines.inspector import Inspector
 from thirdrail_engines.malloc import return_free_memory
-from thirdrail_engines.onnxruntime_errors import tidy
+from thirdrail_engines.onnxruntime_errors import run_failure
 from thirdrail_engines.onnxruntime_plan import read_plan
 from thirdrail_engines.onnxruntime_session import (
     CPU_PROVIDERS,
@@ -141,7 +141,7 @@ class OnnxRuntimeEngine:
         try:
             results = self._session.run(wanted, feed)
         except Exception as error:
-            raise EngineError(tidy(str(error))) from None
+            raise run_failure(error, feed) from None
         answer = dict(zip(wanted, results, strict=True))
         for name, target in into.items():
             _check_shape(name, answer[name], target)
@@ -167,7 +167,7 @@ class OnnxRuntimeEngine:
                 return {name: into[name] for name in wanted}
             values = binding.get_outputs()
         except Exception as error:
-            raise EngineError(tidy(str(error))) from None
+            raise run_failure(error, feed) from None
         return {
             name: into[name] if name in in_place else self._fetch(name, value, into.get(name))
             for name, value in zip(wanted, values, strict=True)

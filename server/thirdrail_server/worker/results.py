@@ -13,10 +13,21 @@ import numpy as np
 
 from thirdrail import dtypes, tensors
 from thirdrail.dtypes import BYTES
-from thirdrail.errors import Internal, InvalidArgument, ThirdrailError, Unavailable
+from thirdrail.errors import (
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+    ThirdrailError,
+    Unavailable,
+)
 from thirdrail.tensors import Array, TensorSpec
 from thirdrail.v1 import tensor_pb2
-from thirdrail_engines.engine import DeviceLost, EngineError, EngineInputError
+from thirdrail_engines.engine import (
+    DeviceLost,
+    EngineError,
+    EngineInputError,
+    EngineMemoryError,
+)
 from thirdrail_server.worker.classification import classify
 from thirdrail_server.worker.device_execution import write_to_device
 from thirdrail_server.worker.members import Member, Outcome
@@ -34,6 +45,8 @@ def error_for_caller(error: Exception, spec: VersionSpec) -> ThirdrailError:
         return Unavailable(str(error))
     if isinstance(error, EngineInputError):
         return InvalidArgument(str(error))
+    if isinstance(error, EngineMemoryError):
+        return ResourceExhausted(str(error))
     if isinstance(error, EngineError):
         return Internal(str(error))
     log.error(

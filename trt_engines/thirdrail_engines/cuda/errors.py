@@ -7,7 +7,7 @@ went wrong, the state of the whole process's context is unknown, and every later
 the same code.
 """
 
-from thirdrail_engines.engine import DeviceLost, EngineError
+from thirdrail_engines.engine import DeviceLost, EngineError, EngineMemoryError
 
 # "To continue using CUDA, the process must be terminated and relaunched", says the documentation.
 RELAUNCH = frozenset(
@@ -50,7 +50,7 @@ class CudaError(EngineError):
         self.code = code
 
 
-class OutOfDeviceMemory(CudaError):
+class OutOfDeviceMemory(CudaError, EngineMemoryError):
     """The device, or the host's memory that it can reach, has no room."""
 
 
