@@ -4,6 +4,8 @@
 One program with inputs and outputs of several kinds is built once for all tests of the engine.
 """
 
+import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -31,7 +33,7 @@ NAMES = ["classes", "moved", "same", "no", "weight"]
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The engine, its report, and the same program operator by operator."""
+    """The engine, its report, the same program operator by operator, and the plan's file."""
     import torch
 
     from support.torch_modules import ManyKinds, save_exported
@@ -42,12 +44,13 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     examples = (torch.ones(2, 3, 16, 16), torch.ones(2, 4, dtype=torch.int32), torch.ones(2) > 0)
     path = save_exported(folder / "model.pt2", ManyKinds(), examples, (rows, rows, rows))
     with PlanCache(folder / "cache", 1 << 30) as cache:
-        services = CompileServices(cache=cache)
+        services = CompileServices(cache=cache, limits=BuildLimits(niceness=0))
         made = load(path, options=EngineOptions(2), compile=COMPILED, services=services)
         again = load(path, options=EngineOptions(), compile=COMPILED, services=services)
     again.engine.close()
     eager = load_torch(path, options=EngineOptions())
-    yield made, again.report, eager
+    plan = folder / "cache/plans" / again.report.plan_key / "plan"
+    yield made, again.report, eager, plan
     made.engine.close()
     eager.close()
 
@@ -71,7 +74,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.needs_gcc
 def test_a_program_is_compiled_proven_and_found_again(loaded: Any) -> None:
-    made, again, _ = loaded
+    made, again, _, _ = loaded
     report = made.report
     assert (report.engine, report.attempts) == ("torch aot_inductor", ())
     assert report.proof is not None
@@ -85,7 +88,7 @@ def test_a_program_is_compiled_proven_and_found_again(loaded: Any) -> None:
 @pytest.mark.needs_gcc
 @pytest.mark.parametrize("rows", [1, 2, 3, 64])
 def test_compiled_and_eager_agree(loaded: Any, rows: int) -> None:
-    made, _, eager = loaded
+    made, _, eager, _ = loaded
     assert made.engine.spec == eager.spec
     inputs = inputs_of(rows)
     assert_same(made.engine.run(inputs, NAMES, {}), eager.run(inputs, NAMES, {}))
@@ -94,7 +97,7 @@ def test_compiled_and_eager_agree(loaded: Any, rows: int) -> None:
 @pytest.mark.slow
 @pytest.mark.needs_gcc
 def test_results_are_nobody_elses_memory(loaded: Any) -> None:
-    made, _, eager = loaded
+    made, _, eager, _ = loaded
     inputs = inputs_of(4)
     for array in inputs.values():
         array.flags.writeable = False
@@ -111,7 +114,7 @@ def test_results_are_nobody_elses_memory(loaded: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.needs_gcc
 def test_results_come_in_the_callers_array_and_only_those_wanted(loaded: Any) -> None:
-    made, _, eager = loaded
+    made, _, eager, _ = loaded
     inputs = inputs_of(4)
     into = {"same": np.full((4, 4), 77, np.int32), "moved": np.zeros((4, 4), np.int32)}
     results = made.engine.run(inputs, ["same", "moved"], into)
@@ -123,11 +126,56 @@ def test_results_come_in_the_callers_array_and_only_those_wanted(loaded: Any) ->
 @pytest.mark.slow
 @pytest.mark.needs_gcc
 def test_inputs_with_gaps_and_odd_booleans_are_read_right(loaded: Any) -> None:
-    made, _, eager = loaded
+    made, _, eager, _ = loaded
     inputs = inputs_of(4)
     inputs["counts"] = np.asfortranarray(inputs["counts"])
     inputs["flags"] = np.array([0, 255, 2, 1], np.uint8).view(bool)
     assert_same(made.engine.run(inputs, NAMES, {}), eager.run(inputs, NAMES, {}))
+
+
+# In a process of its own: the first library with a symbol that is unique keeps it for the others.
+CYCLES = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import numpy as np
+from thirdrail_engines import EngineOptions
+from thirdrail_engines.torch_package import load_package
+
+def mapped():
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return len({line.split()[5] for line in lines if "/thirdrail-package-" in line})
+
+plan = Path(sys.argv[1]).read_bytes()
+inputs = {
+    "image": np.ones((3, 3, 16, 16), np.float32),
+    "counts": np.ones((3, 4), np.int32),
+    "flags": np.ones(3, bool),
+}
+with ThreadPoolExecutor(1) as thread:
+    for _ in range(3):
+        engine = load_package(plan, "model.pt2", options=EngineOptions())
+        names = [tensor.name for tensor in engine.spec.outputs]
+        there = thread.submit(engine.run, inputs, names, {}).result()
+        here = engine.run(inputs, names, {})
+        print(mapped(), end=" ")
+        engine.close()
+        print(mapped(), all((here[name] == there[name]).all() for name in names))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.needs_gcc
+def test_a_closed_engine_leaves_no_library_and_its_results_stay(loaded: Any) -> None:
+    """Also not of one that was run by a thread which goes on."""
+    done = subprocess.run(
+        [sys.executable, "-c", CYCLES, str(loaded[3])],
+        check=True,
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "1 0 True\n" * 3, done.stderr
 
 
 @pytest.mark.slow
@@ -154,7 +202,7 @@ def test_what_was_not_compiled_is_refused(
 @pytest.mark.slow
 @pytest.mark.needs_gcc
 def test_threads_share_one_engine(loaded: Any) -> None:
-    made, _, eager = loaded
+    made, _, eager, _ = loaded
 
     def run(engine: Engine, rows: int) -> dict[str, Any]:
         return engine.run(inputs_of(rows), NAMES, {})
@@ -221,6 +269,27 @@ def test_a_compiler_that_does_not_work_is_missing_too(special: Path, no_compiler
     with pytest.raises(BuildError, match=r"does not compile C\+\+20 .*cannot execute") as caught:
         run_build(request, folder, BuildLimits(), lambda *_: None, threading.Event())
     assert caught.value.fault is BuildFault.MISSING
+
+
+@pytest.mark.needs_gcc
+def test_where_nothing_may_be_executed_a_build_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from thirdrail_engines.builders.cpp_compiler import compiler_in
+
+    monkeypatch.setattr(Path, "chmod", lambda *_: None)
+    with pytest.raises(BuildError, match=f"no program can be run in {tmp_path.parent}") as caught:
+        compiler_in(tmp_path)
+    assert caught.value.fault is BuildFault.MISSING
+
+
+def test_a_folder_of_several_words_is_refused(tmp_path: Path) -> None:
+    """PyTorch does not quote it in its commands."""
+    from thirdrail_engines.builders.cpp_compiler import compiler_in
+
+    with pytest.raises(BuildError, match=r"does not compile in .*two words: give") as caught:
+        compiler_in(tmp_path / "two words" / "build")
+    assert caught.value.fault is BuildFault.REFUSED
 
 
 def test_a_precision_is_refused_and_not_passed_over(tmp_path: Path) -> None:

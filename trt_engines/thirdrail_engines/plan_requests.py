@@ -22,6 +22,8 @@ _TORCHSCRIPT = ".pt"
 # Of our own conversion, in precision/. Raised when it decides differently: a plan that was made by
 # other rules is then another plan.
 _CONVERSION_RULES = 1
+# Of how AOTInductor's code is compiled. 2: to libraries that can be unloaded.
+_NATIVE_CODE_RULES = 2
 
 
 def onnxruntime_version() -> str:
@@ -87,6 +89,7 @@ def aot_inductor_request(
         builder_version=torch_version(),
         compute_capabilities=(device.capability_name,) if device else (),
         target=f"{native_target()}, {_gpu(device)}" if device else native_target(),
+        rules=f"native code {_NATIVE_CODE_RULES}",
         threads_max=threads_max,
     )
 

@@ -37,8 +37,8 @@ class LibraryError(Exception):
 class TorchLibrary:
     """runs_at_once: others wait. device: "cpu", "cuda" or "cuda:1".
 
-    Given up when nobody has it any more; results outlive it. The linker keeps it mapped all the
-    same (seen), as it does with libraries that have variables of their own in each thread.
+    Unloaded when nobody has it any more, and its weights with it; results outlive it. That the
+    linker can do so is the builder's work (builders/cpp_compiler.py).
     Raises OSError where the linker refuses it, LibraryError where it cannot set itself up.
     """
 

@@ -9,8 +9,6 @@ On CUDA this was not yet run on a GPU.
 """
 
 import os
-import shutil
-import subprocess
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -20,8 +18,9 @@ from typing import Any
 import torch
 
 from thirdrail.tensors import TensorSpec
+from thirdrail_engines.builders.cpp_compiler import compiler_in
 from thirdrail_engines.builds.result import Built, PlanTensor
-from thirdrail_engines.plans import BuildError, BuildFault, PlanRequest, TellProgress
+from thirdrail_engines.plans import PlanRequest, TellProgress
 from thirdrail_engines.torch_plan import write_plan
 from thirdrail_engines.torch_sources.exported import (
     Exported,
@@ -34,22 +33,6 @@ from thirdrail_engines.torch_sources.quiet import quiet_exporter
 from thirdrail_engines.torch_sources.sizes import sizes_of
 
 _STEPS = 3
-_COMPILER = "g++"
-_COMPILER_S_MAX = 60.0
-_COMPILER_ADVICE = "install one, as in: apt install g++"
-_WORDS_CHARS_MAX = 500
-
-# A C++ program with what the generated code asks of its compiler.
-_TRIAL = """
-#include <memory>
-#include <span>
-extern "C" int trial(std::span<int> all) {
-  int sum = 0;
-  #pragma omp parallel for reduction(+:sum)
-  for (std::size_t i = 0; i < all.size(); ++i) sum += all[i];
-  return *std::make_unique<int>(sum);
-}
-"""
 
 _OPTIONS: dict[str, Any] = {
     "aot_inductor.precompile_headers": False,
@@ -71,14 +54,15 @@ def build(request: PlanRequest, model: Path, folder: Path, tell: TellProgress) -
     Raises BuildError: MISSING without a C++ compiler that works, REFUSED for a program that cannot
     be compiled or whose demands compiled code would not check.
     """
-    check_compiler(folder)
+    compiler = compiler_in(folder)
     tell("reading", 0, _STEPS)
     exported = load_exported(model)
     _check_program(model, exported)
     sizes = sizes_of(model, exported)
     outputs = [spec for _, spec in exported.outputs]
     tell("compiling", 1, _STEPS)
-    package = _compile(model, exported, folder, is_for_gpu=bool(request.compute_capabilities))
+    is_for_gpu = bool(request.compute_capabilities)
+    package = _compile(model, exported, folder, compiler, is_for_gpu=is_for_gpu)
     tell("writing", 2, _STEPS)
     plan = folder / "model.plan"
     write_plan(plan, package, exported.inputs, outputs, sizes)
@@ -87,35 +71,6 @@ def build(request: PlanRequest, model: Path, folder: Path, tell: TellProgress) -
     )
     tensors = (*_tensors(exported.inputs, is_input=True), *_tensors(outputs, is_input=False))
     return Built(plan, {}, dict(layers.most_common()), tensors)
-
-
-def check_compiler(folder: Path) -> None:
-    """Whether there is a C++ compiler, and a small program can be compiled by it.
-
-    Raises BuildError MISSING.
-    """
-    found = shutil.which(_COMPILER)
-    if found is None:
-        raise BuildError(
-            BuildFault.MISSING,
-            f"AOTInductor needs a C++ compiler, and there is no {_COMPILER}: {_COMPILER_ADVICE}",
-        )
-    source, target = folder / "trial.cpp", folder / "trial.so"
-    source.write_text(_TRIAL)
-    command = [found, "-std=c++20", "-fopenmp", "-fPIC", "-shared", str(source), "-o", str(target)]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=_COMPILER_S_MAX, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(
-            BuildFault.MISSING, f"the C++ compiler {found} does not work: {error}"
-        ) from None
-    if done.returncode != 0:
-        words = " ".join(done.stderr.decode(errors="replace").split())[:_WORDS_CHARS_MAX]
-        raise BuildError(
-            BuildFault.MISSING,
-            f"the C++ compiler {found} does not compile C++20 with OpenMP ({words}): "
-            f"{_COMPILER_ADVICE}",
-        )
 
 
 def _check_program(path: Path, exported: Exported) -> None:
@@ -130,7 +85,9 @@ def _check_program(path: Path, exported: Exported) -> None:
         )
 
 
-def _compile(path: Path, exported: Exported, folder: Path, *, is_for_gpu: bool) -> Path:
+def _compile(
+    path: Path, exported: Exported, folder: Path, compiler: Path, *, is_for_gpu: bool
+) -> Path:
     package = folder / "package.pt2"
     # It would be named after the user, and users need no name.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
@@ -141,7 +98,9 @@ def _compile(path: Path, exported: Exported, folder: Path, *, is_for_gpu: bool) 
                 program = torch.export.passes.move_to_device_pass(program, "cuda")
             options = _OPTIONS_OF_GPU if is_for_gpu else _OPTIONS
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(package), inductor_configs=options
+                program,
+                package_path=str(package),
+                inductor_configs={**options, "cpp.cxx": (None, str(compiler))},
             )
     except Exception as error:  # its parts raise whatever they happen to
         raise refusal(path, f"AOTInductor cannot compile it: {tidy(error)}") from None
