@@ -18,7 +18,7 @@ from thirdrail.transport import TransportChoice
 from thirdrail_server.inference import grpc_service_pb2 as kserve
 from thirdrail_server.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 
-BELOW = np.float32([[-1], [2]])  # one row comes back for two: the model does not batch
+BELOW = np.array([[-1], [2]], np.float32)  # one row comes back for two: the model does not batch
 SHAPELESS = np.zeros(2, np.float32)
 
 
