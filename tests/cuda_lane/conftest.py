@@ -4,11 +4,13 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import helper
 
 from support.device_peer import DevicePeer
 from support.lane_peer import connect
-from support.models import add, double, identity, write
+from support.models import add, double, identity, model, tensor, write
 from support.server import RunningServer, running_server
 from support.worker import RunningWorker, running_worker
 from thirdrail_engines.cuda.twin import TWIN_FACTS
@@ -39,6 +41,14 @@ def write_models(repository: Path) -> None:
     write(repository, "twin_double", double())
     write(repository, "twin_identity", identity())
     write(repository, "host_add", add())
+    write(repository, "host_both", both())
+
+
+def both() -> onnx.ModelProto:
+    """y = z = x."""
+    nodes = [helper.make_node("Identity", ["x"], [name]) for name in "yz"]
+    x, *outputs = (tensor(name, "FP32", ("n",)) for name in "xyz")
+    return model(nodes, [x], outputs)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from thirdrail.errors import FailedPrecondition
 from thirdrail.lane import device_chunks
 
 X = np.arange(8, dtype=np.float32)
+LARGE = np.arange(1 << 16, dtype=np.float32)
 
 
 @pytest.fixture
@@ -196,6 +197,31 @@ def test_arrays_stay_readable_after_the_session(server: RunningServer) -> None:
     assert result["y"].numpy().tolist() == (2 * X).tolist()
     with pytest.raises(thirdrail.ThirdrailError):
         device.infer("twin_double", {"x": X})
+
+
+def test_a_closed_client_gives_its_memory_back(server: RunningServer) -> None:
+    """At once, and not when the garbage collector comes by. Of the host and of the device."""
+    gc.collect()
+    before = lane_memory()
+    gc.disable()
+    try:
+        with thirdrail.Client(f"unix:{server.socket}") as client:
+            device = thirdrail.Device(client)
+            x = device.array(LARGE)
+            with device.infer("host_double", {"x": x}) as result:
+                assert result["y"].numpy()[1] == 2
+            assert device.infer("host_double", {"x": LARGE}, on_host=["y"])["y"][1] == 2
+            assert lane_memory() - before
+        del client, device, x, result
+        assert not lane_memory() - before
+    finally:
+        gc.enable()
+
+
+def lane_memory() -> set[str]:
+    """The lane's memory that this process has mapped, by the files' numbers (proc(5))."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[4] for line in lines if "memfd:thirdrail" in line}
 
 
 def test_threads_share_a_device(device: thirdrail.Device) -> None:

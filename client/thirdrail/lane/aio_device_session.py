@@ -169,8 +169,11 @@ class AsyncDeviceSession:
         sizes = (each.ref.size for each in response.outputs if each.ref.epoch != on_device)
         if sum(sizes) <= COPY_ON_LOOP_BYTES_MAX:
             return reading()
-        # One that is cancelled goes on, and what it made goes back as soon as it is there.
-        return await asyncio.shield(self._loop.run_in_executor(None, reading))
+        # One that is cancelled goes on, and what it made goes back once it is there.
+        beside = self._loop.run_in_executor(None, reading)
+        beside.add_done_callback(lambda done: done.cancelled() or done.exception())
+        beside.add_done_callback(lambda _: self._settle())
+        return await asyncio.shield(beside)
 
     async def _wait_for(self, pending: Pending) -> None:
         """Raises why the session ends meanwhile: a worker may die with its work undone."""

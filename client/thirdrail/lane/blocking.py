@@ -17,6 +17,7 @@ from thirdrail.lane import forks
 from thirdrail.lane.blocking_wire import BlockingWire
 from thirdrail.lane.calls import Call, timed_out
 from thirdrail.lane.conversation import Conversation
+from thirdrail.lane.device_memory import DeviceMemory
 from thirdrail.lane.device_session import DeviceSession
 from thirdrail.lane.device_session import attach as attach_device
 from thirdrail.lane.encoding import Encoder, LargeInput
@@ -48,7 +49,7 @@ class BlockingLane:
         self._inline_bytes_max = attached.limits.inline_bytes
         self._encoder = Encoder()
         self._talk = Conversation(wire, attached, is_debug=is_debug)
-        self._device: DeviceSession | ThirdrailError | None = None
+        self._device: DeviceMemory | ThirdrailError | None = None
         self._device_lock = threading.Lock()
         forks.forget_in_children(self)
 
@@ -140,12 +141,12 @@ class BlockingLane:
         """This session's part of the worker's device. See `device_session.attach`."""
         with self._device_lock:
             if self._device is None:
-                self._device = attach_device(self, uuid)
+                self._device = attach_device(self._talk, uuid)
             device = self._device
         if isinstance(device, ThirdrailError):
             raise anew(device)
-        device.memory.require_device(uuid)
-        return device
+        device.require_device(uuid)
+        return DeviceSession(self, device)
 
     def wait(self, ticket: Ticket, deadline_s: float | None) -> bool:
         """Until a call, or something else, is done. False: the deadline passed, or the lane ended,

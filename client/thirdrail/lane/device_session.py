@@ -17,6 +17,7 @@ from thirdrail.device.runtime import Pending
 from thirdrail.errors import ThirdrailError
 from thirdrail.failures import anew
 from thirdrail.lane.calls import Call, timed_out
+from thirdrail.lane.conversation import Conversation
 from thirdrail.lane.device_chunks import open_device
 from thirdrail.lane.device_memory import (
     ATTACH_TIMEOUT_S,
@@ -36,13 +37,12 @@ EMPTY_TIMEOUT_S = 30.0  # as on the host
 LOOK_S = 0.05  # between two looks whether the worker lives, whose work is waited for
 
 
-def attach(lane: "BlockingLane", uuid: str) -> "DeviceSession | ThirdrailError":
+def attach(talk: Conversation, uuid: str) -> DeviceMemory | ThirdrailError:
     """Ask the lane's worker for its device, which it gives once in a session.
 
     Returns why this process cannot use it where it was given in vain. Raises FailedPrecondition
     where there is none to get, InvalidArgument for another device.
     """
-    talk = lane.talk
     made: list[DeviceMemory | ThirdrailError] = []
 
     def on_answer(message: lane_pb2.LaneResponse, fds: list[int]) -> None:
@@ -59,11 +59,15 @@ def attach(lane: "BlockingLane", uuid: str) -> "DeviceSession | ThirdrailError":
     request = lane_pb2.LaneRequest(device=lane_pb2.DeviceRequest(uuid=uuid))
     talk.questions.ask(request, ATTACH_TIMEOUT_S, on_answer)
     (outcome,) = made
-    return DeviceSession(lane, outcome) if isinstance(outcome, DeviceMemory) else outcome
+    return outcome
 
 
 class DeviceSession:
-    """Made by `attach`. Safe to use from several threads."""
+    """memory: what `attach` gave. Safe to use from several threads.
+
+    The lane keeps the memory and none of these, which keep the lane: it would end with the garbage
+    collector only.
+    """
 
     def __init__(self, lane: "BlockingLane", memory: DeviceMemory) -> None:
         self.memory = memory
