@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from thirdrail_engines import Engine, EngineError, EngineInputError, EngineOptions, ModelFileError
+from thirdrail_engines import (
+    Engine,
+    EngineError,
+    EngineInputError,
+    EngineMemoryError,
+    EngineOptions,
+    ModelFileError,
+)
 from thirdrail_engines.engine import DeviceLost
 
 pytestmark = pytest.mark.needs_torch
@@ -129,9 +136,22 @@ def test_a_failing_operator_says_why_and_the_next_run_succeeds(load_program: Loa
     from support.torch_modules import Tokens
 
     engine = load_program(Tokens(), (torch.randint(50, (2, 7)),), ({0: "batch"},))
-    with pytest.raises(EngineError, match="index out of range in self"):
+    why = "the model cannot compute with these inputs: index out of range in self"
+    with pytest.raises(EngineInputError, match=why):
         engine.run({"tokens": np.full((1, 7), 99)}, ["low"], {})
     assert engine.run({"tokens": np.full((1, 7), 49)}, ["low"], {})["low"].shape == (1, 16)
+
+
+def test_no_memory_is_nobodys_fault(load_program: LoadProgram) -> None:
+    import torch
+
+    class Huge(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x.expand(1 << 50) + 1
+
+    engine = load_program(Huge(), (torch.randn(1),))
+    with pytest.raises(EngineMemoryError, match=r"no memory for a run: .* 4503599627370496 bytes"):
+        engine.run({"x": np.zeros(1, np.float32)}, ["output"], {})
 
 
 def test_results_are_neither_the_inputs_nor_the_weights(load_program: LoadProgram) -> None:

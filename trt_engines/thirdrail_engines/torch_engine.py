@@ -29,6 +29,7 @@ from thirdrail_engines.engine import (
     DeviceLost,
     EngineError,
     EngineInputError,
+    EngineMemoryError,
     EngineSpec,
     ModelFileError,
 )
@@ -295,9 +296,17 @@ def _array_of(tensor: Any, spec: TensorSpec) -> Array:
 
 
 def _failure(error: Exception) -> EngineError:
-    """A guard of the program says which of its assumptions is broken, in Python's words."""
+    """A guard of the program says which of its assumptions is broken, in Python's words.
+
+    What an operator refuses is the inputs' fault: the program is the same in every run. Subclasses
+    of RuntimeError, and the libraries of CUDA, speak of the device.
+    """
     text = tidy(error)
     if isinstance(error, AssertionError) and text.startswith("Guard failed: "):
         needs = text.removeprefix("Guard failed: ")
         return EngineInputError(f"the model takes no such shape: it needs {needs}")
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return EngineMemoryError(f"no memory for a run: {text}")
+    if type(error) in (IndexError, RuntimeError) and "CUDA" not in text:
+        return EngineInputError(f"the model cannot compute with these inputs: {text}")
     return EngineError(text)
