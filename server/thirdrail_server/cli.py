@@ -32,6 +32,7 @@ from thirdrail_server.serve_options import (
     listening,
     memory,
     models,
+    needless,
     operation,
 )
 
@@ -85,6 +86,7 @@ _COMPILING = CompileConfig()
 
 
 def serve(
+    ctx: typer.Context,
     repository: Annotated[
         Path,
         typer.Argument(
@@ -208,6 +210,7 @@ def serve(
                 ),
             ),
         )
+        needless.refuse_needless(needless.given_options(ctx), config)
         _run(config, suggest=suggest_config)
     except ConfigError as error:
         text = re.sub(r"\w+", lambda word: _FLAGS.get(word[0], word[0]), str(error))

@@ -87,7 +87,9 @@ def running_server(
     path, log = folder / "s" / "grpc.sock", folder / "log.txt"
     with reserved_port() as port:
         command = [sys.executable, "-m", module, "serve", str(repository)]
-        command += [f"--socket={path}", f"--address=127.0.0.1:{port}", *arguments]
+        command += [] if "--no-socket" in arguments else [f"--socket={path}"]
+        command += [] if "--no-tcp" in arguments else [f"--address=127.0.0.1:{port}"]
+        command += arguments
         with log.open("wb") as file:
             process = subprocess.Popen(
                 command,
