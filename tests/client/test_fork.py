@@ -4,8 +4,11 @@
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 from support.echo import EchoServer
+
+TESTS = Path(__file__).parent.parent
 
 PRELUDE = """
 import asyncio, os, signal, sys, threading
@@ -38,7 +41,7 @@ def succeeded(pid):
 
 def run(echo: EchoServer, script: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(script), echo.url],
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(script), echo.url, str(TESTS)],
         capture_output=True,
         text=True,
         timeout=100,
@@ -108,6 +111,24 @@ def test_a_lock_that_a_thread_held_does_not_stop_the_child(echo: EchoServer) -> 
         module.find_address = original
         assert succeeded(forked(lambda: client.infer("echo", X)))
         go_on.set()
+        thread.join()
+
+        sys.path.insert(0, sys.argv[2])
+        from support.lanes import ScriptedPeer
+
+        peer = ScriptedPeer()
+        future, held, may_go = peer.caller.submit("m", X), threading.Event(), threading.Event()
+
+        def hold():
+            with future._condition:
+                held.set()
+                may_go.wait()
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait()
+        assert succeeded(forked(lambda: None)), "it closes what it inherited, and tells nobody"
+        may_go.set()
         thread.join()
         """,
     )

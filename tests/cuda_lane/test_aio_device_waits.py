@@ -19,8 +19,8 @@ from support.server import RunningServer
 from thirdrail.aio import AsyncClient, AsyncDevice
 from thirdrail.device.twin_runtime import TwinRuntime
 from thirdrail.errors import Internal
-from thirdrail.lane import device_memory
 from thirdrail.lane.aio_room import Room
+from thirdrail.lane.results import private_output
 
 
 @pytest.fixture
@@ -183,14 +183,13 @@ async def test_a_request_that_is_given_up_as_its_result_is_read(
 ) -> None:
     """Beside the loop, since some of it is large and on the host. The rest is on the device."""
     reading, may_end = threading.Event(), threading.Event()
-    read = device_memory.private_output
 
     def read_slowly(*arguments: Any) -> Any:
         reading.set()
         may_end.wait(WAIT_S_MAX)
-        return read(*arguments)
+        return private_output(*arguments)
 
-    monkeypatch.setattr(device_memory, "private_output", read_slowly)
+    monkeypatch.setattr("thirdrail.lane.device_memory.private_output", read_slowly)
     async with device_of(server) as (_, device):
         x = np.ones(300_000, np.float32)
         call = asyncio.ensure_future(device.infer("host_both", {"x": x}, on_host=["z"]))

@@ -304,6 +304,8 @@ class Conversation:
         """In a forked child: close what was inherited."""
         self._wire.forget()
         self._set_up_turns()  # threads that held locks, or read, are the parent's
+        for call in self._calls.values():
+            call.on_done = None  # and so are those that may hold the locks of who would be told
         self.end(error)
 
     def end(self, error: ThirdrailError) -> None:
