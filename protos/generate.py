@@ -30,7 +30,16 @@ OUTPUTS = [
     ),
 ]
 QUIET = {"mypy": "quiet:", "mypy_grpc": "quiet:"}
-STUB_FOLDERS = ["client/thirdrail/v1", "server/thirdrail_server/inference"]
+# Their __init__.py. The server's stubs are never loaded before the client's.
+STUB_FOLDERS = {
+    "client/thirdrail/v1": """\
+# SPDX-License-Identifier: Apache-2.0
+from thirdrail.protobuf_floor import require_floor
+
+require_floor()
+""",
+    "server/thirdrail_server/inference": "",
+}
 
 
 def main() -> int:
@@ -66,8 +75,8 @@ def generate(python: Path, root: Path) -> None:
         with_services = [file for file in files if "\nservice " in file.read_text()]
         protoc(python, includes, files, out, ["python", "mypy"])
         protoc(python, includes, with_services, out, ["grpc_python", "mypy_grpc"])
-    for stubs in STUB_FOLDERS:
-        (root / stubs / "__init__.py").touch()
+    for stubs, init in STUB_FOLDERS.items():
+        (root / stubs / "__init__.py").write_text(init)
 
 
 def protoc(

@@ -5,7 +5,7 @@ import os
 import sys
 
 EXIT_REFUSED = 1  # the server said no, or the output cannot be written
-EXIT_USAGE = 2  # the command line is wrong, or a package for it is missing
+EXIT_USAGE = 2  # the command line is wrong, or a package for it is missing or too old
 EXIT_UNREACHABLE = 3  # no server answered
 EXIT_INTERRUPTED = 130  # as shells say it of Ctrl-C
 
@@ -22,6 +22,14 @@ def main() -> None:
             raise
         print(f"Error: cannot write the output: {why_not}", file=sys.stderr)
         sys.exit(EXIT_REFUSED)
+    except Exception as error:
+        from thirdrail.protobuf_floor import too_old
+
+        fault = too_old(error)
+        if fault is None:
+            raise
+        print(f"Error: {fault}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
 
 
 def _why_no_output() -> str | None:

@@ -50,7 +50,7 @@ _EPILOG = """
 \b
   0  it worked
   1  the server said no, is not healthy, or the output cannot be written
-  2  the command line is wrong, or a package for the command is missing
+  2  the command line is wrong, or a package for it is missing or too old
   3  no server answered
 """
 
