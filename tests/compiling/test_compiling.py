@@ -3,6 +3,7 @@
 
 import contextlib
 import logging
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -112,6 +113,19 @@ def test_without_a_cache_a_plan_is_built_and_nothing_is_left(
     assert not is_hit
     load_plan(plan.data, model, options=EngineOptions()).close()
     assert list((tmp_path / "tmp").glob("*/*/*")) == []  # but empty folders of this user's builds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", [".", "work"])
+def test_a_cache_that_is_removed_while_it_is_built_in(
+    cache: PlanCache, folder: Path, model: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    services = Services(cache, **{"starting the build": lambda: shutil.rmtree(folder / what)})
+    plan, is_hit = compile_plan(request_for(model), services.given)
+    assert not is_hit
+    load_plan(plan.data, model, options=EngineOptions()).close()
+    assert "the plan is built without the cache: " in caplog.text
+    assert "was removed by others while it was in use" in caplog.text
 
 
 def test_a_source_that_changes_while_it_is_built(

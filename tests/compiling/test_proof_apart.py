@@ -182,12 +182,34 @@ def test_values_arrive(open_model: OpenModel, tmp_path: Path) -> None:
     assert "the reference refuses seeded inputs" in proof.faults[0]
 
 
-def test_a_folder_that_cannot_be_made_proves_nothing(
-    load_model: LoadModel, model: Path, tmp_path: Path
+def test_without_space_in_the_cache_a_proof_is_made_elsewhere(
+    load_model: LoadModel,
+    model: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """A plan that lies in the cache must not be lost to a full disk."""
     load_model(model, PLAN)
     work = tmp_path / "cache" / "work"
     work.rmdir()
     work.write_bytes(b"")
-    with pytest.raises(ProofError, match="there is no reference to compare with: the plan cache"):
-        load_model(model, {**ANEW, **FAIL})
+    loaded = load_model(model, {**ANEW, **FAIL})
+    assert loaded.report.engine == "onnxruntime plan"
+    assert "model.onnx: it is proven without the cache: the plan cache" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_reference_whose_disk_is_full_is_computed_elsewhere(
+    load_model: LoadModel, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Path] = []
+
+    def run_or_fill(request: ReferenceRequest, folder: Path, *others: Any) -> Any:
+        begun.append(folder)
+        if len(begun) == 1:
+            raise BuildError(BuildFault.OUT_OF_DISK, "no space left")
+        return run_reference(request, folder, *others)
+
+    monkeypatch.setattr(proof_apart, "run_reference", run_or_fill)
+    assert load_model(model, PLAN).report.engine == "onnxruntime plan"
+    assert begun[0].parent != begun[1].parent

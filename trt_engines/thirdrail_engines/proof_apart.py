@@ -9,7 +9,6 @@ memory of its own. Whatever it does to itself makes an engine that is not proven
 import dataclasses
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from thirdrail_engines.builds import run_reference
@@ -45,11 +44,7 @@ def prove_apart(
     """
     request = dataclasses.replace(request, times=times_for(engine.spec))
     try:
-        with _workspace(services) as folder:
-            if plan is not None:
-                request = dataclasses.replace(request, plan=folder / _PLAN_NAME)
-                (folder / _PLAN_NAME).write_bytes(plan)
-            return _compared(engine, request, folder, tolerance, services)
+        return _proof(engine, request, plan, tolerance, services)
     except BuildError as error:
         if error.fault is BuildFault.CANCELLED:
             raise _cancelled(request) from None
@@ -59,6 +54,50 @@ def prove_apart(
     except NoExpectations as error:
         reason = f"its process made no sense: it left {error}"
     return unproven(f"there is no reference to compare with: {reason}", tolerance)
+
+
+def _proof(
+    engine: Engine,
+    request: ReferenceRequest,
+    plan: memoryview | None,
+    tolerance: Tolerance,
+    services: CompileServices,
+) -> ReferenceProof:
+    """In the cache's folder, or among temporary files where that has no space, as builds are."""
+    if services.cache is not None:
+        try:
+            with services.cache.workspace() as folder:
+                return _proof_in(folder, engine, request, plan, tolerance, services)
+        except BuildError as error:
+            if error.fault is not BuildFault.OUT_OF_DISK:
+                raise
+            _log.warning("%s: it is proven without the cache: %s", request.source.name, error)
+    with temporary_workspace() as folder:
+        return _proof_in(folder, engine, request, plan, tolerance, services)
+
+
+def _proof_in(
+    folder: Path,
+    engine: Engine,
+    request: ReferenceRequest,
+    plan: memoryview | None,
+    tolerance: Tolerance,
+    services: CompileServices,
+) -> ReferenceProof:
+    """folder: private, and removed at the end; what a killed worker left is removed later."""
+    if plan is not None:
+        request = dataclasses.replace(request, plan=folder / _PLAN_NAME)
+        _write(folder / _PLAN_NAME, plan)
+    return _compared(engine, request, folder, tolerance, services)
+
+
+def _write(path: Path, data: memoryview) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise BuildError(
+            BuildFault.OUT_OF_DISK, f"cannot write into {path.parent}: {error.strerror}"
+        ) from None
 
 
 def _compared(
@@ -94,8 +133,3 @@ def _unless_cancelled(
 
 def _cancelled(request: ReferenceRequest) -> BuildError:
     return BuildError(BuildFault.CANCELLED, f"the load of {request.source.name} was cancelled")
-
-
-def _workspace(services: CompileServices) -> AbstractContextManager[Path]:
-    """Private, and removed at the end; what a killed worker left is removed later."""
-    return services.cache.workspace() if services.cache else temporary_workspace()

@@ -10,14 +10,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from thirdrail_engines.plan_cache.locks import is_still_at, open_folder, try_lock
+from thirdrail_engines.plans import BuildError, BuildFault
 
 
 @contextmanager
 def workspace_in(parent: Path) -> Iterator[Path]:
-    """A new folder of mode 0700, removed at the end. Raises OSError where it cannot be made."""
+    """A new folder of mode 0700, removed at the end. Raises OSError where it cannot be made.
+
+    Whatever failed in it is a BuildError OUT_OF_DISK if somebody else has removed it meanwhile:
+    those who wrote there seldom know why they could not.
+    """
     path, fd = _make(parent)
     try:
         yield path
+    except BuildError as error:
+        if error.fault is BuildFault.CANCELLED or path.is_dir():
+            raise
+        raise BuildError(
+            BuildFault.OUT_OF_DISK, f"{path} was removed by others while it was in use"
+        ) from None
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(fd)
