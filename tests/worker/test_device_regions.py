@@ -12,7 +12,8 @@ from support.cuda_regions import DeviceMemory
 from thirdrail.errors import Internal, InvalidArgument, NotFound, Unavailable
 from thirdrail.v1.tensor_pb2 import RegionRef
 from thirdrail_engines.cuda.twin import TwinDevice
-from thirdrail_engines.engine import DeviceLost
+from thirdrail_engines.cuda.twin_peer_memory import TwinPeerMemory
+from thirdrail_engines.engine import DeviceLost, EngineError
 from thirdrail_engines.plans import BuildError, BuildFault
 from thirdrail_server.config import WorkerConfig
 from thirdrail_server.worker.device_regions import DeviceRegions
@@ -64,6 +65,28 @@ def test_what_is_outside_or_not_open(regions: DeviceRegions) -> None:
         with pytest.raises(InvalidArgument, match="was unregistered meanwhile"):
             part.read_into(np.zeros(1, np.uint8))
         regions.close(1)  # it is closed already
+
+
+@pytest.mark.parametrize("fault", [EngineError("no such handle"), DeviceLost("it was lost")])
+def test_memory_that_cannot_be_closed_fails_no_run(
+    regions: DeviceRegions,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: Exception,
+) -> None:
+    """The run of somebody's batch is the last that holds it. Whose thread it is would end."""
+    close = TwinPeerMemory.close
+
+    def close_badly(memory: TwinPeerMemory) -> None:
+        close(memory)
+        raise fault
+
+    monkeypatch.setattr(TwinPeerMemory, "close", close_badly)
+    with DeviceMemory(PAGE) as memory:
+        regions.open(1, memory.handle, PAGE)
+        with regions.part(RegionRef(region=1, size=1)).held():
+            regions.close(1)
+    assert str(fault) in caplog.text
 
 
 def test_a_worker_without_a_device_says_so() -> None:

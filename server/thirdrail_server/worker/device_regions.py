@@ -11,6 +11,7 @@ freed and we still have mapped is undefined to CUDA, so it is held no longer tha
 """
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,11 +23,13 @@ from thirdrail import tensors
 from thirdrail.errors import Internal, InvalidArgument, NotFound
 from thirdrail.tensors import Array
 from thirdrail.v1 import tensor_pb2
-from thirdrail_engines.engine import EngineError
+from thirdrail_engines.engine import DeviceLost, EngineError
 from thirdrail_engines.plans import BuildError
 
 if TYPE_CHECKING:
     from thirdrail_engines.cuda.device import Device, PeerMemory, Stream
+
+log = logging.getLogger(__name__)
 
 HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 
@@ -125,7 +128,10 @@ class _Region:
             with self._lock:
                 self._idle_streams.append(stream)
                 self._copies -= 1
-                self._close_if_due()
+                try:
+                    self._close_if_due()
+                except (EngineError, DeviceLost):  # whoever copied has nothing to do with that
+                    log.exception("memory of a client cannot be closed")
 
     def close(self) -> None:
         with self._lock:
