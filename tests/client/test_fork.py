@@ -127,7 +127,11 @@ def test_a_lock_that_a_thread_held_does_not_stop_the_child(echo: EchoServer) -> 
         thread = threading.Thread(target=hold)
         thread.start()
         held.wait()
-        assert succeeded(forked(lambda: None)), "it closes what it inherited, and tells nobody"
+        child = forked(lambda: None)  # it closes what it inherited, and tells nobody
+        hung = threading.Timer(30, os.kill, (child, signal.SIGKILL))  # it has no alarm yet
+        hung.start()
+        assert succeeded(child)
+        hung.cancel()
         may_go.set()
         thread.join()
         """,

@@ -4,8 +4,10 @@
 The peer is scripted, so that the lane is as full as a test wants it.
 """
 
+import asyncio
 import contextlib
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -19,10 +21,12 @@ from support.lane_reading import OPTIONS
 from support.lanes import ScriptedPeer
 from thirdrail import errors
 from thirdrail.lane import blocking, packets
+from thirdrail.lane.aio_session import AsyncSession
 from thirdrail.lane.lane_stream import LaneStream
 from thirdrail.lane.memory import create_chunk
 from thirdrail.lane.places import Place
 from thirdrail.lane.turns import Notice
+from thirdrail.transport import CannotAttach
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import lane_pb2
 
@@ -149,6 +153,21 @@ def test_descriptors_that_nobody_asked_for_are_closed(tmp_path: Path, what: str)
         assert (error is None) == (what == "an answer")
         assert os.read(reader, 1) == b"", "its other end is open in nobody"
         os.close(reader)
+
+
+async def test_descriptors_beside_nonsense_are_closed() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    opening = asyncio.ensure_future(AsyncSession.open(ours, b"", "test"))
+    await asyncio.to_thread(theirs.recv, 1 << 16)
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    packets.send(theirs, b"\xff", [writer])
+    os.close(writer)
+    with pytest.raises(CannotAttach, match="a packet is no LaneResponse"):
+        await opening
+    assert os.read(reader, 1) == b"", "its other end is open in nobody"
+    os.close(reader)
+    theirs.close()
 
 
 def encode(*_: object) -> tuple[bytes, dict[str, Any]]:

@@ -2,6 +2,7 @@
 """Memory on its way back to the worker, on an event loop: soon, or beside the next packet."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 
@@ -47,10 +48,9 @@ class Returns:
 
     def give_back(self, places: Sequence[Place]) -> None:
         """Of a borrowed result that is released, in any thread."""
-        if self._loop.is_closed():
-            return  # the session ends with its loop
-        if threading.get_ident() != self._thread:
-            self._loop.call_soon_threadsafe(self.give_back, places)
+        if threading.get_ident() != self._thread or self._loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # it is closed: the session ends with its loop
+                self._loop.call_soon_threadsafe(self.give_back, places)
             return
         shown = self._memory.shown
         self.leave([place for place in places if shown.forget(place)])

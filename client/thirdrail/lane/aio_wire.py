@@ -146,6 +146,7 @@ class AsyncWire(ABC, Generic[P]):
             try:
                 message = lane_pb2.LaneResponse.FromString(packet)
             except DecodeError:
+                packets.close_all(fds)
                 return self.close("the worker broke the lane's rules: a packet is no LaneResponse")
             self._on_packet(message, fds)
             if not self._pending:

@@ -106,7 +106,7 @@ class SessionCalls:
         self._is_closed = True
         self.on_device.close()
         calls, self._in_flight = self._in_flight, {}
-        for call in calls.values():
+        for call in list(calls.values()):  # a thread that ran one may take it out meanwhile
             call.cancel()
 
     def repeat(self, packet: bytes) -> bool:
