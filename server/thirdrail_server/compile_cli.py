@@ -4,6 +4,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +25,7 @@ from thirdrail.cli.session import (
     session_of,
     typed_by_hand,
 )
+from thirdrail.errors import FailedPrecondition
 from thirdrail_engines import EngineOptions
 from thirdrail_engines.ahead import PlanAhead, compile_ahead
 from thirdrail_engines.builds import BuildLimits
@@ -31,8 +33,8 @@ from thirdrail_engines.compile_options import EngineChoice
 from thirdrail_engines.compiling import CompileServices
 from thirdrail_engines.engine import ModelFileError
 from thirdrail_engines.plan_cache import CacheFolderError, PlanCache, PlanKey, default_folder
-from thirdrail_engines.plans import Precision
-from thirdrail_engines.profiles import ShapesUnknown
+from thirdrail_engines.plan_cache.opening import reason_of
+from thirdrail_engines.plans import BuildError, BuildFault, Precision
 from thirdrail_server.compile_jobs import Job, Wish, jobs_at, read_profiles
 from thirdrail_server.config import GIB, CompileConfig, ConfigError, bytes_of_gib
 from thirdrail_server.repository.errors import RepositoryError
@@ -165,9 +167,10 @@ def compile(  # noqa: A001 the command's name
             outcomes = [_in_cache(each, cache) for each in list(_with_bars(jobs, cache, limits))]
     except (ConfigError, RepositoryError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
-    except (CacheFolderError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(EXIT_REFUSED) from None
+    except CacheFolderError as error:
+        raise FailedPrecondition(str(error)) from None
+    except OSError as error:
+        raise FailedPrecondition(f"{error.filename or path}: {reason_of(error)}") from None
     if session_of(ctx).as_json:
         print_json([dataclasses.asdict(each) for each in outcomes])
     elif outcomes:
@@ -189,14 +192,22 @@ def _default_cache() -> Path:
 
 
 def _with_bars(jobs: list[Job], cache: PlanCache, limits: BuildLimits) -> Iterator[Outcome]:
+    for warning in dict.fromkeys(f"{job.model}: {each}" for job in jobs for each in job.warnings):
+        typer.echo(warning, err=True)
+    building = nullcontext if cache.keeps_plans else _in_vain
     with progress_on(console(stderr=True)) as bars:
         for job in jobs:
             bar = PhaseBar(bars, job.model)
             outcomes = []
-            for outcome in _outcomes(job, CompileServices(cache, limits, bar.show)):
+            services = CompileServices(cache, limits, bar.show, building=building)
+            for outcome in _outcomes(job, services):
                 outcomes.append(outcome)
                 yield outcome
             bar.end(_summary(outcomes), failed=any(each.result == "failed" for each in outcomes))
+
+
+def _in_vain() -> AbstractContextManager[None]:
+    raise BuildError(BuildFault.OUT_OF_DISK, NOT_BUILT)
 
 
 def _summary(outcomes: list[Outcome]) -> str:
@@ -222,15 +233,7 @@ def _outcomes(job: Job, services: CompileServices) -> Iterator[Outcome]:
             ):
                 yield _done(job, left.pop(0), plan)
         except ModelFileError as error:
-            yield _failed(job, left.pop(0), _reason(job, error))
-
-
-def _reason(job: Job, error: ModelFileError) -> str:
-    """A file by itself has no configuration to write into."""
-    if job.version or not isinstance(error, ShapesUnknown):
-        return str(error)
-    lines = " ".join(f"--profile '{name}={text}'" for name, text in error.suggested.items())
-    return f"{error.reason}; say them, with the sizes that you use: {lines}"
+            yield _failed(job, left.pop(0), job.reason(error))
 
 
 def _done(job: Job, target: str, plan: PlanAhead) -> Outcome:
@@ -261,6 +264,7 @@ def _in_cache(outcome: Outcome, cache: PlanCache) -> Outcome:
 NOT_KEPT = (
     "it was built and is not in the cache, which is too small (--cache-gib) or cannot be written to"
 )
+NOT_BUILT = "it is not in the cache, which cannot be written to, and was not built in vain"
 _STYLES = {"built": "green", "cached": "green", "failed": "red"}
 
 

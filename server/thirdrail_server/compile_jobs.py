@@ -12,14 +12,21 @@ from thirdrail_engines.compile_options import (
     OnFailure,
     TorchCompile,
 )
+from thirdrail_engines.engine import ModelFileError
 from thirdrail_engines.file_modes import is_file, is_folder, is_there
 from thirdrail_engines.host import cuda_devices
 from thirdrail_engines.plans import Builder, Precision, ShapeRange
-from thirdrail_engines.profiles import PROFILES_MAX, GivenProfile, read_shape_range
+from thirdrail_engines.profiles import (
+    PROFILES_MAX,
+    GivenProfile,
+    ShapesUnknown,
+    read_shape_range,
+)
 from thirdrail_server.front.control.load_source import LoadSource, prepare
 from thirdrail_server.inference.grpc_service_pb2 import ModelConfig
 from thirdrail_server.repository.compilation import compile_options
 from thirdrail_server.repository.errors import RepositoryError
+from thirdrail_server.repository.fields import check_fields
 from thirdrail_server.repository.layout import MODEL_FILENAMES, scan
 
 SUFFIXES = (".onnx", ".pt2", ".pt")
@@ -52,6 +59,7 @@ class Job:
     builder: Builder
     targets: tuple[str, ...] = ("",)
     fault: str = ""
+    warnings: tuple[str, ...] = ()  # what of its configuration has no effect
 
     def title(self, target: str) -> str:
         """Of one of its targets, for people."""
@@ -60,6 +68,13 @@ class Job:
         if self.builder in _FOR_THIS_CPU:
             return "this CPU"
         return ",".join(self.options.compute_capabilities) or "this GPU"
+
+    def reason(self, error: ModelFileError) -> str:
+        """In words for its owner. A file by itself has no configuration to write into."""
+        if self.version or not isinstance(error, ShapesUnknown):
+            return str(error)
+        lines = " ".join(f"--profile '{name}={text}'" for name, text in error.suggested.items())
+        return f"{error.reason}; say them, with the sizes that you use: {lines}"
 
 
 def read_profiles(texts: Sequence[str]) -> tuple[GivenProfile, ...]:
@@ -139,8 +154,10 @@ def _of_model(repository: Path, name: str, wish: Wish) -> Iterator[Job]:
         yield replace(broken, fault=str(error))
         return
     config = prepared.command.config or ModelConfig(name=name)
+    warnings = check_fields(config)
     for version, path in prepared.command.versions:
-        yield from _of_version(name, version, path, config, wish)
+        for job in _of_version(name, version, path, config, wish):
+            yield replace(job, warnings=warnings)
     for version, fault in prepared.failures.items():
         yield replace(broken, version=version, fault=fault)
 

@@ -19,7 +19,7 @@ from thirdrail.errors import InvalidArgument
 from thirdrail_engines.compile_options import EngineChoice
 from thirdrail_engines.plans import Builder, Precision
 from thirdrail_engines.profiles import write_shape_range
-from thirdrail_server.compile_cli import NOT_KEPT
+from thirdrail_server.compile_cli import NOT_BUILT, NOT_KEPT
 from thirdrail_server.compile_jobs import NO_PROGRAM, NO_TARGET, Job, Wish, jobs_at, read_profiles
 from thirdrail_server.config import GIB
 
@@ -98,6 +98,32 @@ def test_a_plan_that_is_not_kept_has_failed(repository: Path, tmp_path: Path) ->
     found = {each["model"]: each["result"] for each in json.loads(told)}
     assert (status, found) == (1, {"batched": "failed", "given": "built", "open": "cached"})
     assert NOT_KEPT in told
+
+
+@pytest.mark.slow
+def test_nothing_is_built_for_a_cache_that_can_only_be_read(repository: Path) -> None:
+    """It would be thrown away."""
+    status, told, _ = thirdrail(str(repository / "given"), "--cache-dir=/proc/thirdrail", "--json")
+    [found] = json.loads(told)
+    assert (status, found["result"], found["reason"]) == (1, "failed", NOT_BUILT)
+
+
+def test_a_cache_that_is_refused_is_an_error_for_programs_too(
+    repository: Path, tmp_path: Path
+) -> None:
+    tmp_path.chmod(0o777)
+    command = ["compile", str(repository), f"--cache-dir={tmp_path}", "--json"]
+    ended = CliRunner().invoke(app, command, prog_name="thirdrail")
+    assert ended.exit_code == 1
+    assert "everybody can write to it" in json.loads(ended.output)["error"]["message"]
+
+
+def test_what_has_no_effect_is_told(repository: Path) -> None:
+    write(repository, "given", double(), PROFILE + parameters(workspace_mb="100"))
+    [job] = jobs(repository / "given")
+    assert job.warnings == (
+        "parameters is ignored: 'workspace_mb' not known; docs/compile.md lists those that are",
+    )
 
 
 @pytest.mark.needs_tensorrt

@@ -88,7 +88,7 @@ def _built_or_found(
     except BuildError as error:
         if error.fault is not BuildFault.OUT_OF_DISK:
             raise
-        _log.warning("%s: the plan is built without the cache: %s", request.source.name, error)
+        _log.warning("%s: the plan is built without the cache: %s", request.source, error)
     return _built_unsaved(request, key, services), False
 
 
@@ -100,7 +100,7 @@ def _built(request: PlanRequest, key: PlanKey, cache: PlanCache, services: Compi
         timings.take_back()
         _check_unchanged(request, key)
         for warning in once_each(built.warnings):
-            _log.warning("%s: %s", request.source.name, warning)
+            _log.warning("%s: %s", request.source, warning)
         return cache.put(key, built.plan, _manifest(request, built, timings.figures))
 
 
@@ -146,7 +146,7 @@ def _manifest(
     request: PlanRequest, built: BuiltPlan, timings: Mapping[str, int] | None
 ) -> Manifest:
     return Manifest(
-        source=str(request.source),
+        source=str(request.source.absolute()),
         built_at=datetime.now(UTC).isoformat(timespec="seconds"),
         build_s=round(built.seconds, 3),
         peak_rss_bytes=built.peak_memory_bytes,

@@ -59,6 +59,7 @@ class PlanCache:
         self._layers = tuple(map(open_layer, read_only))
         self._main = Layout(folder)
         self._store = Store(main, bytes_max) if main else None
+        self.keeps_plans = main is not None  # False where the folder can only be read
         self._scratch = main or open_scratch()
         self._holds = Holds()
         self.timings = Timings([each.timings for each in (self._main, *self._layers)], main)
