@@ -2,6 +2,7 @@
 """The client for asyncio, the twin of `client.Client`: the same methods, to be awaited."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -16,7 +17,7 @@ from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_a
 from thirdrail.device.aio_device import AsyncDevice
 from thirdrail.discovery import find_address
 from thirdrail.dtypes import extent
-from thirdrail.errors import FailedPrecondition, NotFound
+from thirdrail.errors import FailedPrecondition, InvalidArgument, NotFound
 from thirdrail.failures import IS_CLOSED, rpc_errors
 from thirdrail.lane.aio_lane_stream import AsyncLaneStream
 from thirdrail.lane.calls import NotSent, timed_out
@@ -95,6 +96,15 @@ class AsyncClient(AsyncLaneChoice):
             borrow: over the lane, the arrays are views of the server's memory, which the result
                 holds until it is released, left as a context manager, or all of them are gone.
         """
+        began_ns = time.monotonic_ns()
+        try:
+            return await self._infer(model, inputs, options)
+        except InvalidArgument:
+            if not self._was_outdated(model, inputs, options, began_ns):
+                raise
+        return await self._infer(model, inputs, options)
+
+    async def _infer(self, model: str, inputs: Inputs, options: InferOptions) -> Result:
         session = await self._session_for(model)
         if session is not None:
             try:

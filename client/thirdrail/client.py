@@ -3,6 +3,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -16,7 +17,7 @@ from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_c
 from thirdrail.connection import Connection
 from thirdrail.discovery import find_address
 from thirdrail.dtypes import extent
-from thirdrail.errors import FailedPrecondition, NotFound
+from thirdrail.errors import FailedPrecondition, InvalidArgument, NotFound
 from thirdrail.failures import IS_CLOSED, rpc_errors
 from thirdrail.lane.busy_poll import LONGEST_US, BusyWindow
 from thirdrail.lane.encoding import Encoder
@@ -112,6 +113,15 @@ class Client(LaneChoice):
             borrow: over the lane, the arrays are views of the server's memory, which the result
                 holds until it is released, left as a context manager, or all of them are gone.
         """
+        began_ns = time.monotonic_ns()
+        try:
+            return self._infer(model, inputs, options)
+        except InvalidArgument:
+            if not self._was_outdated(model, inputs, options, began_ns):
+                raise
+        return self._infer(model, inputs, options)
+
+    def _infer(self, model: str, inputs: Inputs, options: InferOptions) -> Result:
         timeout, borrow = options.get("timeout"), options.get("borrow", False)
 
         def over_lane(lane: "BlockingLane") -> Result:

@@ -103,3 +103,13 @@ class LaneChoice(ServerCalls):
             models.require_declaration(description, version)
             self._descriptions.put(model, version, description, now_ns)
         return description
+
+    def _was_outdated(
+        self, model: str, inputs: Inputs, options: InferOptions, began_ns: int
+    ) -> bool:
+        """Whether a request that began then, and was refused, may have been built by a declaration
+        of before a reload. The next one asks for it."""
+        version = options.get("version", 0)
+        return needs_description(inputs, options) and self._descriptions.forget_older(
+            model, version, began_ns
+        )

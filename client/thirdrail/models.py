@@ -142,6 +142,11 @@ class DescriptionCache:
             self._entries.clear()
         self._entries[model, version] = now_ns, description
 
+    def forget_older(self, model: str, version: int, than_ns: int) -> bool:
+        """Whether one was there that is older; it is gone then."""
+        put_ns, _ = self._entries.get((model, version), (than_ns, None))
+        return put_ns < than_ns and self._entries.pop((model, version), None) is not None
+
 
 OnProgress = Callable[[LoadProgress], None]
 

@@ -363,3 +363,13 @@ def test_descriptions_are_forgotten_soon_and_never_many() -> None:
     for number in range(2 * cache.ENTRIES_MAX):
         cache.put(f"m{number}", 0, described(), now_ns=0)
     assert len(cache._entries) <= cache.ENTRIES_MAX
+
+
+def test_a_description_is_forgotten_once_if_it_is_older() -> None:
+    cache = DescriptionCache()
+    cache.put("m", 0, described(), now_ns=5)
+    assert not cache.forget_older("m", 0, 5), "it was asked for by this very call"
+    assert not cache.forget_older("m", 1, 6)
+    assert cache.forget_older("m", 0, 6)
+    assert not cache.forget_older("m", 0, 6)
+    assert cache.get("m", 0, now_ns=5) is None

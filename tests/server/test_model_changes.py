@@ -28,7 +28,9 @@ from server.controlled import (
 )
 from support.models import add, constant, identity, model, tensor, write
 from thirdrail import Client
-from thirdrail.errors import NotFound, ThirdrailError
+from thirdrail.aio import AsyncClient
+from thirdrail.errors import InvalidArgument, NotFound, ThirdrailError
+from thirdrail.transport import TransportChoice
 
 
 @pytest.fixture
@@ -201,3 +203,25 @@ def test_twenty_loads_and_unloads_leave_no_memory_behind(
         assert value_of(client) == 1
     assert after[0] - before[0] < 10 << 20
     assert after[1] - before[1] < 10 << 20
+
+
+# What callers know of models
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["lane", "grpc"])
+async def test_a_reload_by_somebody_else_is_seen_at_once(
+    repository: Path, start_server: StartServer, transport: TransportChoice
+) -> None:
+    """Lists are sent as what the model declares, which a client remembers for a while."""
+    url = start_server(repository, *EXPLICIT).url
+    clients = Client(url, transport=transport), AsyncClient(url, transport=transport)
+    with clients[0] as client, Client(url) as somebody_else:
+        async with clients[1] as aio:
+            for dtype, numpy in (("FP32", np.float32), ("INT64", np.int64)):
+                write(repository, "other", identity(dtype))
+                somebody_else.load("other")
+                assert client.infer("other", {"x": [1, 2]})["y"].dtype == numpy
+                assert (await aio.infer("other", {"x": [1, 2]}))["y"].dtype == numpy
+            with pytest.raises(InvalidArgument, match="unexpected shape"):
+                client.infer("other", {"x": [[1, 2]]})
