@@ -61,7 +61,7 @@ class ModelChange:
 
 @dataclass(frozen=True, slots=True)
 class OutputProof:
-    """How far an output was from that of ONNX Runtime on the CPU, for seeded inputs."""
+    """How far an output was from that of the reference on the CPU, for seeded inputs."""
 
     output: str
     max_abs_error: float
@@ -83,6 +83,7 @@ class EngineReport:
     build_s: float = 0.0  # of the build, whenever that was
     precision: str = ""  # what the graph was converted to before; empty: nothing
     proofs: tuple[OutputProof, ...] = ()  # none: there is nothing to compare it with
+    proof_reference: str = ""  # with proofs: what it was compared with, "onnxruntime" or "torch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +204,7 @@ def report_of_message(message: pb.EngineReport) -> EngineReport:
         build_s=message.build_ns / NS_PER_S,
         precision=message.precision,
         proofs=tuple(map(_proof_of_message, message.proofs)),
+        proof_reference=message.proof_reference,
     )
 
 

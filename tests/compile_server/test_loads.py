@@ -103,6 +103,7 @@ def test_a_plan_is_built_and_proven(server: RunningServer, client: Client) -> No
     assert not report.is_cache_hit
     assert report.build_s > 0
     assert {each.output for each in report.proofs} == {"y", "z", "most"}
+    assert report.proof_reference == "onnxruntime"
     assert all(each.max_rel_error < 1e-3 and each.equal == 1 for each in report.proofs)
     assert figure(client, "thirdrail_plan_cache_misses_total", model="compiled") == 1
     assert figure(client, "thirdrail_plan_build_seconds_total", model="compiled") > 0

@@ -17,6 +17,7 @@ from thirdrail_engines.compile_options import (
     is_compile_key,
     read_compile_options,
 )
+from thirdrail_engines.expectations import Reference
 from thirdrail_engines.plans import Precision, ShapeRange
 from thirdrail_engines.profiles import BatchRows
 from thirdrail_engines.reference_proof import Tolerance
@@ -40,6 +41,7 @@ VALID = {
     "plugins": "a.so, /b.so",
     "keep_optimised": "true",
     "torch_compile": "aot_inductor",
+    "proof_reference": "torch",
     "tolerance.max_abs": "0.5",
     "tolerance.mean_abs": "1e-3",
     "tolerance.max_rel": "2",
@@ -73,6 +75,7 @@ def test_every_key_is_read() -> None:
         plugins=(Path("a.so"), Path("/b.so")),
         keeps_optimised=True,
         torch_compile=TorchCompile.AOT_INDUCTOR,
+        proof_reference=Reference.TORCH,
         tolerance=Tolerance(0.5, 1e-3, 2.0, 0.0, 0.9, 1.0, 2),
         proof_values={"rate": ValueRange(16000, 16000), "a.b": ValueRange(-0.5, 7)},
     )
@@ -94,6 +97,7 @@ def test_nothing_given_is_the_default_and_keys_of_others_are_passed_over() -> No
         ("serve_while_compiling", "1", "is '1', expected true or false"),
         ("version_compatible", "yes", "expected true or false"),
         ("torch_compile", "true", "is 'true', expected eager or aot_inductor"),
+        ("proof_reference", "cpu", "is 'cpu', expected onnxruntime or torch"),
         ("workspace_mib", "0", "expected a whole number of MiB from 1 to 1048576"),
         ("workspace_mib", "-1", "expected a whole number of MiB"),
         ("builder_optimization_level", "6", "expected a level from 0 to 5"),

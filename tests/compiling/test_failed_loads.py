@@ -17,12 +17,12 @@ from thirdrail_engines.builds import run_build
 from thirdrail_engines.compile_options import CompileOptions, read_compile_options
 from thirdrail_engines.compiling import CompileServices
 from thirdrail_engines.load import NoEngine
-from thirdrail_engines.one_engine import ProofError
 from thirdrail_engines.onnxruntime_engine import OnnxRuntimeEngine
 from thirdrail_engines.plan_cache import Manifest, PlanCache, key_of
 from thirdrail_engines.plan_requests import onnxruntime_request
 from thirdrail_engines.plans import BuildError, BuildFault, Precision
 from thirdrail_engines.profiles import ProfileError
+from thirdrail_engines.proving import ProofError
 
 
 def put_damaged(cache: PlanCache, model: Path, damaged: onnx.ModelProto) -> None:
@@ -216,3 +216,10 @@ def test_engines_are_closed_on_every_way_out(
     with pytest.raises(ProofError):
         load_model(model, {**PLAN, **FAIL})
     assert open_engines == set(kept)
+
+
+def test_pytorch_is_no_reference_for_an_onnx_file(load_model: LoadModel, model: Path) -> None:
+    """Whatever the engines and the policy."""
+    for parameters in ({}, PLAN):
+        with pytest.raises(ProfileError, match=r"is torch, which does not run model\.onnx: it"):
+            load_model(model, {**parameters, "proof_reference": "torch"})

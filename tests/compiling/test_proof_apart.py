@@ -20,10 +20,10 @@ from thirdrail_engines import proof_apart
 from thirdrail_engines.builds import BuildLimits, run_reference
 from thirdrail_engines.compiling import CompileServices
 from thirdrail_engines.expectations import ReferenceRequest
-from thirdrail_engines.one_engine import ProofError
 from thirdrail_engines.onnxruntime_engine import OnnxRuntimeEngine
 from thirdrail_engines.plan_cache import PlanCache
 from thirdrail_engines.plans import BuildError, BuildFault
+from thirdrail_engines.proving import ProofError
 from thirdrail_engines.reference_proof import Tolerance, prove
 from thirdrail_engines.trials import ValueRange
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.plan_caches import key, put
+from thirdrail_engines.expectations import Reference
 from thirdrail_engines.output_figures import OutputFigures
 from thirdrail_engines.plan_cache import Plan, PlanCache
 from thirdrail_engines.plans import Profile
@@ -55,6 +56,15 @@ def test_a_proof_is_made_once_and_judged_each_time(cache: PlanCache, plan: Plan)
     assert first == again
     assert (first.is_proven, strict.is_proven) == (True, False)
     assert strict.faults == ("output 'y' has max_abs 0.5, allowed is 0.1",)
+
+
+def test_an_older_record_is_of_the_reference_that_there_was() -> None:
+    proof = ReferenceProof(FIGURES, ("profile 0 best",), reference=Reference.TORCH)
+    assert ReferenceProof.from_dict(proof.to_dict()) == proof
+    older = {key: value for key, value in proof.to_dict().items() if key != "reference"}
+    assert ReferenceProof.from_dict(older).reference is Reference.ONNXRUNTIME
+    with pytest.raises(ValueError, match="'a friend'"):
+        ReferenceProof.from_dict({**older, "reference": "a friend"})
 
 
 @pytest.mark.parametrize("changed", ["device", "driver", "runtime", "reference"])

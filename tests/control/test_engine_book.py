@@ -8,7 +8,9 @@ from thirdrail_server.front.control.engine_book import EngineBook
 from thirdrail_server.front.control.metrics_text import prometheus_text
 
 PROOF = pb.OutputProof(output="y", max_abs_error=0.5, cosine=0.75, compared=1)
-BUILT = VersionEngine("a", report=pb.EngineReport(plan_key="k", build_ns=3, proofs=[PROOF]))
+BUILT = VersionEngine(
+    "a", report=pb.EngineReport(plan_key="k", build_ns=3, proofs=[PROOF], proof_reference="torch")
+)
 FOUND = VersionEngine("a", report=pb.EngineReport(plan_key="k", build_ns=3, is_cache_hit=True))
 PLAIN = VersionEngine("b")
 FALLEN = VersionEngine("b", "a: missing")
@@ -33,6 +35,7 @@ def test_proofs_are_those_of_the_present_engine() -> None:
     assert (first.version, list(first.proofs)) == (1, [])
     assert list(second.proofs) == [PROOF]
     text = prometheus_text(SnapshotResponse(engines=book.counters()))
-    assert 'thirdrail_proof_max_abs_error{model="m",output="y",version="2"} 0.5' in text
-    assert 'thirdrail_proof_cosine{model="m",output="y",version="2"} 0.75' in text
+    labels = '{model="m",output="y",reference="torch",version="2"}'
+    assert f"thirdrail_proof_max_abs_error{labels} 0.5" in text
+    assert f"thirdrail_proof_cosine{labels} 0.75" in text
     assert 'thirdrail_plan_build_seconds_total{model="m",version="2"} 3e-09' in text

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from thirdrail.errors import InvalidArgument
+from thirdrail_engines.expectations import Reference
 from thirdrail_engines.plans import Precision, ShapeRange
 from thirdrail_engines.profiles import (
     PROFILES_MAX,
@@ -74,6 +75,8 @@ class CompileOptions:
     # By input, for the runs of the proof: what it takes, where seeded numbers of any kind would not
     # do.
     proof_values: Mapping[str, ValueRange] = field(default_factory=dict)
+    # None: PyTorch for what PyTorch runs, ONNX Runtime for all else.
+    proof_reference: Reference | None = None
     # Whether ONNX Runtime keeps the graph that it has optimised, and loads that the next time. It
     # pays where optimising takes long: thousands of nodes, large constants to be folded. Where
     # weights are most of the model, reading and checking a plan takes longer than optimising.
@@ -210,6 +213,7 @@ _KEYS: dict[str, _Key] = {
     "torch_compile": _Key(
         "torch_compile", TorchCompile, " or ".join(TorchCompile), TorchCompile.AOT_INDUCTOR
     ),
+    "proof_reference": _Key("proof_reference", Reference, " or ".join(Reference), Reference.TORCH),
     "tolerance.max_abs": _Key("max_abs", *_DISTANCE),
     "tolerance.mean_abs": _Key("mean_abs", *_DISTANCE),
     "tolerance.max_rel": _Key("max_rel", *_DISTANCE),

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a reference makes of seeded inputs: the half of a proof that needs no engine under proof.
 
-The reference is ONNX Runtime on the CPU, with the model as it is. Runs are computed one at a time,
-when they are asked for: their arrays may be large.
+The reference is ONNX Runtime on the CPU, with the model as it is, or PyTorch on the CPU, which runs
+a program of torch.export operator by operator. Runs are computed one at a time, when they are asked
+for: their arrays may be large.
 """
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,13 @@ from thirdrail_engines.engine import Engine, EngineError
 from thirdrail_engines.output_figures import is_float
 from thirdrail_engines.plans import Profile
 from thirdrail_engines.trials import KINDS, Trial, ValueRange, bytes_of, seeded, trials
+
+
+class Reference(StrEnum):
+    """Whose results count, both on the CPU."""
+
+    ONNXRUNTIME = "onnxruntime"
+    TORCH = "torch"  # of a `.pt2` file
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +43,8 @@ class ProofLimits:
 class ReferenceRequest:
     """What a process is asked to compute.
 
-    source: the model. plan: what ONNX Runtime's builder made of it, for a source that is no ONNX
-        file; else the source itself is run.
+    source: the model. plan: what ONNX Runtime's builder made of it, to be run in its place; without
+        one, the source itself is run: an ONNX file by ONNX Runtime, a `.pt2` file by PyTorch.
     times: how often the best shapes are run, on other inputs each time.
     """
 

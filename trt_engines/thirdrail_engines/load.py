@@ -22,6 +22,7 @@ from thirdrail_engines.engine_choice import (
     engine_order,
 )
 from thirdrail_engines.engine_report import Attempt, EngineReport, LoadedEngine
+from thirdrail_engines.expectations import Reference
 from thirdrail_engines.host import host_of
 from thirdrail_engines.inspector import Inspector
 from thirdrail_engines.options import EngineOptions
@@ -147,11 +148,16 @@ def stays(report: EngineReport, error: ModelFileError) -> EngineReport:
 def _order(
     path: Path, wanted: CompileOptions, services: "CompileServices | None"
 ) -> tuple[Candidate, ...]:
-    """Raises ModelFileError for a file of an unknown kind."""
+    """Raises ModelFileError for a file of an unknown kind, and for a reference that is none."""
     if path.suffix == ".py":
         raise ModelFileError(f"{path.name}: Python models are not served, {_EXPECTED}")
     if path.suffix not in (".onnx", *TORCH_SUFFIXES):
         raise ModelFileError(f"{path.name}: unknown kind of model file, {_EXPECTED}")
+    if wanted.proof_reference is Reference.TORCH and path.suffix != ".pt2":
+        raise ProfileError(
+            f"parameters['proof_reference'] is torch, which does not run {path.name}: it runs "
+            "model.pt2, so leave the parameter out"
+        )
     keeps_plans = services is not None and services.cache is not None
     return engine_order(path.suffix, wanted, host_of(path.suffix), keeps_plans=keeps_plans)
 
@@ -215,7 +221,7 @@ def _is_final(error: ModelFileError) -> bool:
 
 
 def _attempt(candidate: Candidate, error: ModelFileError) -> Attempt:
-    from thirdrail_engines.one_engine import ProofError
+    from thirdrail_engines.proving import ProofError
 
     if isinstance(error, ProofError):
         return Attempt(candidate.name, "not proven", "; ".join(error.proof.faults))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One candidate becomes an engine: its plan is compiled and loaded, and it is proven.
 
-The reference is ONNX Runtime on the CPU with the model as it is; for a PyTorch source that is the
-plan of its ONNX form. In a proof it runs in a process of its own (proof_apart.py); here it is only
-loaded to tell the model's inputs, or to serve.
+ONNX Runtime on the CPU with the model as it is, or for a PyTorch source with the plan of its ONNX
+form, is the reference of most proofs (proving.py). There it runs in a process of its own; here it
+is only loaded to tell the model's inputs, or to serve.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +16,10 @@ from thirdrail_engines import cuda_engines
 from thirdrail_engines.compile_options import CompileOptions, EngineChoice
 from thirdrail_engines.compiling import CompileServices, compile_plan
 from thirdrail_engines.cuda_engines import facts_for
-from thirdrail_engines.engine import Engine, ModelFileError
+from thirdrail_engines.engine import Engine
 from thirdrail_engines.engine_choice import TORCH_SUFFIXES, Candidate, Device
 from thirdrail_engines.engine_report import Attempt, EngineReport, LoadedEngine
-from thirdrail_engines.expectations import ReferenceRequest
+from thirdrail_engines.expectations import Reference
 from thirdrail_engines.inspector import Inspector
 from thirdrail_engines.onnxruntime_engine import load_onnx, load_plan
 from thirdrail_engines.onnxruntime_session import CUDA_PROVIDERS
@@ -34,23 +34,10 @@ from thirdrail_engines.plans import (
     Profile,
 )
 from thirdrail_engines.profiles import ProfileError, profiles_for
-from thirdrail_engines.proof_apart import prove_apart
-from thirdrail_engines.proof_records import recorded_proof, runs_on
-from thirdrail_engines.reference_proof import (
-    ReferenceProof,
-    Tolerance,
-    tolerance_for,
-)
+from thirdrail_engines.proving import Prover, reference_of
+from thirdrail_engines.reference_proof import ReferenceProof
 from thirdrail_engines.trials import value_fault
 from thirdrail_engines.wanted_plans import WantedPlans
-
-
-class ProofError(ModelFileError):
-    """The engine does not compute what its model says, or that could not be shown."""
-
-    def __init__(self, name: str, proof: ReferenceProof) -> None:
-        super().__init__(f"{name} is not proven: {'; '.join(proof.faults)}")
-        self.proof = proof
 
 
 class EngineLoader:
@@ -71,6 +58,9 @@ class EngineLoader:
         self._services = services or CompileServices()
         self._plans = WantedPlans(
             path, options.threads_max, wanted, self._services, lambda: self._need_reference().spec
+        )
+        self._prover = Prover(
+            path, options.threads_max, wanted, self._services, self._reference_plan
         )
         self._reference: Engine | None = None
 
@@ -212,12 +202,12 @@ class EngineLoader:
     def _load_model_file(self, candidate: Candidate, attempts: tuple[Attempt, ...]) -> LoadedEngine:
         engine = self._open_model_file(candidate)
         proof = None
-        # PyTorch on the CPU runs the program as it was exported: as good a reference as ours.
+        # PyTorch on the CPU runs the program as it was exported, as the reference does.
         if candidate.device is Device.CUDA:
             with _closing_on_error(engine):
-                proof = _accepted(
-                    candidate, self._prove(engine, Precision.AS_IS, self._profiles(engine))
-                )
+                profiles = self._profiles(engine)
+                self._prepare_proof()
+                proof = self._prover.prove_file(candidate, engine, profiles)
         return LoadedEngine(engine, EngineReport(candidate.name, attempts, proof=proof))
 
     def _open_model_file(self, candidate: Candidate) -> Engine:
@@ -249,39 +239,16 @@ class EngineLoader:
         self, candidate: Candidate, engine: Engine, plan: Plan, request: PlanRequest
     ) -> ReferenceProof | None:
         """None for the plan that is the reference itself. Raises ProofError."""
-        if self._is_torch and request == self._plans.of_onnxruntime(Precision.AS_IS):
+        is_reference = self._is_torch and request == self._plans.of_onnxruntime(Precision.AS_IS)
+        if is_reference and reference_of(candidate, self._wanted) is Reference.ONNXRUNTIME:
             return None
         profiles = request.profiles or self._profiles(engine)
-        proof = recorded_proof(
-            plan,
-            runs_on(request, self._services),
-            profiles,
-            self._wanted.proof_values,
-            self._tolerance(engine, request.precision),
-            self._services.cache,
-            lambda: self._prove(engine, request.precision, profiles),
-        )
-        return _accepted(candidate, proof)
+        self._prepare_proof()
+        return self._prover.prove_plan(candidate, engine, plan, request, profiles)
 
-    def _prove(
-        self, engine: Engine, precision: Precision, profiles: Sequence[Profile]
-    ) -> ReferenceProof:
+    def _prepare_proof(self) -> None:
         self.close()  # what told the shapes has done so
         self._check_cancelled()
-        request = ReferenceRequest(
-            self.path,
-            None,
-            tuple(profiles),
-            self._wanted.proof_values,
-            threads_max=self._options.threads_max,
-        )
-        plan = self._reference_plan()
-        self._services.tell("proving the engine", 0, 0)
-        tolerance = self._tolerance(engine, precision)
-        return prove_apart(engine, request, plan, tolerance, self._services)
-
-    def _tolerance(self, engine: Engine, precision: Precision) -> Tolerance:
-        return tolerance_for(precision, engine.spec, self._wanted.tolerance)
 
 
 @contextmanager
@@ -291,9 +258,3 @@ def _closing_on_error(engine: Engine) -> Iterator[None]:
     except BaseException:
         engine.close()
         raise
-
-
-def _accepted(candidate: Candidate, proof: ReferenceProof) -> ReferenceProof:
-    if not proof.is_proven:
-        raise ProofError(candidate.name, proof)
-    return proof

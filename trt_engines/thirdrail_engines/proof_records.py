@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from thirdrail_engines.compiling import CompileServices
 from thirdrail_engines.cuda_engines import facts_for
+from thirdrail_engines.expectations import Reference
 from thirdrail_engines.plan_cache import Plan, PlanCache
 from thirdrail_engines.plan_requests import driver_text, onnxruntime_version, torch_version
 from thirdrail_engines.plans import Builder, PlanRequest, Profile
@@ -29,16 +30,21 @@ class RunsOn:
     reference: str
 
 
-def runs_on(request: PlanRequest, services: CompileServices) -> RunsOn:
-    """For the plan of this request. Raises BuildError for a device that is not here."""
-    reference = f"onnxruntime {onnxruntime_version()}"
+def runs_on(request: PlanRequest, reference: Reference, services: CompileServices) -> RunsOn:
+    """For the plan of this request. Raises BuildError for a device or package that is not here."""
+    compared = _reference_text(reference)
     if request.builder is Builder.ONNXRUNTIME:
-        return RunsOn(request.target, "", reference, reference)
+        return RunsOn(request.target, "", _reference_text(Reference.ONNXRUNTIME), compared)
     if request.builder is Builder.AOT_INDUCTOR:
-        return RunsOn(request.target, "", f"torch {torch_version()}", reference)
+        return RunsOn(request.target, "", _reference_text(Reference.TORCH), compared)
     device = facts_for(request.builder, services)
     runtime = f"{request.builder} {request.builder_version}"
-    return RunsOn(device.uuid, driver_text(device), runtime, reference)
+    return RunsOn(device.uuid, driver_text(device), runtime, compared)
+
+
+def _reference_text(reference: Reference) -> str:
+    version = torch_version() if reference is Reference.TORCH else onnxruntime_version()
+    return f"{reference} {version}"
 
 
 def recorded_proof(

@@ -30,6 +30,7 @@ from thirdrail_engines.expectations import (
     Expectation,
     Pace,
     ProofLimits,
+    Reference,
     Skipped,
     expectations,
 )
@@ -66,6 +67,7 @@ class ReferenceProof:
     faults: tuple[str, ...] = ()
     # What to write where the sizes that were tried do not suit the model; "" where it was said.
     shapes_advice: str = ""
+    reference: Reference = Reference.ONNXRUNTIME
 
     @property
     def uncompared(self) -> tuple[str, ...]:
@@ -97,7 +99,9 @@ class ReferenceProof:
             skipped=tuple(values["skipped"]),
             failed=str(values["failed"]),
             faults=tuple(values["faults"]),
-            shapes_advice=str(values.get("shapes_advice", "")),  # older records do not have it
+            # Older records do not have these.
+            shapes_advice=str(values.get("shapes_advice", "")),
+            reference=Reference(values.get("reference", Reference.ONNXRUNTIME)),
         )
 
 

@@ -25,6 +25,7 @@ from thirdrail.tensors import TensorSpec
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name.")]
 
 _PROOF_COLUMNS = ("MAX ERROR", "MEAN ERROR", "RELATIVE", "COSINE")
+_REFERENCES = {"onnxruntime": "ONNX Runtime", "torch": "PyTorch", "": "the reference"}
 _STATE_STYLES = {"ready": "green", "unavailable": "red"}
 
 
@@ -140,7 +141,8 @@ def _print_engine(report: EngineReport, status: ModelStatus) -> None:
             table.add_row(
                 escape(each.output), *(cells if each.compared else ("not compared", "-", "-", "-"))
             )
-        out.print("against ONNX Runtime on the CPU:", table)
+        reference = _REFERENCES.get(report.proof_reference, report.proof_reference)
+        out.print(f"against {escape(reference)} on the CPU:", table)
 
 
 def _remarks(spec: TensorSpec, found: ModelDescription) -> str:

@@ -101,6 +101,7 @@ class EngineCounters(google.protobuf.message.Message):
     BUILD_NS_FIELD_NUMBER: builtins.int
     FALLBACKS_FIELD_NUMBER: builtins.int
     PROOFS_FIELD_NUMBER: builtins.int
+    PROOF_REFERENCE_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.int
     cache_hits: builtins.int
@@ -111,6 +112,8 @@ class EngineCounters(google.protobuf.message.Message):
     """of these builds"""
     fallbacks: builtins.int
     """loads that came to another engine than that of first choice"""
+    proof_reference: builtins.str
+    """as in EngineReport"""
     @property
     def proofs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[thirdrail.v1.models_pb2.OutputProof]:
         """now"""
@@ -125,8 +128,9 @@ class EngineCounters(google.protobuf.message.Message):
         build_ns: builtins.int = ...,
         fallbacks: builtins.int = ...,
         proofs: collections.abc.Iterable[thirdrail.v1.models_pb2.OutputProof] | None = ...,
+        proof_reference: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["build_ns", b"build_ns", "cache_hits", b"cache_hits", "cache_misses", b"cache_misses", "fallbacks", b"fallbacks", "name", b"name", "proofs", b"proofs", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["build_ns", b"build_ns", "cache_hits", b"cache_hits", "cache_misses", b"cache_misses", "fallbacks", b"fallbacks", "name", b"name", "proof_reference", b"proof_reference", "proofs", b"proofs", "version", b"version"]) -> None: ...
 
 global___EngineCounters = EngineCounters
 

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from thirdrail.v1 import tensor_pb2 as thirdrail_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19thirdrail/v1/models.proto\x12\x0cthirdrail.v1\x1a\x19thirdrail/v1/tensor.proto\"\xdb\x01\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.thirdrail.v1.ModelState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x0e\n\x06worker\x18\x06 \x01(\t\x12\x18\n\x10is_expected_back\x18\x07 \x01(\x08\x12\x15\n\rengine_reason\x18\x08 \x01(\t\x12\x12\n\nload_phase\x18\t \x01(\t\x12\x0f\n\x07workers\x18\n \x03(\t\"!\n\x0bListRequest\x12\x12\n\nready_only\x18\x01 \x01(\x08\"9\n\x0cListResponse\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.thirdrail.v1.ModelStatus\"0\n\x0f\x44\x65scribeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\"\xc9\x02\n\x10\x44\x65scribeResponse\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.thirdrail.v1.ModelStatus\x12\x16\n\x0eready_versions\x18\x02 \x03(\x03\x12(\n\x06inputs\x18\x03 \x03(\x0b\x32\x18.thirdrail.v1.TensorSpec\x12)\n\x07outputs\x18\x04 \x03(\x0b\x32\x18.thirdrail.v1.TensorSpec\x12\x16\n\x0e\x62\x61tch_rows_max\x18\x05 \x01(\r\x12\x11\n\tinstances\x18\x06 \x01(\r\x12\x14\n\x0c\x63onfig_pbtxt\x18\x07 \x01(\t\x12\x10\n\x08warnings\x18\x08 \x03(\t\x12\x17\n\x0finputs_in_place\x18\t \x03(\t\x12\x31\n\rengine_report\x18\n \x01(\x0b\x32\x1a.thirdrail.v1.EngineReport\"\x86\x01\n\x0c\x45ngineReport\x12\x10\n\x08plan_key\x18\x01 \x01(\t\x12\x14\n\x0cis_cache_hit\x18\x02 \x01(\x08\x12\x10\n\x08\x62uild_ns\x18\x03 \x01(\x04\x12\x11\n\tprecision\x18\x04 \x01(\t\x12)\n\x06proofs\x18\x05 \x03(\x0b\x32\x19.thirdrail.v1.OutputProof\"\xc0\x01\n\x0bOutputProof\x12\x0e\n\x06output\x18\x01 \x01(\t\x12\x15\n\rmax_abs_error\x18\x02 \x01(\x01\x12\x16\n\x0emean_abs_error\x18\x03 \x01(\x01\x12\x0e\n\x06\x63osine\x18\x04 \x01(\x01\x12\x15\n\rmax_rel_error\x18\x05 \x01(\x01\x12\x16\n\x0emean_rel_error\x18\x06 \x01(\x01\x12\r\n\x05\x65qual\x18\x07 \x01(\x01\x12\x12\n\nnot_finite\x18\x08 \x01(\x04\x12\x10\n\x08\x63ompared\x18\t \x01(\x04\"1\n\x0bLoadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x63onfig_pbtxt\x18\x02 \x01(\t\"\x83\x01\n\x0cLoadResponse\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\r\n\x05steps\x18\x03 \x01(\r\x12\x0c\n\x04\x64one\x18\x04 \x01(\x08\x12\x10\n\x08versions\x18\x05 \x03(\x03\x12\x12\n\nphase_step\x18\x06 \x01(\r\x12\x13\n\x0bphase_steps\x18\x07 \x01(\r\"\x1d\n\rUnloadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x10\n\x0eUnloadResponse\"\x1d\n\x0cWatchRequest\x12\r\n\x05names\x18\x01 \x03(\t\"K\n\rWatchResponse\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.thirdrail.v1.ModelStatus\x12\x0f\n\x07initial\x18\x02 \x01(\x08*\x91\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x03\x12\x1b\n\x17MODEL_STATE_UNAVAILABLE\x10\x04\x32\xdc\x02\n\x06Models\x12=\n\x04List\x12\x19.thirdrail.v1.ListRequest\x1a\x1a.thirdrail.v1.ListResponse\x12I\n\x08\x44\x65scribe\x12\x1d.thirdrail.v1.DescribeRequest\x1a\x1e.thirdrail.v1.DescribeResponse\x12?\n\x04Load\x12\x19.thirdrail.v1.LoadRequest\x1a\x1a.thirdrail.v1.LoadResponse0\x01\x12\x43\n\x06Unload\x12\x1b.thirdrail.v1.UnloadRequest\x1a\x1c.thirdrail.v1.UnloadResponse\x12\x42\n\x05Watch\x12\x1a.thirdrail.v1.WatchRequest\x1a\x1b.thirdrail.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19thirdrail/v1/models.proto\x12\x0cthirdrail.v1\x1a\x19thirdrail/v1/tensor.proto\"\xdb\x01\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.thirdrail.v1.ModelState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x0e\n\x06worker\x18\x06 \x01(\t\x12\x18\n\x10is_expected_back\x18\x07 \x01(\x08\x12\x15\n\rengine_reason\x18\x08 \x01(\t\x12\x12\n\nload_phase\x18\t \x01(\t\x12\x0f\n\x07workers\x18\n \x03(\t\"!\n\x0bListRequest\x12\x12\n\nready_only\x18\x01 \x01(\x08\"9\n\x0cListResponse\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.thirdrail.v1.ModelStatus\"0\n\x0f\x44\x65scribeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\"\xc9\x02\n\x10\x44\x65scribeResponse\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.thirdrail.v1.ModelStatus\x12\x16\n\x0eready_versions\x18\x02 \x03(\x03\x12(\n\x06inputs\x18\x03 \x03(\x0b\x32\x18.thirdrail.v1.TensorSpec\x12)\n\x07outputs\x18\x04 \x03(\x0b\x32\x18.thirdrail.v1.TensorSpec\x12\x16\n\x0e\x62\x61tch_rows_max\x18\x05 \x01(\r\x12\x11\n\tinstances\x18\x06 \x01(\r\x12\x14\n\x0c\x63onfig_pbtxt\x18\x07 \x01(\t\x12\x10\n\x08warnings\x18\x08 \x03(\t\x12\x17\n\x0finputs_in_place\x18\t \x03(\t\x12\x31\n\rengine_report\x18\n \x01(\x0b\x32\x1a.thirdrail.v1.EngineReport\"\x9f\x01\n\x0c\x45ngineReport\x12\x10\n\x08plan_key\x18\x01 \x01(\t\x12\x14\n\x0cis_cache_hit\x18\x02 \x01(\x08\x12\x10\n\x08\x62uild_ns\x18\x03 \x01(\x04\x12\x11\n\tprecision\x18\x04 \x01(\t\x12)\n\x06proofs\x18\x05 \x03(\x0b\x32\x19.thirdrail.v1.OutputProof\x12\x17\n\x0fproof_reference\x18\x06 \x01(\t\"\xc0\x01\n\x0bOutputProof\x12\x0e\n\x06output\x18\x01 \x01(\t\x12\x15\n\rmax_abs_error\x18\x02 \x01(\x01\x12\x16\n\x0emean_abs_error\x18\x03 \x01(\x01\x12\x0e\n\x06\x63osine\x18\x04 \x01(\x01\x12\x15\n\rmax_rel_error\x18\x05 \x01(\x01\x12\x16\n\x0emean_rel_error\x18\x06 \x01(\x01\x12\r\n\x05\x65qual\x18\x07 \x01(\x01\x12\x12\n\nnot_finite\x18\x08 \x01(\x04\x12\x10\n\x08\x63ompared\x18\t \x01(\x04\"1\n\x0bLoadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x63onfig_pbtxt\x18\x02 \x01(\t\"\x83\x01\n\x0cLoadResponse\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\r\n\x05steps\x18\x03 \x01(\r\x12\x0c\n\x04\x64one\x18\x04 \x01(\x08\x12\x10\n\x08versions\x18\x05 \x03(\x03\x12\x12\n\nphase_step\x18\x06 \x01(\r\x12\x13\n\x0bphase_steps\x18\x07 \x01(\r\"\x1d\n\rUnloadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x10\n\x0eUnloadResponse\"\x1d\n\x0cWatchRequest\x12\r\n\x05names\x18\x01 \x03(\t\"K\n\rWatchResponse\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.thirdrail.v1.ModelStatus\x12\x0f\n\x07initial\x18\x02 \x01(\x08*\x91\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x03\x12\x1b\n\x17MODEL_STATE_UNAVAILABLE\x10\x04\x32\xdc\x02\n\x06Models\x12=\n\x04List\x12\x19.thirdrail.v1.ListRequest\x1a\x1a.thirdrail.v1.ListResponse\x12I\n\x08\x44\x65scribe\x12\x1d.thirdrail.v1.DescribeRequest\x1a\x1e.thirdrail.v1.DescribeResponse\x12?\n\x04Load\x12\x19.thirdrail.v1.LoadRequest\x1a\x1a.thirdrail.v1.LoadResponse0\x01\x12\x43\n\x06Unload\x12\x1b.thirdrail.v1.UnloadRequest\x1a\x1c.thirdrail.v1.UnloadResponse\x12\x42\n\x05Watch\x12\x1a.thirdrail.v1.WatchRequest\x1a\x1b.thirdrail.v1.WatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'thirdrail.v1.models_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=1443
-  _globals['_MODELSTATE']._serialized_end=1588
+  _globals['_MODELSTATE']._serialized_start=1468
+  _globals['_MODELSTATE']._serialized_end=1613
   _globals['_MODELSTATUS']._serialized_start=71
   _globals['_MODELSTATUS']._serialized_end=290
   _globals['_LISTREQUEST']._serialized_start=292
@@ -45,21 +45,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBERESPONSE']._serialized_start=437
   _globals['_DESCRIBERESPONSE']._serialized_end=766
   _globals['_ENGINEREPORT']._serialized_start=769
-  _globals['_ENGINEREPORT']._serialized_end=903
-  _globals['_OUTPUTPROOF']._serialized_start=906
-  _globals['_OUTPUTPROOF']._serialized_end=1098
-  _globals['_LOADREQUEST']._serialized_start=1100
-  _globals['_LOADREQUEST']._serialized_end=1149
-  _globals['_LOADRESPONSE']._serialized_start=1152
-  _globals['_LOADRESPONSE']._serialized_end=1283
-  _globals['_UNLOADREQUEST']._serialized_start=1285
-  _globals['_UNLOADREQUEST']._serialized_end=1314
-  _globals['_UNLOADRESPONSE']._serialized_start=1316
-  _globals['_UNLOADRESPONSE']._serialized_end=1332
-  _globals['_WATCHREQUEST']._serialized_start=1334
-  _globals['_WATCHREQUEST']._serialized_end=1363
-  _globals['_WATCHRESPONSE']._serialized_start=1365
-  _globals['_WATCHRESPONSE']._serialized_end=1440
-  _globals['_MODELS']._serialized_start=1591
-  _globals['_MODELS']._serialized_end=1939
+  _globals['_ENGINEREPORT']._serialized_end=928
+  _globals['_OUTPUTPROOF']._serialized_start=931
+  _globals['_OUTPUTPROOF']._serialized_end=1123
+  _globals['_LOADREQUEST']._serialized_start=1125
+  _globals['_LOADREQUEST']._serialized_end=1174
+  _globals['_LOADRESPONSE']._serialized_start=1177
+  _globals['_LOADRESPONSE']._serialized_end=1308
+  _globals['_UNLOADREQUEST']._serialized_start=1310
+  _globals['_UNLOADREQUEST']._serialized_end=1339
+  _globals['_UNLOADRESPONSE']._serialized_start=1341
+  _globals['_UNLOADRESPONSE']._serialized_end=1357
+  _globals['_WATCHREQUEST']._serialized_start=1359
+  _globals['_WATCHREQUEST']._serialized_end=1388
+  _globals['_WATCHRESPONSE']._serialized_start=1390
+  _globals['_WATCHRESPONSE']._serialized_end=1465
+  _globals['_MODELS']._serialized_start=1616
+  _globals['_MODELS']._serialized_end=1964
 # @@protoc_insertion_point(module_scope)

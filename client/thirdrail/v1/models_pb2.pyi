@@ -213,6 +213,7 @@ class EngineReport(google.protobuf.message.Message):
     BUILD_NS_FIELD_NUMBER: builtins.int
     PRECISION_FIELD_NUMBER: builtins.int
     PROOFS_FIELD_NUMBER: builtins.int
+    PROOF_REFERENCE_FIELD_NUMBER: builtins.int
     plan_key: builtins.str
     """of its plan in the cache; empty: it runs the model file itself"""
     is_cache_hit: builtins.bool
@@ -221,6 +222,8 @@ class EngineReport(google.protobuf.message.Message):
     """of the build, whenever that was"""
     precision: builtins.str
     """what the graph was converted to before, e.g. "fp16"; empty: nothing"""
+    proof_reference: builtins.str
+    """with proofs: what it was compared with, "onnxruntime" or "torch" """
     @property
     def proofs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___OutputProof]:
         """none: there is nothing to compare it with"""
@@ -233,14 +236,15 @@ class EngineReport(google.protobuf.message.Message):
         build_ns: builtins.int = ...,
         precision: builtins.str = ...,
         proofs: collections.abc.Iterable[global___OutputProof] | None = ...,
+        proof_reference: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["build_ns", b"build_ns", "is_cache_hit", b"is_cache_hit", "plan_key", b"plan_key", "precision", b"precision", "proofs", b"proofs"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["build_ns", b"build_ns", "is_cache_hit", b"is_cache_hit", "plan_key", b"plan_key", "precision", b"precision", "proof_reference", b"proof_reference", "proofs", b"proofs"]) -> None: ...
 
 global___EngineReport = EngineReport
 
 @typing.final
 class OutputProof(google.protobuf.message.Message):
-    """How far an output was from that of ONNX Runtime on the CPU, for seeded inputs."""
+    """How far an output was from that of the reference on the CPU, for seeded inputs."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

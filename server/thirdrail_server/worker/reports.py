@@ -19,6 +19,7 @@ def version_engine(report: EngineReport, *, is_stopgap: bool) -> VersionEngine:
         build_ns=round(report.build_s * NS_PER_S),
         precision="" if report.precision is Precision.AS_IS else report.precision.value,
         proofs=map(_output_proof, proof.outputs if proof else ()),
+        proof_reference=proof.reference.value if proof else "",
     )
     return VersionEngine(report.engine, report.why_not_first, message, is_stopgap)
 

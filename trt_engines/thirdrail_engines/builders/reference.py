@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference of a proof, in the process that computes it: ONNX Runtime on the CPU."""
+"""The reference of a proof, in the process that computes it: ONNX Runtime or PyTorch, on the CPU.
+
+PyTorch reads a `.pt2` file here, which runs what is in it: as in a build, and in no other process
+than one that has no network and no secrets.
+"""
 
 from contextlib import closing
 from pathlib import Path
 
+from thirdrail_engines.engine import Engine
 from thirdrail_engines.expectation_file import write_expectations
 from thirdrail_engines.expectations import ReferenceRequest, expectations
 from thirdrail_engines.inspector import Findings
@@ -24,10 +29,14 @@ def compute(request: ReferenceRequest, folder: Path) -> Path:
     return path
 
 
-def _opened(request: ReferenceRequest) -> OnnxRuntimeEngine:
+def _opened(request: ReferenceRequest) -> Engine:
     options = EngineOptions(threads_max=request.threads_max)
     if request.plan is not None:
         return load_plan(request.plan.read_bytes(), request.source, options=options)
+    if request.source.suffix == ".pt2":
+        from thirdrail_engines.torch_engine import load_torch
+
+        return load_torch(request.source, options=options)
     session = open_session(request.source, options)
     # Nobody else writes to its inputs: what the graph tells about them is of no use here.
     return OnnxRuntimeEngine(session, spec_of(request.source, session, Findings()))

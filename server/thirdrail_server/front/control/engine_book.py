@@ -46,3 +46,4 @@ def _count(counters: EngineCounters, engine: VersionEngine) -> None:
         counters.fallbacks += 1
     del counters.proofs[:]
     counters.proofs.extend(report.proofs)
+    counters.proof_reference = report.proof_reference

@@ -41,10 +41,10 @@ _ENGINE_SUMS = (
     ("engine_fallbacks", "fallbacks", "Loads that came to another engine than the first choice."),
 )
 _PROOF_FIGURES = (
-    ("max_abs_error", "max_abs_error", "Largest difference to ONNX Runtime on the CPU."),
-    ("mean_abs_error", "mean_abs_error", "Mean difference to ONNX Runtime on the CPU."),
+    ("max_abs_error", "max_abs_error", "Largest difference to the reference on the CPU."),
+    ("mean_abs_error", "mean_abs_error", "Mean difference to the reference on the CPU."),
     ("max_rel_error", "max_rel_error", "Largest difference, by the output's largest magnitude."),
-    ("cosine", "cosine", "1: the same direction as the output of ONNX Runtime on the CPU."),
+    ("cosine", "cosine", "1: the same direction as the output of the reference on the CPU."),
 )
 _GAUGES = (
     ("queued_requests", "queued", "Requests that wait now."),
@@ -129,11 +129,13 @@ def _of_engines(engines: list[EngineCounters]) -> Iterator[Metric]:
             counter.add_metric(_labels(each), value / NS_PER_S if field == "build_ns" else value)
         yield counter
     for name, field, text in _PROOF_FIGURES:
-        gauge = GaugeMetricFamily(f"thirdrail_proof_{name}", text, labels=(*MODEL, "output"))
+        labels = (*MODEL, "output", "reference")
+        gauge = GaugeMetricFamily(f"thirdrail_proof_{name}", text, labels=labels)
         for each in engines:
             for proof in each.proofs:
                 if proof.compared:
-                    gauge.add_metric((*_labels(each), proof.output), getattr(proof, field))
+                    values = (*_labels(each), proof.output, each.proof_reference)
+                    gauge.add_metric(values, getattr(proof, field))
         yield gauge
 
 
