@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A client's tensors on a device, through a real server whose device is a twin."""
 
+import contextlib
 import gc
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 import thirdrail
@@ -18,8 +20,9 @@ from cuda_lane.conftest import UUID
 from server.test_lives import until
 from support.server import RunningServer
 from thirdrail.dtypes import BY_NAME
-from thirdrail.errors import FailedPrecondition
+from thirdrail.errors import FailedPrecondition, TimedOut
 from thirdrail.lane import device_chunks
+from thirdrail.v1 import inference_pb2, lane_pb2
 
 X = np.arange(8, dtype=np.float32)
 LARGE = np.arange(1 << 16, dtype=np.float32)
@@ -260,6 +263,36 @@ def test_debug_mode_looks_at_inputs_on_the_host(
         memory = session.memory
         assert memory.places_free == memory.place_count, "its place came back"
         assert device.infer("twin_double", {"x": x})["y"].numpy()[0] == 4
+
+
+def test_what_a_stuck_worker_does_not_take_back_holds_up_no_request(server: RunningServer) -> None:
+    with thirdrail.Client(f"unix:{server.socket}") as client:
+        device = thirdrail.Device(client)
+        result = device.infer("host_double", {"x": X})
+        lane = client._connected().access.lane()
+        assert lane is not None
+        workers = psutil.Process(server.pid).children()
+        for worker in workers:
+            worker.suspend()
+        try:
+            message = lane_pb2.LaneRequest(cancel=inference_pb2.Cancel(call=1 << 40))
+            with contextlib.suppress(TimedOut):
+                while True:
+                    lane.talk.send(message, 0.0)
+            result.release()
+            with ThreadPoolExecutor(1) as pool:
+                asked = pool.submit(device.infer, "host_double", {"x": X}, timeout=0.1)
+                wait([asked], 20)  # or it would wait for the worker, and this test for it
+                for worker in workers:
+                    worker.resume()
+                assert isinstance(asked.exception(), TimedOut)
+        finally:
+            for worker in workers:
+                worker.resume()
+        device.infer("host_double", {"x": X}).release()
+        session = device._session
+        session.collect()
+        assert session.memory.places_free == session.memory.place_count
 
 
 def has_ended(device: thirdrail.Device) -> bool:

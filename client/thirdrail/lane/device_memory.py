@@ -133,6 +133,10 @@ class DeviceMemory:
             except IndexError:  # another thread was faster, or it was given back already
                 continue
 
+    def put_back(self, slot: Slot) -> None:
+        """It could not be given back yet."""
+        self._unclaimed.appendleft(slot)
+
     def _take_collected(self) -> Returned:
         """Raises IndexError for nothing new."""
         watch = self._collected.popleft()

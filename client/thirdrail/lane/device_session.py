@@ -4,7 +4,6 @@
 What lies where, and what goes back, `device_memory` knows.
 """
 
-import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import numpy.typing as npt
 
 from thirdrail.device.arrays import DeviceArray, DeviceResult
 from thirdrail.device.runtime import Pending
-from thirdrail.errors import ThirdrailError
+from thirdrail.errors import ThirdrailError, TimedOut
 from thirdrail.failures import anew
 from thirdrail.lane.calls import Call, timed_out
 from thirdrail.lane.conversation import Conversation
@@ -23,8 +22,7 @@ from thirdrail.lane.device_memory import (
     ATTACH_TIMEOUT_S,
     DeviceMemory,
     Inputs,
-    Piece,
-    Returned,
+    Slot,
     device_extent,
 )
 from thirdrail.lane.packets import close_all
@@ -89,17 +87,21 @@ class DeviceSession:
     def collect(self) -> None:
         """Give back what arrays showed that are gone."""
         for returned in self.memory.take_returned():
-            with contextlib.suppress(ThirdrailError):  # it goes with the session then
-                self._give_back(returned)
+            if isinstance(returned, Slot):
+                try:
+                    self._release(returned)
+                except TimedOut:  # the worker is busy: next time, then
+                    return self.memory.put_back(returned)
+                except ThirdrailError:
+                    continue  # it goes with the session
+            else:
+                with self._talk.lock:
+                    self.memory.chunks.allocator.free(returned.chunk, returned.offset)
 
-    def _give_back(self, returned: Returned) -> None:
-        if isinstance(returned, Piece):
-            with self._talk.lock:
-                self.memory.chunks.allocator.free(returned.chunk, returned.offset)
-            return
-        self.memory.runtime.record_consumed(returned.place, returned.stream)
-        self._talk.send(lane_pb2.LaneRequest(releases=[returned.lease]), None)
-        self.memory.leave_place(returned.place)
+    def _release(self, slot: Slot) -> None:
+        self.memory.runtime.record_consumed(slot.place, slot.stream)
+        self._talk.send(lane_pb2.LaneRequest(releases=[slot.lease]), 0.0)
+        self.memory.leave_place(slot.place)
 
     # Requests
 
