@@ -153,6 +153,26 @@ def test_several_profiles_share_the_promise_and_a_guess_promises_nothing() -> No
         profiles_for(inputs, (one, {}), ROWS)
 
 
+@pytest.mark.parametrize(
+    ("profiles", "gap"),
+    [
+        ([ranges(x="1,2,2", y="1,2,2"), ranges(x="5,5,8", y="5,5,8")], "3 in 'x', 'y'"),
+        ([ranges(x="1,1,4", y="5,6,8"), ranges(x="5,6,8", y="1,1,4")], "1 in"),
+        ([ranges(x="1,4,8", y="1,4,6"), ranges(x="8,8,8", y="8,8,8")], "7 in"),
+    ],
+    ids=["between", "never together", "in one input"],
+)
+def test_every_number_of_rows_must_fit_into_a_profile(
+    profiles: list[dict[str, ShapeRange]], gap: str
+) -> None:
+    inputs = tensors(x=[-1], y=[-1])
+    with pytest.raises(
+        ProfileError, match=f"^no profile takes a batch of {gap}.*promises every number"
+    ):
+        profiles_for(inputs, profiles, ROWS)
+    assert profiles_for(inputs, [*profiles, ranges(x="1,4,8", y="1,4,8")], ROWS)
+
+
 @pytest.mark.parametrize(("best", "largest"), [(0, 1), (2, 1)])
 def test_batch_rows_are_in_order(best: int, largest: int) -> None:
     with pytest.raises(ValueError, match=f"best {best}, largest {largest}"):

@@ -108,6 +108,19 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
+def test_damage_is_warned_of_once_until_the_plan_is_whole_again(
+    cache: PlanCache, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who builds it again looks for it several times."""
+    path = folder / "plans" / key("a").digest / "plan"
+    for times in (1, 2):
+        cache.release(put(cache, key("a"), b"plan").key)
+        flip(path, 0)
+        assert cache.get(key("a")) is None
+        assert cache.get(key("a")) is None
+        assert caplog.text.count(f"the plan in {path.parent} is not used") == times
+
+
 def cut(path: Path, size: int) -> None:
     os.truncate(path, size)
 

@@ -22,7 +22,7 @@ DIM_MAX = (1 << 31) - 1  # TensorRT's
 GivenProfile = Mapping[str, ShapeRange]  # by input, as the configuration has it
 
 _RANGE_EXAMPLE = "1x3x32x32,4x3x64x64,8x3x128x128"
-_SHAPE = re.compile(r"[0-9]{1,10}(x[0-9]{1,10})*")
+_SHAPE = re.compile(r"[0-9]{1,20}(x[0-9]{1,20})*")
 # In a line to write, for a dimension that is the owner's to say.
 _SIZES_SUGGESTED = (32, 64, 128)
 
@@ -248,12 +248,11 @@ def _check_rows(
     open_inputs: Mapping[str, TensorSpec],
     rows: BatchRows | None,
 ) -> None:
-    """A promised batch size must fit into the profiles, and so must a single row."""
+    """Every number of rows up to a promised batch size must fit into one of the profiles."""
     if rows is None or not rows.is_promised:
         return
-    for name, tensor in open_inputs.items():
-        if tensor.shape[:1] != (-1,):
-            continue
+    batched = [name for name, tensor in open_inputs.items() if tensor.shape[:1] == (-1,)]
+    for name in batched:
         smallest = min(profile[name].smallest[0] for profile in given)
         largest = max(profile[name].largest[0] for profile in given)
         if smallest > 1 or largest < rows.largest:
@@ -261,6 +260,28 @@ def _check_rows(
                 f"profile.*.{name} take {smallest} to {largest} rows, but max_batch_size "
                 f"{rows.largest} promises 1 to {rows.largest}"
             )
+    if batched and (gap := _first_gap(given, batched)) <= rows.largest:
+        names = ", ".join(f"'{name}'" for name in batched)
+        raise ProfileError(
+            f"no profile takes a batch of {gap} in {names}, but max_batch_size {rows.largest} promises "
+            f"every number from 1 to {rows.largest}: let one profile begin where another ends"
+        )
+
+
+def _first_gap(given: Sequence[GivenProfile], batched: Sequence[str]) -> int:
+    """The smallest number of rows that no profile takes, in all these inputs at once."""
+    taken = sorted(
+        (
+            max(profile[name].smallest[0] for name in batched),
+            min(profile[name].largest[0] for name in batched),
+        )
+        for profile in given
+    )
+    gap = 1
+    for least, most in taken:
+        if least <= gap:
+            gap = max(gap, most + 1)
+    return gap
 
 
 def _quoted(text: str) -> str:

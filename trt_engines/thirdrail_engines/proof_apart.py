@@ -71,7 +71,7 @@ def _proof(
         except BuildError as error:
             if error.fault is not BuildFault.OUT_OF_DISK:
                 raise
-            _log.warning("%s: it is proven without the cache: %s", request.source.name, error)
+            _log.warning("%s: it is proven without the cache: %s", request.source, error)
     with temporary_workspace() as folder:
         return _proof_in(folder, engine, request, plan, tolerance, services)
 
@@ -109,7 +109,7 @@ def _compared(
 ) -> ReferenceProof:
     computed = run_reference(request, folder, services.limits, services.cancelled)
     for warning in computed.warnings:
-        _log.warning("%s: for its proof, %s", request.source.name, warning)
+        _log.warning("%s: for its proof, %s", request.source, warning)
     with computed.plan.open("rb") as file:
         spec, runs = read_expectations(file)
         return compare_runs(

@@ -17,7 +17,7 @@ from thirdrail_engines.plan_cache import notes
 from thirdrail_engines.plan_cache.holds import Holds
 from thirdrail_engines.plan_cache.key import PlanKey
 from thirdrail_engines.plan_cache.layout import Layout, check_note_name
-from thirdrail_engines.plan_cache.locks import LockTimeout, locked_file, open_folder, try_lock
+from thirdrail_engines.plan_cache.locks import LockTimeout, lock_to_read, locked_file, open_folder
 from thirdrail_engines.plan_cache.manifest import MANIFEST_FORMAT, Manifest
 from thirdrail_engines.plan_cache.opening import open_layer, open_main, open_scratch, reason_of
 from thirdrail_engines.plan_cache.reading import (
@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 
 WAITING = "waiting for another build"  # the phase that is told
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_EVICTION_S_MAX = 1.0  # that an entry is locked by who tries to evict it; takes milliseconds
 
 
 class PlanCache:
@@ -62,6 +61,7 @@ class PlanCache:
         self.keeps_plans = main is not None  # False where the folder can only be read
         self._scratch = main or open_scratch()
         self._holds = Holds()
+        self._warned: dict[Path, str] = {}  # of what is damaged, until it is whole again
         self.timings = Timings([each.timings for each in (self._main, *self._layers)], main)
         sweep(self._scratch.work)
 
@@ -82,10 +82,11 @@ class PlanCache:
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except Damaged as error:
-                log.warning("the plan in %s is not used: %s", path, error)
+                self._warn_once(path, f"is not used: {error}")
             except OSError as error:
-                log.warning("the plan in %s cannot be read: %s", path, reason_of(error))
+                self._warn_once(path, f"cannot be read: {reason_of(error)}")
             else:
+                self._warned.pop(path, None)
                 return plan
         return None
 
@@ -152,6 +153,7 @@ class PlanCache:
             return plan
         try:
             self._holds.keep(key.digest, save_entry(self._store, plan, plan_file))
+            self._warned.pop(self._main.plans / key.digest, None)
         except (NoRoom, LockTimeout) as error:
             log.warning("plan %.12s is not kept: %s", key.digest, error)
         except OSError as error:
@@ -216,11 +218,17 @@ class PlanCache:
             else:
                 open_main(self._scratch.root)
 
+    def _warn_once(self, path: Path, text: str) -> None:
+        """A plan is looked for several times before it is built again."""
+        if self._warned.get(path) != text:
+            self._warned[path] = text
+            log.warning("the plan in %s %s", path, text)
+
     def _read(self, path: Path, key: PlanKey, *, is_main: bool) -> Plan:
         fd = open_folder(path)
         try:
             if is_main:
-                _lock_shared(fd)
+                lock_to_read(fd)
             plan = read_entry(key, fd)
             if is_main and self._store is not None:
                 with contextlib.suppress(OSError):  # root's entry in our folder
@@ -289,12 +297,3 @@ def _finished(key: PlanKey, plan_file: Path, manifest: Manifest) -> Plan:
         plan_sha256=digest,
     )
     return Plan(key, complete, data)
-
-
-def _lock_shared(fd: int) -> None:
-    """Who has it otherwise evicts this entry, and is quick. Raises FileNotFoundError if not."""
-    ends = time.monotonic() + _EVICTION_S_MAX
-    while not try_lock(fd, shared=True):
-        if time.monotonic() > ends:
-            raise FileNotFoundError
-        time.sleep(0.001)

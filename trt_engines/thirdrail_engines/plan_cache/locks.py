@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _POLL_S = 0.02
+_EVICTION_S_MAX = 1.0  # that an entry is locked by who tries to evict it; takes milliseconds
 _OPEN_FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -76,6 +77,18 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
             raise
         return False
     return True
+
+
+def lock_to_read(fd: int) -> None:
+    """Share the lock of an entry's folder. Who has it otherwise evicts the entry, and is quick.
+
+    Raises FileNotFoundError if not: the entry is as good as gone.
+    """
+    ends = time.monotonic() + _EVICTION_S_MAX
+    while not try_lock(fd, shared=True):
+        if time.monotonic() > ends:
+            raise FileNotFoundError
+        time.sleep(0.001)
 
 
 def is_still_at(path: Path, fd: int) -> bool:
