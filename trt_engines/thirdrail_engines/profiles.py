@@ -263,8 +263,8 @@ def _check_rows(
     if batched and (gap := _first_gap(given, batched)) <= rows.largest:
         names = ", ".join(f"'{name}'" for name in batched)
         raise ProfileError(
-            f"no profile takes a batch of {gap} in {names}, but max_batch_size {rows.largest} promises "
-            f"every number from 1 to {rows.largest}: let one profile begin where another ends"
+            f"no profile takes a batch of {gap} in {names}, but max_batch_size {rows.largest} "
+            f"promises every number from 1 to {rows.largest}: let one begin where another ends"
         )
 
 
