@@ -22,7 +22,7 @@ def require_text(what: str, value: object) -> None:
 
 def require_whole_numbers(**options: object) -> None:
     for name, value in options.items():
-        if not isinstance(value, SupportsIndex):
+        if isinstance(value, bool) or not isinstance(value, SupportsIndex):
             raise InvalidArgument(f"{name} must be an int, got {_shown(value)}")
 
 

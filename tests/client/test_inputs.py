@@ -4,7 +4,7 @@
 import array as arrays
 import mmap
 import re
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -262,9 +262,11 @@ def test_outputs_as_one_string_is_a_mistake() -> None:
     [
         ({"version": "1"}, "version must be an int, got the str '1'"),
         ({"version": None}, "version must be an int, got the NoneType None"),
+        ({"version": True}, "version must be an int, got the bool True"),
         ({"priority": 1.5}, "priority must be an int, got the float 1.5"),
         ({"classes": "2"}, "classes must be an int, got the str '2'"),
         ({"outputs": [3]}, "the name of an output must be a str, got the int 3"),
+        ({"outputs": [["y"]]}, "the name of an output must be a str, got the list ['y']"),
         ({"outputs": 3}, "outputs must be a sequence of names, got the int 3"),
         ({"outputs": iter("yz")}, "outputs must be a sequence of names, got the str_"),
         ({"request_id": 5}, "request_id must be a str, got the int 5"),
@@ -278,9 +280,12 @@ def test_a_value_of_the_wrong_type_is_named(bad: Any, said: str) -> None:
     with pytest.raises(InvalidArgument, match=re.escape(said)):
         request_of({}, **bad)
     encoder = Encoder()
-    encoder.options("m", None, {"timeout": 5.0})  # equal to that of FP32, and kept
+    for equal in ({"timeout": 5.0}, {"version": 1}):  # to that of FP32, and to True; and kept
+        encoder.options("m", None, cast(InferOptions, equal))
     with pytest.raises(InvalidArgument, match=re.escape(said)):
         encoder.options("m", None, bad)
+    with pytest.raises(InvalidArgument, match=r"a model must be a str, got the list \['m'\]"):
+        encoder.options(cast(str, ["m"]), None, {})
 
 
 @pytest.mark.parametrize(("model", "version"), [(3, 0), ("\ud800", 0), ("m", 1 << 70), ("m", "1")])

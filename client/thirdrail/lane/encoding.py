@@ -24,7 +24,7 @@ from thirdrail.v1 import inference_pb2, tensor_pb2
 
 PARTS_KEPT_MAX = 1024
 _LISTS = (tuple, list)
-_PLAIN = (int, float, bool, type(None))
+_PLAIN = (int, float, type(None))
 
 # Keys of fields in the wire format: number << 3 | type.
 _REQUEST_ID_KEY = bytes((5 << 3 | 2,))
@@ -147,14 +147,18 @@ class Encoder:
 
 def _key_of_options(model: str, options: InferOptions) -> object:
     """Equal for equal parts. None: not to be kept. A request id differs each time: it is not in."""
+    if type(model) is not str:
+        return None  # refused when it is written
     if not options:
         return model
     if options.get("parameters") or (options.get("classes") and not options.get("outputs")):
         return None
     outputs = options.get("outputs") or ()
-    apart = ("outputs", "request_id", "parameters")  # the last are none here
+    apart = ("outputs", "request_id", "parameters", "borrow")  # the last two say nothing here
     others = [item for item in options.items() if item[0] not in apart]
-    if type(outputs) not in _LISTS or any(type(value) not in _PLAIN for _, value in others):
+    if type(outputs) not in _LISTS or any(type(name) is not str for name in outputs):
+        return None
+    if any(type(value) not in _PLAIN for _, value in others):
         return None  # perhaps equal to what is plain, and yet to be refused when it is written
     return (model, tuple(outputs), *others)
 
