@@ -197,7 +197,9 @@ def test_load_and_unload(
     models.write(tmp_path / "repository", "echo", models.identity(), "version_policy { all {} }", 2)
     (tmp_path / "repository/echo/3").mkdir()
     (tmp_path / "repository/echo/3/model.onnx").write_bytes(b"no model")
-    assert typed("load", "echo", url).out == "echo is ready: version 1, 2\n"
+    done = typed("load", "echo", url)
+    assert (done.code, done.out) == (0, "echo is ready: version 1, 2\n")
+    assert done.err.startswith("echo 3: model.onnx: not a readable ONNX file")
     assert "3, unavailable: model.onnx: not a" in typed("describe", "echo", "--version=3", url).out
 
 

@@ -133,6 +133,16 @@ def test_a_fallback_is_seen_everywhere(server: RunningServer, client: Client) ->
     )
 
 
+@pytest.mark.slow
+def test_a_load_says_that_another_engine_runs_the_model(
+    server: RunningServer, client: Client
+) -> None:
+    command = [sys.executable, "-m", "thirdrail", "load", "fallen", "--url", server.url]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout == "fallen is ready: version 1\n"
+    assert ended.stderr == f"fallen 1: {status_of(client, 'fallen').engine_reason}\n"
+
+
 def index_of(server: RunningServer) -> dict[str, kserve.RepositoryIndexResponse.ModelIndex]:
     with server.channel() as channel:
         stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)

@@ -16,6 +16,7 @@ from thirdrail_engines import EngineOptions, Inspector, ModelFileError, load
 from thirdrail_engines.builds import run_build
 from thirdrail_engines.compile_options import CompileOptions, read_compile_options
 from thirdrail_engines.compiling import CompileServices
+from thirdrail_engines.engine_report import Attempt
 from thirdrail_engines.load import NoEngine
 from thirdrail_engines.onnxruntime_engine import OnnxRuntimeEngine
 from thirdrail_engines.plan_cache import Manifest, PlanCache, key_of
@@ -175,6 +176,15 @@ def test_a_file_that_no_engine_reads_has_each_reason(load_model: LoadModel, mode
     with pytest.raises(NoEngine, match=r"^model.onnx is run by no engine: ") as caught:
         load_model(model, PLAN)
     assert [each.engine for each in caught.value.attempts] == ["onnxruntime plan", "onnxruntime"]
+
+
+def test_a_reason_that_two_engines_share_is_said_once() -> None:
+    attempts = [Attempt(name, "refused", "no kernel") for name in ("one", "two")]
+    said = str(NoEngine(Path("model.onnx"), [*attempts, Attempt("three", "missing", "no GPU")]))
+    assert said == (
+        "model.onnx is run by no engine: one: refused, two: refused: no kernel; three: missing: "
+        "no GPU"
+    )
 
 
 @pytest.mark.parametrize("name", ["model.plan", "model.engine"])

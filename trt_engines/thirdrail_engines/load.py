@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,10 +41,13 @@ _EXPECTED = "expected model.onnx, model.pt2, model.pt or model.plan"
 
 
 class NoEngine(ModelFileError):
-    """No engine runs the model. The text holds every reason; `attempts` each by itself."""
+    """No engine runs the model. The text holds every reason once; `attempts` each by itself."""
 
     def __init__(self, path: Path, attempts: Sequence[Attempt]) -> None:
-        reasons = "; ".join(f"{each.engine}: {each.fault}: {each.reason}" for each in attempts)
+        reasons = "; ".join(
+            f"{', '.join(f'{each.engine}: {each.fault}' for each in alike)}: {reason}"
+            for reason, alike in groupby(attempts, lambda each: each.reason)
+        )
         super().__init__(f"{path.name} is run by no engine: {reasons}")
         self.attempts = tuple(attempts)
 

@@ -160,12 +160,17 @@ def load(
         typer.Option(exists=True, dir_okay=False, help="Use this config.pbtxt instead."),
     ] = None,
 ) -> None:
-    """Load a model, or load it anew. Needs a server with --model-control explicit."""
+    """Load a model, or load it anew. Needs a server with --model-control explicit.
+
+    Says which versions are ready, and why one is not, or runs on another engine than its first.
+    """
     session = session_of(ctx)
     text = _text_of(config) if config else ""
     try:
-        with session.client() as client, load_bar(model) as show:
-            versions = client.load(model, config_pbtxt=text, progress=show)
+        with session.client() as client:
+            with load_bar(model) as show:
+                versions = client.load(model, config_pbtxt=text, progress=show)
+            found = [] if session.as_json else client.models()
     except KeyboardInterrupt:
         typer.echo(f"The load goes on. To end it: thirdrail unload {model}", err=True)
         raise
@@ -173,6 +178,9 @@ def load(
         print_json({"model": model, "versions": versions})
     else:
         typer.echo(f"{model} is ready: version {', '.join(map(str, versions))}")
+        for each in found:  # a version that failed beside others, or runs on another engine
+            if each.name == model and (reason := _reason(each)):
+                typer.echo(f"{_title(each)}: {reason}", err=True)
 
 
 def _text_of(config: Path) -> str:
