@@ -37,16 +37,13 @@ def map_shared(fd: int, size: int, prot: int) -> mmap.mmap:
     anywhere, which costs speed only.
     Raises OSError.
     """
-    if size and size % HUGE_PAGE_BYTES == 0:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        mapping = mmap.mmap(-1, size, flags=flags, prot=prot)
-        address = _address(mapping)
-        if address % HUGE_PAGE_BYTES == 0:
-            fixed = mmap.MAP_SHARED | _MAP_FIXED
-            if _c_library().mmap(address, size, prot, fixed, fd, 0) != address:
-                raise _last_error()
-            return mapping
-    return mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=prot)
+    mapping = _room_for_huge_pages(size, prot)
+    if mapping is None:
+        return mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=prot)
+    address = _address(mapping)
+    if _c_library().mmap(address, size, prot, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) != address:
+        raise _last_error()
+    return mapping
 
 
 def make_huge_pages(mapping: mmap.mmap) -> None:
@@ -82,6 +79,20 @@ def make_pages(mapping: mmap.mmap, start: int = 0, size: int | None = None) -> b
         if error != errno.EINTR:
             raise _last_error()
     return True
+
+
+def _room_for_huge_pages(size: int, prot: int) -> mmap.mmap | None:
+    """Anonymous memory to be mapped over. None: there is none, or none at such an address; for this
+    moment it counts as private memory, of which a process, or a host, may be allowed less.
+    """
+    if not size or size % HUGE_PAGE_BYTES:
+        return None
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    try:
+        mapping = mmap.mmap(-1, size, flags=flags, prot=prot)
+    except OSError:
+        return None
+    return mapping if _address(mapping) % HUGE_PAGE_BYTES == 0 else None
 
 
 def _address(mapping: mmap.mmap) -> int:

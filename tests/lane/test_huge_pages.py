@@ -3,6 +3,8 @@
 
 import mmap
 import os
+import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +55,20 @@ def test_both_sides_map_a_chunk_by_huge_pages(client_writes: bool) -> None:
     assert theirs[-3:] == b"abc"
     assert theirs[0:SIZE:HUGE_PAGE_BYTES] == bytes(4)
     assert in_huge_pages(ours) == in_huge_pages(theirs) == SIZE
+
+
+def test_a_limit_of_private_memory_does_not_concern_shared_memory() -> None:
+    """RLIMIT_DATA, or vm.overcommit_memory=2: what is shared does not count for these."""
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    used = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 16 * MIB, limits[1]))
+    try:
+        fd, ours = create_chunk(32 * MIB, client_writes=True)
+        theirs = map_chunk(fd, 32 * MIB, writable=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+    ours[-1:] = b"x"
+    assert theirs[-1:] == b"x"
 
 
 @pytest.mark.usefixtures("gives_huge_pages")
