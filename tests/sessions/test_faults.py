@@ -2,6 +2,7 @@
 """Our own faults while a packet is taken: whoever waits is told, and the others go on."""
 
 import asyncio
+import errno
 import logging
 import socket
 from collections.abc import Iterator
@@ -83,3 +84,15 @@ def test_a_session_whose_packet_cannot_be_taken_is_told_and_ends(
     assert end is None
     assert "a packet could not be taken" in caplog.text
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_host_that_gives_no_memory_is_named_to_the_client(
+    pair: tuple[socket.socket, LanePeer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(size: int, *, client_writes: bool) -> NoReturn:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("thirdrail_server.worker.sessions.create_chunk", make)
+    [answer] = talk(pair, Request(grow=lane_pb2.GrowRequest(size=1)))
+    assert answer is not None
+    assert answer.grow_refused.message == "the worker can make no memory: Too many open files"

@@ -75,7 +75,8 @@ class OutputRoom(Generic[M]):
         try:
             made = self._budget.make(size, self._make)
         except OSError as error:
-            raise ResourceExhausted(f"no memory for a result of {size} bytes: {error}") from None
+            text = f"the worker can make no memory for a result of {size} bytes: {error.strerror}"
+            raise ResourceExhausted(text) from None
         if made is None:
             raise self._full(size)
         if not self._add(made):

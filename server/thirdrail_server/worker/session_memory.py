@@ -156,10 +156,10 @@ class SessionMemory:
             chunk = await self._new_chunk(request)
         except DeviceLost as error:
             return on_device_lost(error)
-        except (ThirdrailError, EngineError, OSError) as error:
-            refused = lane_pb2.GrowRefused(size=request.size, message=str(error))
-            packet = lane_pb2.LaneResponse(grow_refused=refused).SerializeToString()
-            return self._outbox.send(packet)
+        except OSError as error:
+            return self._refuse(request, f"the worker can make no memory: {error.strerror}")
+        except (ThirdrailError, EngineError) as error:
+            return self._refuse(request, str(error))
         finally:
             self._growing = None
             if self._is_closed:
@@ -167,6 +167,10 @@ class SessionMemory:
         if self._is_closed:
             return chunk.close()
         self._send_chunk(chunk)
+
+    def _refuse(self, request: lane_pb2.GrowRequest, why: str) -> None:
+        refused = lane_pb2.GrowRefused(size=request.size, message=why)
+        self._outbox.send(lane_pb2.LaneResponse(grow_refused=refused).SerializeToString())
 
     async def _new_chunk(self, request: lane_pb2.GrowRequest) -> NewChunk:
         """Beside the loop: making memory takes long. Where another session ends for it, that is
