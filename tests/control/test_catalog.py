@@ -125,6 +125,18 @@ def test_a_failed_reload_leaves_the_old_one_and_warns_once(catalog: Catalog) -> 
     assert [each.reason for each in model.versions] == [""]
 
 
+def test_a_failed_reload_ends_what_was_to_improve_the_model(catalog: Catalog) -> None:
+    """The build of the better engine gave way to the load that failed."""
+    waits = VersionEngine("onnxruntime", "plan: compiling: it is built", is_stopgap=True)
+    ended = "plan: not built: the load that was to build it failed"
+    catalog.begin_load("m", [1], "cpu")
+    catalog.end_load("m", LoadedModel(ModelConfig(), {1: None}, {}, [], {1: waits}), "cpu")
+    catalog.fail_load("m", "the file is damaged")
+    model = catalog.get("m")
+    assert model is not None
+    assert model.engines == {1: VersionEngine("onnxruntime", ended)}
+
+
 def test_a_dead_worker_takes_its_own_models_only(catalog: Catalog) -> None:
     serve(catalog, v1=None)
     serve(catalog, "broken", v1=None)

@@ -30,6 +30,7 @@ from thirdrail_server.front.control.served_model import (
     failed,
     joined,
     with_ready_as,
+    without_improvement,
 )
 
 UNLOADED = "unloaded"
@@ -254,7 +255,8 @@ class Catalog:
             told = f"{RELOAD_FAILED}: {reason}"
             versions = tuple(replace(each, reason=told) for each in kept)
             old = (text for text in part.warnings if not text.startswith(RELOAD_FAILED))
-            self._put(replace(part, versions=versions, warnings=(*old, told), load_phase=""))
+            told_of = replace(part, versions=versions, warnings=(*old, told), load_phase="")
+            self._put(without_improvement(told_of))
 
     def interrupt(self, name: str, worker: str = "") -> None:
         """It serves no longer, because it is being loaded anew."""

@@ -73,6 +73,22 @@ def failed(part: ServedModel, reason: str) -> ServedModel:
     return replace(part, versions=versions, engines={}, load_phase="", is_expected_back=False)
 
 
+def without_improvement(part: ServedModel) -> ServedModel:
+    """The engines that were to be replaced stay, since nobody builds others any more."""
+    engines = {
+        version: replace(engine, reason=_not_built(engine.reason), is_stopgap=False)
+        if engine.is_stopgap
+        else engine
+        for version, engine in part.engines.items()
+    }
+    return replace(part, engines=engines)
+
+
+def _not_built(reason: str) -> str:
+    wanted = reason.partition(":")[0]
+    return f"{wanted}: not built: the load that was to build it failed"
+
+
 def with_ready_as(part: ServedModel, state: pb.ModelState.ValueType, reason: str) -> ServedModel:
     """Its ready versions are in another state now."""
     versions = tuple(
