@@ -159,7 +159,7 @@ class Client(LaneChoice):
         connection = self._connected()
         with rpc_errors(connection.address, timeout):
             call = connection.inference.Infer.future(request, timeout=timeout)
-        return future_of_call(call, connection.address, timeout)
+        return future_of_call(call, connection.address, timeout, connection.teller)
 
     def stream(self, *, in_flight_max: int = IN_FLIGHT_MAX) -> Stream:
         """A stream for many requests to any models: `with client.stream() as stream:`.

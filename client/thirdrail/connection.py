@@ -9,6 +9,7 @@ import grpc
 from thirdrail import health
 from thirdrail.lane.access import LaneAccess
 from thirdrail.lanes import Lanes
+from thirdrail.telling import Teller
 from thirdrail.transport import LaneRule
 from thirdrail.v1 import inference_pb2_grpc, metrics_pb2_grpc, models_pb2_grpc, sessions_pb2_grpc
 
@@ -27,6 +28,7 @@ class Connection:
     ) -> None:
         self.pid = os.getpid()
         self.address = address
+        self.teller = Teller()
         self._channel = channel
         self.inference = inference_pb2_grpc.InferenceStub(channel)
         self.models = models_pb2_grpc.ModelsStub(channel)

@@ -7,12 +7,14 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 from thirdrail.errors import FailedPrecondition, InvalidArgument, ThirdrailError, Unavailable
 from thirdrail.failures import anew, rpc_errors, with_note
 from thirdrail.requests import InferOptions, Inputs, Result, outcome_of_answer
+from thirdrail.telling import Teller, ToldFuture
 from thirdrail.v1 import inference_pb2 as pb
 from thirdrail.v1 import inference_pb2_grpc
 
@@ -44,6 +46,7 @@ class Stream:
         self._write = write
         self._address = address
         self._pid = os.getpid()
+        self._teller = Teller()
         self._room = threading.Semaphore(in_flight_max)
         self._lock = threading.Lock()  # guards the three below
         self._numbers = itertools.count(1)
@@ -93,9 +96,8 @@ class Stream:
                 self._room.release()
                 raise anew(self._fault)
             call = message.infer.call = next(self._numbers)
-            future = self._pending[call] = Future()
+            future = self._pending[call] = ToldFuture(self._teller, partial(self._cancel, call))
             self._outgoing.put(message)
-        future.add_done_callback(lambda done: self._cancel(call) if done.cancelled() else None)
         return future
 
     def __repr__(self) -> str:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The thread that reads a lane for those who wait elsewhere. It exists while there are any."""
 
-import sys
 import threading
 import time
 from collections import deque
@@ -9,6 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from thirdrail.lane.turns import Notice, Turns
+from thirdrail.telling import run_foreign
 
 
 class Watched(Protocol):
@@ -74,7 +74,7 @@ class Watcher:
                 ends_s = [each for each in self._watched.values() if each is not None]
                 deadline_s = min(ends_s, default=None)
             if work is not None:
-                _do(work)
+                run_foreign(work)
             else:
                 self._turns.wait(ticket, deadline_s)
                 self._end_overdue(time.monotonic())
@@ -86,12 +86,3 @@ class Watcher:
             for future in overdue:
                 del self._watched[future]
                 self._work.append(future.on_overdue)
-
-
-def _do(work: Callable[[], None]) -> None:
-    """What a callback raises would end a thread of its own; this one has others to tell."""
-    try:
-        work()
-    except BaseException:
-        failure = (*sys.exc_info(), threading.current_thread())
-        threading.excepthook(threading.ExceptHookArgs(failure))
