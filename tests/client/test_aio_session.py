@@ -214,6 +214,27 @@ async def test_results_that_come_after_a_cancel_go_back(session: AsyncSession) -
 
 
 @with_session
+async def test_a_tensor_that_comes_as_its_receiver_is_cancelled_goes_back(
+    session: AsyncSession,
+) -> None:
+    exports = session.exports
+    token = (await exports.export(LARGE, None, 60.0)).token
+    take, receiving = exports.on_answer, [asyncio.ensure_future(exports.receive(token))]
+
+    def take_and_cancel(*arguments: Any) -> list[int]:
+        left = take(*arguments)
+        receiving[0].cancel()
+        return left
+
+    setattr(exports, "on_answer", take_and_cancel)  # noqa: B010 mypy wants no methods assigned
+    with pytest.raises(asyncio.CancelledError):
+        await receiving[0]
+    setattr(exports, "on_answer", take)  # noqa: B010
+    receiving.clear()
+    await until(lambda: not len(session._memory.shown))
+
+
+@with_session
 async def test_a_cancel_while_memory_is_awaited(session: AsyncSession) -> None:
     for alone in (True, False):
         task = asyncio.ensure_future(session.empty(MIB, np.float32, alone=alone))

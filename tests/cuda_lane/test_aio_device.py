@@ -177,6 +177,24 @@ async def _await(device: AsyncDevice) -> AsyncDevice:
     return await device
 
 
+async def test_who_asks_no_more_hears_of_no_refusal(server: RunningServer) -> None:
+    unheard: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+    async with AsyncClient(f"unix:{server.socket}") as client:
+        session = await client._connected().access.session()
+        assert session is not None
+        asking = asyncio.ensure_future(session.device.opening.attach("another"))
+        await asyncio.sleep(0)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        with pytest.raises(thirdrail.CallerError):  # in its turn, when the other has been answered
+            await session.device.opening.attach("another")
+        del asking
+        gc.collect()
+    assert not unheard
+
+
 async def test_what_this_process_lacks_is_said_each_time(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,9 +71,11 @@ class DeviceOpening:
         """
         if self._opened is None:
             asking = asyncio.ensure_future(self._ask(uuid))
+            # The device is given once: it goes on when nobody waits, or hears of a refusal.
+            asking.add_done_callback(lambda done: done.cancelled() or done.exception())
             try:
                 async with asyncio.timeout(ATTACH_TIMEOUT_S):
-                    await asyncio.shield(asking)  # given once: it goes on when nobody waits
+                    await asyncio.shield(asking)
             except TimeoutError:
                 raise timed_out(ATTACH_TIMEOUT_S) from None
         if isinstance(self._opened, ThirdrailError):

@@ -120,7 +120,6 @@ class AsyncExports:
         request = lane_pb2.ImportRequest(token=token_of_text(token))
         shared = await self._ask(lane_pb2.LaneRequest(import_tensor=request))
         assert isinstance(shared, SharedTensor)
-        self._settle()
         return shared
 
     async def revoke(self, number: int) -> None:
@@ -142,7 +141,8 @@ class AsyncExports:
         self._open[number] = future
         try:
             self._send(message)
-            return await asyncio.wait_for(future, ANSWER_S_MAX)
+            async with asyncio.timeout(ANSWER_S_MAX):
+                return await future
         except TimeoutError:
             raise timed_out(ANSWER_S_MAX) from None
         finally:
@@ -179,6 +179,7 @@ class AsyncExports:
                 future.set_result(show_imported(self._memory, body, fds, self))
             except ThirdrailError as error:
                 future.set_exception(error)
+            self._settle()
             return []
         else:
             future.set_result(body)

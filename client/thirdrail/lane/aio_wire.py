@@ -54,7 +54,8 @@ class AsyncWire(ABC, Generic[P]):
         hello.version_min, hello.version_max = VERSION_MIN, VERSION_MAX
         try:
             self._outbox.send(lane_pb2.LaneRequest(hello=hello).SerializeToString())
-            await asyncio.wait_for(asyncio.shield(self._attached), HELLO_TIMEOUT_S)
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                await asyncio.shield(self._attached)
         except TimeoutError:
             self.close("the worker did not answer the lane's hello")
             raise not_answered(self.closed.result()) from None
