@@ -112,6 +112,35 @@ def test_an_array_that_takes_the_last_room_is_told_to_who_waits(
         assert "client.empty() hold" in str(error)
 
 
+class WiderPeer(NarrowPeer):
+    LIMITS = lane_pb2.Limits(
+        packet_bytes=1 << 16, calls_in_flight=2, input_arena_bytes=2 * PAGE, output_arena_bytes=PAGE
+    )
+
+
+def test_an_array_that_is_gone_is_told_to_who_waits_whoever_finds_that() -> None:
+    """Here somebody who gives a result back, while a call goes on that has the rest."""
+    page = {"x": np.zeros(PAGE, np.uint8)}
+    with WiderPeer() as peer:
+        lane = peer.caller.lane
+        asked = peer.beside(lambda: lane.empty((PAGE,), np.uint8, alone=False))
+        assert peer.receive().grow.size == PAGE
+        peer.give_chunk()
+        array = asked.result(WAIT_S)
+        first = peer.beside(lambda: peer.caller.infer("m", page))
+        assert peer.receive().grow.size == PAGE
+        peer.give_chunk(number=1)
+        peer.calls(1)
+        second = peer.beside(lambda: peer.caller.infer("m", page))
+        until(lambda: lane.talk.turns.sleepers)
+        del array, asked
+        until(lambda: lane.talk.memory.shown.has_collected)
+        lane._give_back([])
+        peer.answer(*peer.calls(1), outputs=[])
+        assert not second.result(WAIT_S)
+        assert not first.done()
+
+
 def test_memory_that_comes_too_late_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocking, "EMPTY_TIMEOUT_S", 0.01)
     with NarrowPeer() as peer:

@@ -214,7 +214,8 @@ class BlockingLane:
             memory.shown.let_go(place)
         if lock.acquire(blocking=False):
             try:
-                memory.collect()
+                if memory.collect():
+                    self._talk.placer.room_freed()
             finally:
                 lock.release()
             if memory.releases.waiting_bytes >= RELEASE_NOW_BYTES:
