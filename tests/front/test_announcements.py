@@ -56,6 +56,7 @@ def test_a_whole_start(catalog: Catalog) -> None:
     ("settings", "command"),
     [
         ({"socket": SOCKET}, "thirdrail models --url unix:/run/x.sock"),
+        ({"socket": Path("/a b/x.sock")}, "thirdrail models --url 'unix:/a b/x.sock'"),
         ({"socket": None}, "thirdrail models"),
         ({"socket": None, "address": "127.0.0.1:9000"}, "thirdrail models --url 127.0.0.1:9000"),
         ({"address": None}, "thirdrail models"),

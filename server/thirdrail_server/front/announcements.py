@@ -5,6 +5,7 @@ Pure texts: nothing is logged here.
 """
 
 import logging
+import shlex
 from collections.abc import Sequence
 
 from thirdrail.discovery import DEFAULT_HOST, DEFAULT_PORT, default_socket_path
@@ -70,7 +71,7 @@ def _listing(config: ServerConfig) -> str:
         is_found, url = config.socket == default_socket_path(), f"unix:{config.socket}"
     else:
         is_found, url = config.address == f"{DEFAULT_HOST}:{DEFAULT_PORT}", config.address or ""
-    return "thirdrail models" if is_found else f"thirdrail models --url {url}"
+    return "thirdrail models" if is_found else f"thirdrail models --url {shlex.quote(url)}"
 
 
 def shortened(names: Sequence[str]) -> str:

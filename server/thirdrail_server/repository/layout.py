@@ -153,7 +153,7 @@ def _model_folder(root: Path, entry: str) -> ModelFolder:
     name = entry if entry.isascii() and entry.isprintable() else ascii(entry)
     broken = ModelFolder(name, root, root / entry, (), None, None)
     try:
-        _check_name(entry, name)
+        _check_name(entry)
         path = resolve_inside(root, root, entry, "the model folder")
         refuse_open_to_all(path, "the model folder")
         entries = _entries(path, VERSIONS_MAX)
@@ -173,11 +173,11 @@ def _with_problem(folder: ModelFolder, problem: str | None) -> ModelFolder:
     )
 
 
-def _check_name(name: str, shown: str) -> None:
+def _check_name(name: str) -> None:
     if len(name) > NAME_CHARS_MAX or not _NAME.fullmatch(name):
         raise RepositoryError(
-            f"a model's name must be 1 to {NAME_CHARS_MAX} letters, digits or _ - . + @ :, "
-            f"beginning with a letter, a digit or _, got '{shown}'"
+            f"a model's name must be 1 to {NAME_CHARS_MAX} ASCII letters, digits or _ - . + @ :, "
+            f"beginning with a letter, a digit or _, got {name!a}"
         )
 
 
