@@ -185,7 +185,7 @@ class WorkerConfig:
     drain_s_max: float = 30.0  # requests of a replaced or unloaded model may take so long to finish
     # A model runs on the worker's own loop, sparing a thread switch, if 99 of 100 trial runs take
     # no longer than this, and until a run takes longer than the second bound. CPU time, so that a
-    # busy host counts not.
+    # busy host counts not. Where trials cannot tell, the runs of its callers do: see RunHistory.
     inline_run_us_max: int = 200  # about what two switches of threads cost on a virtual machine
     inline_overrun_us_max: int = 1000
     busy_poll_us: int = LONGEST_US  # how long the loop looks for news before it sleeps; 0: never

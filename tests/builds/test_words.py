@@ -262,11 +262,12 @@ def test_a_plan_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     graph, weights, path = tmp_path / "graph", tmp_path / "weights", tmp_path / "plan"
     graph.write_bytes(b"graph")
     weights.write_bytes(b"weights")
-    write_plan(path, graph, weights, Findings(frozenset({"x"}), frozenset({"y"})))
+    findings = Findings(frozenset({"x"}), frozenset({"y"}), sized_by_shapes=True)
+    write_plan(path, graph, weights, findings)
     data = path.read_bytes()
     plan = read_plan("model.onnx", data)
     assert (plan.graph, bytes(plan.weights)) == (b"graph", b"weights")
-    assert plan.findings == Findings(frozenset({"x"}), frozenset({"y"}))
+    assert plan.findings == findings
     for length in range(len(data)):
         with pytest.raises(ModelFileError, match=r"^model.onnx: its plan "):
             read_plan("model.onnx", data[:length])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from thirdrail_engines import plan_requests, positions
+from thirdrail_engines import amounts, plan_requests, positions
 from thirdrail_engines.compile_options import CompileOptions
 from thirdrail_engines.plan_requests import onnxruntime_request
 from thirdrail_engines.plans import Precision
@@ -27,9 +27,11 @@ def test_a_plan_belongs_to_the_rules_by_which_its_inputs_were_judged(
             Path("model.onnx"), CompileOptions(), precision=Precision.AS_IS, threads_max=1
         ).rules
 
-    before = rules()
+    assert rules() == "positions 1, amounts 1"
     monkeypatch.setattr(positions, "RULES", 99)
-    assert (before, rules()) == ("positions 1", "positions 99")
+    assert rules() == "positions 99, amounts 1"
+    monkeypatch.setattr(amounts, "RULES", 98)
+    assert rules() == "positions 99, amounts 98"
 
 
 def test_the_rules_have_another_number_when_their_tables_change() -> None:
@@ -38,6 +40,13 @@ def test_the_rules_have_another_number_when_their_tables_change() -> None:
     rows = sorted(f"{name} {inputs and sorted(inputs)}" for name, inputs in tables.items())
     digest = hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
     assert (positions.RULES, digest) == (1, "66c5ea7d8969de15")
+
+
+def test_and_so_have_those_of_what_decides_amounts() -> None:
+    rows = sorted(f"{name} {sorted(inputs)}" for name, inputs in amounts.DECIDE.items())
+    rows += [*sorted(amounts.REFUSED), *sorted(map(str, amounts.VERSIONS_MAX.items()))]
+    digest = hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
+    assert (amounts.RULES, digest) == (1, "9ddc52a318290061")
 
 
 def test_a_plan_in_another_precision_belongs_to_what_converted_it(

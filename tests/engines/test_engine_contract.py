@@ -154,6 +154,7 @@ def test_an_input_with_a_default_may_be_absent(
     )
     assert {t.name: t.optional for t in engine.spec.inputs} == {"x": False, "factor": True}
     assert engine.spec.positional_inputs == {"x"}
+    assert engine.spec.sized_by_shapes
     x = np.ones(2, np.float32)
     assert engine.run({"x": x}, ["y"], {})["y"].tolist() == [3, 3]
     five = np.array([5], np.float32)

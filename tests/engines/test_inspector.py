@@ -40,6 +40,7 @@ def test_many_askers_share_one_child(model: Path) -> None:
             findings = future.result(WAIT_S)
             assert findings.positional_inputs == {"x"}
             assert findings.unranked == {"y"}
+            assert findings.sized_by_shapes
             assert findings.error == ""
     assert children() <= before
 

@@ -17,6 +17,7 @@ from support.models import (
     gather,
     identity,
     model,
+    slow,
     tensor,
 )
 from thirdrail_engines import ModelFileError
@@ -131,6 +132,15 @@ def test_other_models_run_on_threads_however_short_their_runs(
     prepare_model: Prepare, built: onnx.ModelProto, config: str
 ) -> None:
     assert not prepare_model(built, config, inline_run_us_max=ANY_US).place.on_loop
+
+
+def test_only_models_whose_shapes_decide_the_work_learn_from_their_callers(
+    prepare_model: Prepare,
+) -> None:
+    assert prepare_model(gather()).place.learns
+    assert not prepare_model(slow()).place.learns, "a loop's count decides"
+    assert not prepare_model(add(1), "max_batch_size: 4").place.learns
+    assert not prepare_model(identity(), "instance_group { count: 2 }").place.learns
 
 
 # Warm-up

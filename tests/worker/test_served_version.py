@@ -22,7 +22,12 @@ from support.served import (
 from thirdrail.errors import TimedOut
 from thirdrail_engines import EngineError
 from thirdrail_server.worker.calls import Call, Ending
-from thirdrail_server.worker.run_place import INLINE_INPUT_BYTES_MAX, LargeRuns, RunPlace
+from thirdrail_server.worker.run_place import (
+    INLINE_INPUT_BYTES_MAX,
+    ROUND_RUNS,
+    LargeRuns,
+    RunPlace,
+)
 
 # Where runs happen
 
@@ -45,7 +50,7 @@ async def test_large_inputs_of_a_tiny_model_go_to_a_thread(serving: Serving) -> 
 
 async def test_large_inputs_come_to_the_loop_once_their_runs_were_short(serving: Serving) -> None:
     bound_s, sleep_s = 10, 0.1
-    place = RunPlace(on_loop=True, overrun_ns_max=BOUND_NS, large_run_ns_max=bound_s * 10**9)
+    place = RunPlace(on_loop=True, overrun_ns_max=BOUND_NS, run_ns_max=bound_s * 10**9)
     async with serving(identity(), place=place) as served:
         large = {"x": np.zeros(INLINE_INPUT_BYTES_MAX // 4 + 1, np.float32)}
         for _ in range(2):  # within the bound on any machine
@@ -99,6 +104,31 @@ async def test_a_model_that_takes_long_leaves_the_loop_for_good(
         await served.call()
         assert served.ran_on_loop() == [True, False, False]
     assert "it runs on threads from now on" in caplog.text
+
+
+async def test_a_model_comes_to_the_loop_when_its_runs_on_threads_were_short(
+    serving: Serving,
+) -> None:
+    place = RunPlace(on_loop=False, learns=True, run_ns_max=BOUND_NS, overrun_ns_max=BOUND_NS)
+    async with serving(identity(), place=place) as served:
+        served.engine.sleep_s = TOO_LONG_S
+        for _ in range(2):
+            await served.call()
+        served.engine.sleep_s = 0
+        for _ in range(ROUND_RUNS - 2):
+            await served.call()
+        assert served.version.runs_on_loop
+        await served.call()
+        assert served.ran_on_loop() == [*([False] * ROUND_RUNS), True]
+
+
+async def test_runs_that_fail_say_nothing_of_how_long_others_take(serving: Serving) -> None:
+    place = RunPlace(on_loop=False, learns=True, run_ns_max=BOUND_NS, overrun_ns_max=BOUND_NS)
+    async with serving(identity(), place=place) as served:
+        served.engine.fault = EngineError("in vain")
+        for _ in range(2 * ROUND_RUNS):
+            await served.call()
+        assert not served.version.runs_on_loop
 
 
 async def test_instances_run_beside_each_other_and_no_further(serving: Serving) -> None:

@@ -41,6 +41,9 @@ class EngineSpec:
     positional_inputs: frozenset[str]
     # Tensors whose rank the file does not tell. Their shape here is () and says nothing.
     unranked: frozenset[str] = frozenset()
+    # The shapes of the inputs alone decide how much a run has to do: what was short once is short
+    # for inputs no larger.
+    sized_by_shapes: bool = False
     # Above 0: runs wait for a device, which overlaps this many of them for each instance. Their
     # threads' CPU time says nothing about how long they take.
     overlapped_runs: int = 0

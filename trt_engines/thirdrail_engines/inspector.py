@@ -23,12 +23,14 @@ _READ_BYTES = 1 << 16
 @dataclass(frozen=True, slots=True)
 class Findings:
     """positional_inputs: see positions.py. unranked: tensors whose shape the file leaves out.
+    sized_by_shapes: see amounts.py.
 
     Empty findings are the safe ones: every input is then copied before a run.
     """
 
     positional_inputs: frozenset[str] = frozenset()
     unranked: frozenset[str] = frozenset()
+    sized_by_shapes: bool = False
     error: str = ""  # why they are empty
 
 
@@ -156,6 +158,7 @@ class Inspector:
             Findings(
                 frozenset(answer.get("positional_inputs", ())),
                 frozenset(answer.get("unranked", ())),
+                answer.get("sized_by_shapes", False),
                 answer.get("error", ""),
             )
         )

@@ -40,6 +40,7 @@ def write_plan(path: Path, graph: Path, weights: Path, findings: Findings) -> No
         "weights_name": weights.name,
         "positional_inputs": sorted(findings.positional_inputs),
         "unranked": sorted(findings.unranked),
+        "sized_by_shapes": findings.sized_by_shapes,
         "error": findings.error,
     }
     write_plan_file(path, _KIND, header, (graph, weights) if weights_bytes else (graph,))
@@ -52,7 +53,10 @@ def read_plan(name: str, data: bytes | memoryview) -> OnnxRuntimePlan:
         weights_at = int(header["graph_bytes"])
         end = weights_at + int(header["weights_bytes"])
         findings = Findings(
-            frozenset(header["positional_inputs"]), frozenset(header["unranked"]), header["error"]
+            frozenset(header["positional_inputs"]),
+            frozenset(header["unranked"]),
+            bool(header["sized_by_shapes"]),
+            header["error"],
         )
         weights_name = str(header["weights_name"])
     if not 0 <= weights_at <= end == parts.nbytes:

@@ -107,7 +107,12 @@ def spec_of(path: Path, session: Any, findings: Findings) -> EngineSpec:
         if tensor.shape == () and (findings.error or tensor.name in findings.unranked)
     )
     return EngineSpec(
-        tuple(inputs), tuple(outputs), _PLATFORM, findings.positional_inputs, unranked
+        tuple(inputs),
+        tuple(outputs),
+        _PLATFORM,
+        findings.positional_inputs,
+        unranked,
+        sized_by_shapes=findings.sized_by_shapes,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from thirdrail_engines import positions
+from thirdrail_engines import amounts, positions
 from thirdrail_engines.compile_options import CompileOptions
 from thirdrail_engines.cpu_target import cpu_target, native_target
 from thirdrail_engines.cuda.identity import DeviceFacts
@@ -62,7 +62,7 @@ def onnxruntime_request(
         builder_version=onnxruntime_version(),
         precision=precision,
         converter=_converter(precision),
-        rules=f"positions {positions.RULES}",
+        rules=f"positions {positions.RULES}, amounts {amounts.RULES}",
         profiles=tuple(Profile(inputs) for inputs in profiles),
         target=cpu_target(),
         threads_max=threads_max,

@@ -176,27 +176,28 @@ def _warm_up(engine: Engine, options: ModelOptions, spec: VersionSpec) -> None:
 
 
 def _run_place(engine: Engine, options: ModelOptions, config: WorkerConfig) -> RunPlace:
-    """On the loop only where trial runs are short and the model neither batches nor has instances
-    that could run beside the loop."""
-    on_threads = RunPlace(on_loop=False)
-    if engine.spec.overlapped_runs:  # it would make the loop wait for a device
-        return on_threads
-    if options.batch_rows_max or options.instances > 1 or not _is_small(engine.spec):
-        return on_threads
+    """On the loop only where runs are short and the model neither batches nor has instances that
+    could run beside the loop. Trial runs say that, or else those of its callers."""
+    waits = engine.spec.overlapped_runs > 0  # it would make the loop wait for a device
+    if waits or options.batch_rows_max or options.instances > 1:
+        return RunPlace(on_loop=False)
+    bound_ns = config.inline_run_us_max * 1000
+    return RunPlace(
+        on_loop=_is_small(engine.spec) and _has_short_trials(engine, bound_ns),
+        learns=engine.spec.sized_by_shapes,
+        run_ns_max=bound_ns,
+        overrun_ns_max=config.inline_overrun_us_max * 1000,
+    )
+
+
+def _has_short_trials(engine: Engine, bound_ns: int) -> bool:
     inputs = seeded_inputs([t for t in engine.spec.inputs if not t.optional], rows=1)
     if inputs is None:
-        return on_threads
-    bound_ns = config.inline_run_us_max * 1000
+        return False
     try:
-        if not any(_slowest_but_one_ns(engine, inputs) <= bound_ns for _ in range(TRIAL_ROUNDS)):
-            return on_threads
+        return any(_slowest_but_one_ns(engine, inputs) <= bound_ns for _ in range(TRIAL_ROUNDS))
     except EngineError:  # random values need not make sense to a model
-        return on_threads
-    return RunPlace(
-        on_loop=True,
-        overrun_ns_max=config.inline_overrun_us_max * 1000,
-        large_run_ns_max=bound_ns,
-    )
+        return False
 
 
 def _slowest_but_one_ns(engine: Engine, inputs: Mapping[str, Array]) -> int:

@@ -25,7 +25,7 @@ from thirdrail_server.worker.members import Member, Outcome
 from thirdrail_server.worker.memory import UNKNOWN, Weight
 from thirdrail_server.worker.policy import QueuePolicy
 from thirdrail_server.worker.queued import Queued
-from thirdrail_server.worker.run_place import INLINE_INPUT_BYTES_MAX, LargeRuns, RunPlace
+from thirdrail_server.worker.run_place import RunHistory, RunPlace
 from thirdrail_server.worker.scheduler import Action, Batch, Scheduler, Start
 from thirdrail_server.worker.statistics import VersionStatistics
 from thirdrail_server.worker.version_spec import VersionSpec
@@ -60,9 +60,7 @@ class ServedVersion:
         at_once = instances * max(1, engine.spec.overlapped_runs)
         self._scheduler = Scheduler(policy, instances=at_once)
         self._threads = InstanceThreads(f"{spec.model}/{spec.version}", at_once)
-        self._place = place
-        self._is_suspect = False
-        self._large_runs = LargeRuns(place.large_run_ns_max)
+        self._runs = RunHistory(place)
         self._loop = asyncio.get_running_loop()
         self._alarm = Alarm(self._loop, self._on_alarm)
         self.closed: asyncio.Future[None] = self._loop.create_future()  # the engine is, by `retire`
@@ -74,7 +72,7 @@ class ServedVersion:
 
     @property
     def runs_on_loop(self) -> bool:
-        return self._place.on_loop
+        return self._runs.on_loop
 
     @property
     def run_s_max(self) -> float:
@@ -122,9 +120,8 @@ class ServedVersion:
         than such a run. None: it must be submitted. The answer is owed by the caller.
         """
         if (
-            not self._place.on_loop
-            or self._is_suspect
-            or not self._is_short(member.request.input_bytes)
+            self._runs.is_suspect
+            or not self._runs.is_for_loop(member.request.input_bytes)
             or not self._scheduler.starts_newcomers
         ):
             return None
@@ -136,7 +133,7 @@ class ServedVersion:
                 return Ending(Outcome(member.arena, error=error))
         started_ns = time.monotonic_ns()
         execution = execute(self._engine, self.spec, (member,))
-        self._note_on_loop(member.request.input_bytes, execution)
+        self._runs.ran_on_loop(member.request.input_bytes, execution.total_ns)
         rows = member.request.rows
         if execution.compute_ns:
             self.statistics.batch_ran(rows, execution)
@@ -222,10 +219,10 @@ class ServedVersion:
         self._watch(batch)
         # For the device, whatever the model takes.
         waits = any(member.device is not None for member in members)
-        if self._place.on_loop and not waits and self._is_short(members[0].request.input_bytes):
-            if not self._is_suspect:
+        if not waits and self._runs.is_for_loop(members[0].request.input_bytes):
+            if not self._runs.is_suspect:
                 return self._run_on_loop(batch, members)
-            self._is_suspect = False
+            self._runs.is_suspect = False
             return self._threads.give(lambda: self._run_on_trial(batch, members))
         self._threads.give(lambda: self._run_on_thread(batch, members))
 
@@ -240,30 +237,22 @@ class ServedVersion:
 
     def _run_on_loop(self, batch: Batch, members: list[Member]) -> None:
         execution = execute(self._engine, self.spec, members)
-        self._note_on_loop(members[0].request.input_bytes, execution)
+        self._runs.ran_on_loop(members[0].request.input_bytes, execution.total_ns)
         self._finished(batch, execution)
-
-    def _is_short(self, input_bytes: int) -> bool:
-        return input_bytes <= INLINE_INPUT_BYTES_MAX or self._large_runs.are_short(input_bytes)
-
-    def _note_on_loop(self, input_bytes: int, execution: Execution) -> None:
-        if input_bytes <= INLINE_INPUT_BYTES_MAX:
-            self._is_suspect = execution.total_ns > self._place.overrun_ns_max
-        else:  # which says nothing of smaller ones
-            self._large_runs.note(input_bytes, execution.total_ns)
 
     def _run_on_trial(self, batch: Batch, members: list[Member]) -> None:
         started_ns = time.thread_time_ns()
         execution = execute(self._engine, self.spec, members)
         cpu_ns = time.thread_time_ns() - started_ns
-        if cpu_ns > self._place.overrun_ns_max:
-            log.warning(
+        if self._runs.is_overrun(cpu_ns):
+            self._runs.leave_loop()
+            log.log(
+                logging.DEBUG if self._runs.may_return else logging.WARNING,
                 "%s version %s ran %d us, too long for the loop: it runs on threads from now on",
                 self.spec.model,
                 self.spec.version,
                 cpu_ns // 1000,
             )
-            self._place = RunPlace(on_loop=False)
         self._ran(batch, execution)
 
     def _run_on_thread(self, batch: Batch, members: list[Member]) -> None:
@@ -280,18 +269,21 @@ class ServedVersion:
             self._answered.add(batch)
             call.on_run(call, _ending_of(call, outcome, execution, batch.rows))
         try:
-            self._loop.call_soon_threadsafe(self._finished, batch, execution)
+            self._loop.call_soon_threadsafe(self._finished_on_thread, batch, execution)
         except RuntimeError:  # the loop has ended, and with it everybody who waited
             log.debug("a run ended after the worker's loop")
+
+    def _finished_on_thread(self, batch: Batch, execution: Execution) -> None:
+        if execution.compute_ns > 0:
+            input_bytes = batch.members[0].key.member.request.input_bytes
+            self._runs.ran_on_thread(input_bytes, execution.total_ns)
+        self._finished(batch, execution)
 
     def _finished(self, batch: Batch, execution: Execution) -> None:
         now_ns = time.monotonic_ns()
         self._answered.discard(batch)
         if watch := self._watched.pop(batch, None):
             watch.cancel()
-        input_bytes = batch.members[0].key.member.request.input_bytes
-        if self._place.on_loop and input_bytes > INLINE_INPUT_BYTES_MAX:
-            self._large_runs.note(input_bytes, execution.total_ns)
         has_run = execution.compute_ns > 0
         run_ns = execution.compute_ns if has_run and execution.is_one_run else None
         owed, actions = self._scheduler.finished(batch, now_ns, run_ns)

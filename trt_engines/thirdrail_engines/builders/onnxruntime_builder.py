@@ -67,7 +67,11 @@ def _look_at(path: Path) -> tuple[Findings, dict[str, int], tuple[str, ...]]:
     except Exception as error:  # whatever the parser meets in a stranger's file
         text = f"{type(error).__name__}: {error}"
         return Findings(error=text), {}, (f"every input will be copied: {text}",)
-    findings = Findings(frozenset(found["positional_inputs"]), frozenset(found["unranked"]))
+    findings = Findings(
+        frozenset(found["positional_inputs"]),
+        frozenset(found["unranked"]),
+        found["sized_by_shapes"],
+    )
     return findings, _layers(model), ()
 
 
