@@ -118,6 +118,8 @@ def _fields(data: _Bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
     """(number, start, stop) of each length-delimited field. ValueError where there is nonsense."""
     while at < end:
         tag, at = _varint(data, at)
+        if tag < 8:  # there is no field 0; a file that was cut short may be filled up with zeros
+            raise ValueError("a field without a number")
         wire = tag & 7
         if wire == _LEN:
             length, at = _varint(data, at)
