@@ -53,7 +53,7 @@ _NOTES: dict[type[ThirdrailError], str] = {
     ),
     errors.Unimplemented: "the server is another program, or older than this client",
     errors.QueueFull: "send fewer requests at a time, or raise the model's max_queue_size",
-    errors.ResourceExhausted: "send a smaller message, or raise the server's limit that is named",
+    errors.ResourceExhausted: "ask for less at a time, or raise the server's limit that is named",
     errors.Unavailable: "try again later; `thirdrail models` shows the state of every model",
     errors.TimedOut: "give it a longer timeout, or send fewer requests at a time",
     errors.Internal: "the server's log has the details",

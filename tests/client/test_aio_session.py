@@ -130,6 +130,23 @@ async def test_what_can_never_fit(session: AsyncSession) -> None:
 
 
 @with_session
+async def test_what_keeps_the_memory_is_named(session: AsyncSession) -> None:
+    held: list[Any] = []
+
+    async def borrow_for_ever() -> None:
+        while True:
+            held.append(await infer(session, "identity_fp32", {"x": LARGE}, borrow=True))
+
+    with pytest.raises(errors.ResourceExhausted) as told:
+        await borrow_for_ever()
+    kept = len(held) * LARGE.nbytes
+    assert [note.split(":")[0] for note in told.value.__notes__] == [
+        f"borrowed results keep {kept} bytes of the lane's memory"
+    ]
+    held.clear()
+
+
+@with_session
 async def test_arrays_of_empty_are_sent_where_they_are(session: AsyncSession) -> None:
     array = await session.empty((2, 64, 1024), np.float32, alone=False)
     array[:] = np.arange(array.size).reshape(array.shape)

@@ -221,9 +221,16 @@ def test_results_that_hold_everything_are_named_and_let_go(caller: Caller) -> No
         while True:
             held.append(echoed(caller, array))
 
-    with pytest.raises(errors.ResourceExhausted, match="were not released yet"):
+    with pytest.raises(errors.ResourceExhausted, match="were not released yet") as told:
         borrow_for_ever()
     assert len(held) >= 12
+    kept = sum(each["y"].nbytes for each in held)
+    assert told.value.__notes__ == [
+        f"borrowed results keep {kept} bytes of the lane's memory: `with`, release(), or the end "
+        "of all views gives them back",
+        f"arrays of empty() keep {array.nbytes} bytes of the lane's memory: the end of all views "
+        "gives it back",
+    ]
     held[0].release()
     assert echoed(caller, array)["y"][0] == 1
     del held[:]

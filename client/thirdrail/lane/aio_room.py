@@ -153,7 +153,7 @@ class Room:
         """The worker has no more memory for us."""
         growing, self._growing = self._growing, None
         if growing is not None:
-            _fail(growing, ResourceExhausted(message))
+            _fail(growing, self._memory.with_holdings(ResourceExhausted(message)))
 
     def wake(self) -> None:
         """Some memory is free again."""

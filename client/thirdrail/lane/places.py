@@ -104,6 +104,11 @@ class ShownPlaces:
     def count(self, role: Role) -> int:
         return sum(watch.place.role is role for watch in self._by_address)
 
+    def held_bytes(self, *roles: Role) -> int:
+        """What arrays keep. Needs no lock."""
+        places = [watch.place for watch in list(self._by_address)]
+        return sum(place.size for place in places if place.role in roles)
+
     @property
     def has_collected(self) -> bool:
         return bool(self._collected)

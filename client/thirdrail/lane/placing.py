@@ -113,7 +113,7 @@ class Placer:
             if not self._turns.wait(awaited, deadline_s):
                 raise timed_out(timeout)
             if size is not None and growth is not None and growth.refusal is not None:
-                raise with_note(ResourceExhausted(growth.refusal))
+                raise self._memory.with_holdings(ResourceExhausted(growth.refusal))
 
     def reserve_alone(self, size: int, deadline_s: float | None, timeout: float | None) -> Place:
         """A chunk for one tensor, which can be exported. Raises like `place`."""
@@ -188,7 +188,7 @@ class Placer:
                     self._memory.leave(growth.place)
             raise
         if growth.refusal is not None:
-            raise with_note(ResourceExhausted(growth.refusal))
+            raise self._memory.with_holdings(ResourceExhausted(growth.refusal))
         if self._has_ended:
             raise NotSent("the lane has ended")
 

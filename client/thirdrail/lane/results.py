@@ -11,9 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from thirdrail import failures
 from thirdrail.dtypes import BY_VALUE, BYTES, Buffer, dtype_of_value
-from thirdrail.errors import Internal, InvalidArgument, ThirdrailError, Unimplemented
+from thirdrail.errors import (
+    Internal,
+    InvalidArgument,
+    ThirdrailError,
+    Unimplemented,
+    error_of_reason,
+)
 from thirdrail.lane.places import Bytes, Place
 from thirdrail.lane.session_memory import SessionMemory
 from thirdrail.requests import Result
@@ -35,10 +40,13 @@ class BorrowedOutputs:
         self.give_back(self.places)
 
 
-def fault_of_response(response: inference_pb2.InferResponse) -> ThirdrailError | None:
+def fault_of_response(
+    response: inference_pb2.InferResponse, memory: SessionMemory
+) -> ThirdrailError | None:
     """Why the request failed; None: it did not."""
-    if response.status.reason:
-        return failures.error_of_status(response.status)
+    status = response.status
+    if status.reason:
+        return memory.with_holdings(error_of_reason(status.reason, status.message))
     if not response.final:
         return Unimplemented(f"model '{response.model_name}' answers in parts, expected one answer")
     return None
@@ -59,7 +67,7 @@ def private_outputs(
     arrays: dict[str, Array] = {}
     leased_bytes = 0
     try:
-        if (fault := fault_of_response(response)) is not None:
+        if (fault := fault_of_response(response, memory)) is not None:
             raise fault
         for tensor in response.outputs:
             raw = tensor.raw
@@ -99,7 +107,7 @@ def borrowed_result(
     places: list[Place] = []
     arrays: dict[str, Array] = {}
     try:
-        if (fault := fault_of_response(response)) is not None:
+        if (fault := fault_of_response(response, memory)) is not None:
             raise fault
         for tensor in response.outputs:
             dtype = dtype_of_value(tensor.data_type)

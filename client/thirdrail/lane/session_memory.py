@@ -11,13 +11,20 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from thirdrail.errors import Internal, ResourceExhausted
+from thirdrail.errors import Internal, ResourceExhausted, ThirdrailError
+from thirdrail.failures import with_note
 from thirdrail.lane.allocator import ArenaAllocator
 from thirdrail.lane.places import Bytes, Place, Role, ShownPlaces, address_of
 from thirdrail.lane.releases import Releases
 from thirdrail.v1 import lane_pb2, tensor_pb2
 
 POISON = 0xDB  # what freed memory is filled with in debug mode, on both sides
+
+_RESULTS = (
+    "borrowed results keep {} bytes of the lane's memory: `with`, release(), or the end of all "
+    "views gives them back"
+)
+_INPUTS = "arrays of empty() keep {} bytes of the lane's memory: the end of all views gives it back"
 
 
 class SessionMemory:
@@ -114,6 +121,20 @@ class SessionMemory:
             f"{self.input_bytes_used} of the {self._input_bytes_max} bytes that this session's "
             "input arena may have; let go of some of them"
         )
+
+    def with_holdings(self, error: ThirdrailError) -> ThirdrailError:
+        """The error with a note on what to do. Where memory is short, that is to give back what the
+        caller keeps of it, if he does. Needs no lock.
+        """
+        notes = []
+        if isinstance(error, ResourceExhausted):
+            if results := self.shown.held_bytes(Role.OUTPUT):
+                notes.append(_RESULTS.format(results))
+            if inputs := self.shown.held_bytes(Role.INPUT, Role.ALONE):
+                notes.append(_INPUTS.format(inputs))
+        for note in notes:
+            error.add_note(note)
+        return error if notes else with_note(error)
 
     def _place(self, found: tuple[int, int], size: int) -> Place:
         chunk, offset = self._allocated_from[found[0]], found[1]
