@@ -12,7 +12,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from thirdrail_engines import EngineOptions, Inspector, ModelFileError, load
+from thirdrail_engines import (
+    EngineOptions,
+    Inspector,
+    ModelFileError,
+    load,
+    onnxruntime_session,
+)
 
 FLOAT = TensorProto.FLOAT
 Node = helper.make_node
@@ -55,6 +61,18 @@ def test_files_of_no_use(
     text = reason(tmp_path / name)
     assert text.startswith(expected)
     assert_presentable(text, tmp_path)
+
+
+def test_files_beyond_what_protobuf_takes(
+    tmp_path: Path, reason: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit of 2 GiB, which a test does not write."""
+    monkeypatch.setattr(onnxruntime_session, "_PROTOBUF_BYTES_MAX", 4999)
+    path = tmp_path / "a.onnx"
+    path.write_bytes(random.Random(0).randbytes(5000))
+    assert reason(path).startswith("a.onnx: an ONNX file ends at 2 GiB, and this one is larger")
+    path.write_bytes(random.Random(0).randbytes(4999))
+    assert "perhaps cut short" in reason(path)
 
 
 def test_files_that_are_none(tmp_path: Path, reason: Callable[[Path], str]) -> None:

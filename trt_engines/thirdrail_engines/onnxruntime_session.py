@@ -23,6 +23,7 @@ CUDA_PROVIDERS = ("CUDAExecutionProvider", *CPU_PROVIDERS)
 
 _PLATFORM = "onnxruntime_onnx"
 _WEIGHT_BYTES_MIN = 1024  # smaller constants stay in a plan's graph
+_PROTOBUF_BYTES_MAX = (1 << 31) - 1
 _SPIN_US = 20
 # The first version that was seen to know spin_duration_us (onnxruntime#27916); an older one would
 # spin for as long as it likes.
@@ -168,9 +169,21 @@ def _version() -> tuple[int, ...]:
     return tuple(int(part) for part in ort.__version__.split(".")[:2] if part.isdecimal())
 
 
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # gone by now
+        return 0
+
+
 def _load_failure(path: Path, error: Exception) -> str:
     text = tidy(str(error), path.parent)
     if type(error).__name__ == "InvalidProtobuf":
+        if _size_of(path) > _PROTOBUF_BYTES_MAX:
+            return (
+                "an ONNX file ends at 2 GiB, and this one is larger: keep its weights beside it "
+                "(onnx.save_model with save_as_external_data=True)"
+            )
         return "not a readable ONNX file, perhaps cut short or damaged"
     if "External data path does not exist" in text:
         return f"weights are missing: {text}"
