@@ -46,28 +46,36 @@ def _measure(model: str, title: str, target_us: int, client: Client, options: Op
     def borrowed() -> None:
         client.infer(model, placed, borrow=True).release()
 
+    def ordinary() -> None:
+        client.infer(model, inputs)
+
     contenders = [
         Contender("in process", timed(bare)),
-        Contender("lane, ordinary arrays", timed(lambda: client.infer(model, inputs))),
+        Contender("lane, ordinary arrays", timed(ordinary)),
         Contender("lane, placed and borrowed", timed(borrowed)),
+        Contender("in process, each after one by lane", timed(bare, ordinary)),
+        Contender("lane, each after one in process", timed(ordinary, bare)),
     ]
     series = interleave(contenders, 2 * options.seconds)
+    bare_series = (series[0], series[3])
     rows = []
     for each in series:
-        above = difference(each, series[0], lambda turn: turn.p50_us).text(0)
+        beside = series[3] if each is series[4] else series[0]
+        above = difference(each, beside, lambda turn: turn.p50_us).text(0)
         rows.append(
             (
                 each.name,
                 f"{each.percentile_us(50):.0f}",
                 f"{each.percentile_us(99):.0f}",
                 f"{each.calls_per_s:.1f}",
-                "" if each is series[0] else above,
+                "" if each in bare_series else above,
             )
         )
     return Table(
         title,
         "ONNX Runtime with the same options and threads in this process, and served. Target: at "
-        f"most {target_us} us added.",
+        f"most {target_us} us added. In the last two rows one call follows the other, and the last "
+        "is above the one before.",
         COLUMNS,
         rows,
     )
