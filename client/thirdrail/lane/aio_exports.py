@@ -147,6 +147,7 @@ class AsyncExports:
             raise timed_out(ANSWER_S_MAX) from None
         finally:
             self._open.pop(number, None)
+            del future  # see AsyncSession._response
 
     # Called by whoever reads
 

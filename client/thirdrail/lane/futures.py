@@ -63,7 +63,10 @@ class LaneFuture(Future[Result]):
         """Waits, reading the lane. Raises the request's error, CancelledError, and TimeoutError
         after `timeout` seconds of this wait, which do not end the request.
         """
-        return super().result(self._drive(timeout))
+        try:
+            return super().result(self._drive(timeout))
+        finally:
+            del self  # an error has this frame, and we have the error: a cycle
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Waits as `result` does. Raises CancelledError and TimeoutError."""

@@ -40,16 +40,18 @@ class BorrowedOutputs:
         self.give_back(self.places)
 
 
-def fault_of_response(
-    response: inference_pb2.InferResponse, memory: SessionMemory
-) -> ThirdrailError | None:
-    """Why the request failed; None: it did not."""
+def has_failed(response: inference_pb2.InferResponse) -> bool:
+    return bool(response.status.reason) or not response.final
+
+
+def failure_of(response: inference_pb2.InferResponse, memory: SessionMemory) -> ThirdrailError:
+    """Why the request failed. To be raised as it is: a variable of a frame that raises it would be
+    a cycle of the error and its frames, which keeps the caller's arrays until the collector comes.
+    """
     status = response.status
     if status.reason:
         return memory.with_holdings(error_of_reason(status.reason, status.message))
-    if not response.final:
-        return Unimplemented(f"model '{response.model_name}' answers in parts, expected one answer")
-    return None
+    return Unimplemented(f"model '{response.model_name}' answers in parts, expected one answer")
 
 
 def private_result(response: inference_pb2.InferResponse, memory: SessionMemory) -> Result:
@@ -67,8 +69,8 @@ def private_outputs(
     arrays: dict[str, Array] = {}
     leased_bytes = 0
     try:
-        if (fault := fault_of_response(response, memory)) is not None:
-            raise fault
+        if has_failed(response):
+            raise failure_of(response, memory)
         for tensor in response.outputs:
             raw = tensor.raw
             if raw:
@@ -107,8 +109,8 @@ def borrowed_result(
     places: list[Place] = []
     arrays: dict[str, Array] = {}
     try:
-        if (fault := fault_of_response(response, memory)) is not None:
-            raise fault
+        if has_failed(response):
+            raise failure_of(response, memory)
         for tensor in response.outputs:
             dtype = dtype_of_value(tensor.data_type)
             if not tensor.HasField("ref") or dtype is BYTES:
