@@ -41,12 +41,14 @@ NAMES = {
         (EXPORTED, {}, CPU, "plan"),
         (EXPORTED, {}, CPU_WITH_TORCH, "plan torch"),
         (EXPORTED, {"engine": "torch"}, CPU_WITH_TORCH, "torch plan"),
-        # Compiled first, then operator by operator; TorchScript and ONNX are neither.
+        # Compiled first, then operator by operator; PyTorch runs neither TorchScript nor ONNX.
         (EXPORTED, COMPILED, CPU_WITH_TORCH, "plan aot torch"),
         (EXPORTED, {"engine": "torch", **COMPILED}, CPU_WITH_TORCH, "aot torch plan"),
         (EXPORTED, COMPILED, GPU, "trt rtx aot_gpu torch_gpu plan aot torch"),
         (EXPORTED, COMPILED, CPU, "plan"),
-        (".pt", COMPILED, CPU_WITH_TORCH, "plan torch"),
+        (".pt", COMPILED, CPU_WITH_TORCH, "plan"),
+        (".pt", {"engine": "torch"}, CPU_WITH_TORCH, "torch plan"),
+        (".pt", {}, GPU, "trt rtx plan"),
         (ONNX, COMPILED, CPU_WITH_TORCH, "source"),
         (ONNX, {}, GPU, "trt rtx onnx_gpu source"),
         (ONNX, KEPT, GPU, "trt rtx onnx_gpu plan source"),

@@ -133,6 +133,21 @@ class Nested(torch.nn.Module):
         return (pair["left"] - pair["right"][0]) * scale if flag else scale
 
 
+class TakesNumber(torch.nn.Module):
+    def forward(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        return x * count
+
+
+class TakesList(torch.nn.Module):
+    def forward(self, all: list[torch.Tensor]) -> torch.Tensor:  # noqa: A002
+        return all[0]
+
+
+class ReturnsDict(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"x": x}
+
+
 class Identity(torch.nn.Module):
     def forward(self, x: Any) -> Any:
         return x.clone()

@@ -32,6 +32,7 @@ def program_members(
         "m/models/model.json": b"{}",
         "m/data/weights/weight_0": b"\0" * 64,
         "m/data/weights/model_weights_config.json": json.dumps({"config": weights}).encode(),
+        "m/data/constants/tensor_0": b"\0" * 8,
         "m/data/constants/model_constants_config.json": json.dumps({"config": constants}).encode(),
     }
 
@@ -115,6 +116,10 @@ def test_an_onnx_file_in_disguise_is_called_by_its_name(tmp_path: Path) -> None:
         (
             program_members(constants={"c": {**TENSOR, "path_name": "opaque_obj_0"}}),
             "'c' in data/constants/model_constants_config.json is a pickled object",
+        ),
+        (
+            program_members(weights={"w": {**WEIGHT, "path_name": "weight_1"}}),
+            "damaged: weight_1, which holds 'w', is missing",
         ),
         (program_members(weights=[1]), "damaged: m/data/weights/model_weights_config.json is not"),
     ],

@@ -93,21 +93,21 @@ def _usual_order(
     if host.has_cuda:
         for builder in host.tensorrts:
             yield Candidate(EngineChoice(builder), Device.CUDA, builder)
-        if is_torch and host.has_torch:
-            yield from _torch(suffix, options, Device.CUDA)
+        if suffix == _EXPORTED and host.has_torch:
+            yield from _torch(options, Device.CUDA)
         if host.has_onnxruntime_cuda and not is_torch:
             yield Candidate(EngineChoice.ONNXRUNTIME, Device.CUDA)
     if is_torch or _pays(options, keeps_plans):
         yield Candidate(EngineChoice.ONNXRUNTIME, Device.CPU, Builder.ONNXRUNTIME)
-    if is_torch and host.has_torch:
-        yield from _torch(suffix, options, Device.CPU)
+    if suffix == _EXPORTED and host.has_torch:
+        yield from _torch(options, Device.CPU)
     if not is_torch:
         yield Candidate(EngineChoice.ONNXRUNTIME, Device.CPU)
 
 
-def _torch(suffix: str, options: CompileOptions, device: Device) -> Iterator[Candidate]:
+def _torch(options: CompileOptions, device: Device) -> Iterator[Candidate]:
     """Compiled first, where that is wanted; operator by operator in any case."""
-    if options.torch_compile is TorchCompile.AOT_INDUCTOR and suffix == _EXPORTED:
+    if options.torch_compile is TorchCompile.AOT_INDUCTOR:
         yield Candidate(EngineChoice.TORCH, device, Builder.AOT_INDUCTOR)
     yield Candidate(EngineChoice.TORCH, device)
 

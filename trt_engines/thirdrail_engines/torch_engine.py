@@ -40,9 +40,8 @@ from thirdrail_engines.torch_sources.exported import (
     Exported,
     changes_itself,
     load_exported,
-    refusal,
-    tidy,
 )
+from thirdrail_engines.torch_sources.reading import refusal, tidy
 
 _PLATFORM = "pytorch_exported"
 

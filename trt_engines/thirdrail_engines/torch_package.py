@@ -21,7 +21,7 @@ from thirdrail_engines.options import EngineOptions
 from thirdrail_engines.torch_engine import Program, TorchEngine
 from thirdrail_engines.torch_library import LibraryError, TorchLibrary
 from thirdrail_engines.torch_plan import read_plan
-from thirdrail_engines.torch_sources.exported import tidy
+from thirdrail_engines.torch_sources.reading import tidy
 
 
 def load_package(

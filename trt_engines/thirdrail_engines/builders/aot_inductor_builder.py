@@ -26,10 +26,9 @@ from thirdrail_engines.torch_sources.exported import (
     Exported,
     changes_itself,
     load_exported,
-    refusal,
-    tidy,
 )
 from thirdrail_engines.torch_sources.quiet import quiet_exporter
+from thirdrail_engines.torch_sources.reading import refusal, tidy
 from thirdrail_engines.torch_sources.sizes import sizes_of
 
 _STEPS = 3

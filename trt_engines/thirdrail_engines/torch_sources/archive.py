@@ -14,7 +14,7 @@ flipped bit becomes a wrong weight. All of these are refused here, before torch 
 import json
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def _check_program(path: Path, archive: zipfile.ZipFile, members: dict[str, str]
             f"{EXPORT_ADVICE}",
         )
     if programs != ["models/model.json"]:
-        found = ", ".join(programs) or "none"
+        found = ", ".join(programs) or "none (was torch.export.save interrupted?)"
         raise _refusal(path, f"expected one program, models/model.json, found {found}")
     for place in ("weights", "constants"):
         if f"data/{place}/model.pt" in members:
@@ -153,7 +153,8 @@ def _check_program(path: Path, archive: zipfile.ZipFile, members: dict[str, str]
         table = f"data/{place}/model_{place}_config.json"
         if table not in members:
             raise _refusal(path, f"damaged: {table} is missing")
-        _check_table(path, table, _read_table(path, archive, members[table]))
+        files = {n.rpartition("/")[2] for n in members if n.startswith(f"data/{place}/")}
+        _check_table(path, table, _read_table(path, archive, members[table]), files)
 
 
 def _read_table(path: Path, archive: zipfile.ZipFile, member: str) -> Iterable[tuple[str, Any]]:
@@ -165,8 +166,10 @@ def _read_table(path: Path, archive: zipfile.ZipFile, member: str) -> Iterable[t
         raise _refusal(path, f"damaged: {member} is not what PyTorch writes") from None
 
 
-def _check_table(path: Path, table: str, rows: Iterable[tuple[str, Any]]) -> None:
-    """Only plain tensors, lying in the archive as bytes."""
+def _check_table(
+    path: Path, table: str, rows: Iterable[tuple[str, Any]], files: Collection[str]
+) -> None:
+    """Only plain tensors, lying in the archive as bytes. files: those beside the table."""
     for name, row in rows:
         is_plain = isinstance(row, dict) and row.get("use_pickle") is False
         place = str(row.get("path_name", "")) if isinstance(row, dict) else ""
@@ -176,6 +179,8 @@ def _check_table(path: Path, table: str, rows: Iterable[tuple[str, Any]]) -> Non
                 f"'{name}' in {table} is a pickled object; loading one runs the code in it. Only "
                 "plain tensors are taken: no tensor subclasses, no script objects",
             )
+        if place not in files:
+            raise _refusal(path, f"damaged: {place}, which holds '{name}', is missing")
 
 
 def _check_sums(path: Path, archive: zipfile.ZipFile) -> None:

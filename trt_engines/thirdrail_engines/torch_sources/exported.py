@@ -4,7 +4,6 @@
 Imports torch.
 """
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,9 @@ from torch.utils import _pytree as pytree
 from thirdrail import dtypes
 from thirdrail.dtypes import DType
 from thirdrail.tensors import TensorSpec
-from thirdrail_engines.plans import BuildError, BuildFault
 from thirdrail_engines.torch_sources.archive import Kind, kind_of
 from thirdrail_engines.torch_sources.quiet import quiet_exporter
-
-TEXT_CHARS_MAX = 1000
+from thirdrail_engines.torch_sources.reading import read_program, refusal, tidy
 
 DTYPES: dict[torch.dtype, DType] = {
     torch.bool: dtypes.BY_NAME["BOOL"],
@@ -60,13 +57,7 @@ def load_exported(path: Path) -> Exported:
     """Read a `.pt2` file. Raises BuildError when it is none, is damaged, or cannot be served."""
     if kind_of(path) is not Kind.EXPORTED:
         raise refusal(path, "a TorchScript file: name it model.pt")
-    # torch.export.load tries weights_only first and then without it. Set for good: nothing in our
-    # processes is ever to be unpickled freely.
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        program = torch.export.load(path)
-    except Exception as error:  # its parts raise whatever they happen to
-        raise refusal(path, f"PyTorch {torch.__version__} cannot read it: {tidy(error)}") from None
+    program = read_program(path)
     inputs = tuple(_inputs(path, program))
     outputs = tuple(_outputs(path, program, {spec.name for spec in inputs}))
     return Exported(
@@ -74,27 +65,14 @@ def load_exported(path: Path) -> Exported:
     )
 
 
-def refusal(path: Path, text: str) -> BuildError:
-    return BuildError(BuildFault.REFUSED, f"{path.name}: {text}")
-
-
 def changes_itself(names: Iterable[str]) -> str:
     """Why a program with state is not served: runs would see each other, in any order."""
     listed = ", ".join(f"'{name}'" for name in names)
     return (
         f"each run changes {listed}; one request would then change the results of the next. Call "
-        "model.eval() before it is exported, and make state an input and an output"
+        "model.eval() before it is exported, let it work on copies of its inputs (x.clone()), and "
+        "make state an input and an output"
     )
-
-
-def tidy(error: BaseException) -> str:
-    """What torch said first, on one line: without advice, colours and traces."""
-    while error.__cause__ is not None:  # ends: causes are a chain that Python keeps free of rings
-        error = error.__cause__
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-    inner = re.findall(r"(?m)^\w*Error: (.+)$", text)  # below the trace of a script
-    first = inner[-1] if inner else " ".join(text.split("\n\n")[0].split())
-    return (first or type(error).__name__)[:TEXT_CHARS_MAX]
 
 
 def _inputs(path: Path, program: Any) -> Iterable[TensorSpec]:
@@ -194,7 +172,11 @@ def _spec(path: Path, name: str, value: Any) -> TensorSpec:
     dtype = DTYPES.get(value.dtype)
     if dtype is None:
         expected = ", ".join(row.name for row in DTYPES.values())
-        raise refusal(path, f"tensor '{name}' is a {value.dtype}, expected one of {expected}")
+        raise refusal(
+            path,
+            f"tensor '{name}' is a {value.dtype}, expected one of {expected}: convert it in the "
+            "model (complex numbers with torch.view_as_real and torch.view_as_complex)",
+        )
     if dtype.numpy is None:
         raise refusal(path, f"tensor '{name}' is BF16: install ml_dtypes")
     return TensorSpec(name, dtype, tuple(d if isinstance(d, int) else -1 for d in value.shape))

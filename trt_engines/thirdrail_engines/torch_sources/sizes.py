@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from thirdrail_engines.torch_plan import Size, Sizes
-from thirdrail_engines.torch_sources.exported import Exported, refusal
+from thirdrail_engines.torch_sources.exported import Exported
+from thirdrail_engines.torch_sources.reading import refusal
 
 # What equal names and bounds say already: a size against another, or against a number.
 _SIZE = r"L(\[[^\]]+\])+\.size\(\)\[\d+\]"

@@ -40,6 +40,8 @@ def to_onnx(path: Path, folder: Path, tell: TellProgress, profiles: Sequence[Pro
             "pip install 'thirdrail[torch]'",
         ) from None
     target = folder / f"{path.stem}.onnx"
+    if kind is Kind.TORCHSCRIPT and path.suffix == ".pt2":
+        raise BuildError(BuildFault.REFUSED, f"{path.name}: a TorchScript file: name it model.pt")
     if kind is Kind.EXPORTED:
         _convert_exported(path, target, tell)
     else:
@@ -52,13 +54,9 @@ def _convert_exported(path: Path, target: Path, tell: TellProgress) -> None:
     import torch
 
     from thirdrail_engines.torch_sources.agreement import disagreement
-    from thirdrail_engines.torch_sources.exported import (
-        changes_itself,
-        load_exported,
-        refusal,
-        tidy,
-    )
+    from thirdrail_engines.torch_sources.exported import changes_itself, load_exported
     from thirdrail_engines.torch_sources.quiet import quiet_exporter
+    from thirdrail_engines.torch_sources.reading import refusal, tidy
 
     exported = load_exported(path)
     if exported.changed:
@@ -127,15 +125,15 @@ def _convert_script(
 ) -> None:
     import torch
 
-    from thirdrail_engines.torch_sources.exported import refusal, tidy
     from thirdrail_engines.torch_sources.quiet import quiet_exporter
+    from thirdrail_engines.torch_sources.reading import refusal, tidy
 
     with quiet_exporter():
         try:
             script = torch.jit.load(path, map_location="cpu").eval()
         except Exception as error:  # its parts raise whatever they happen to
             raise refusal(path, f"PyTorch cannot read it: {tidy(error)}") from None
-        names = [argument.name for argument in script.forward.schema.arguments[1:]]
+        names = _script_inputs(path, script)
         shapes = _script_shapes(path, names, profiles)
         tell(_PHASE, 1, _STEPS)
         try:
@@ -161,6 +159,18 @@ def _convert_script(
                 f"{tidy(error)}. Its inputs were taken to be FP32, of the profile's shapes. "
                 f"Better: {EXPORT_ADVICE}",
             ) from None
+
+
+def _script_inputs(path: Path, script: Any) -> list[str]:
+    arguments = script.forward.schema.arguments[1:]
+    for each in arguments:
+        if str(each.type) != "Tensor":
+            raise BuildError(
+                BuildFault.REFUSED,
+                f"{path.name}: input '{each.name}' is of the type {each.type}, expected tensors "
+                f"only: {EXPORT_ADVICE}",
+            )
+    return [each.name for each in arguments]
 
 
 def _script_shapes(
@@ -192,7 +202,7 @@ def _script_outputs(path: Path, returned: Any, taken: Sequence[str]) -> list[str
     raise BuildError(
         BuildFault.REFUSED,
         f"{path.name}: it returns a {type(returned).__name__}, expected a tensor or a tuple of "
-        "tensors",
+        f"tensors: return one of these, or {EXPORT_ADVICE}",
     )
 
 
