@@ -216,3 +216,27 @@ def test_a_graph_that_takes_no_seeded_input_is_converted_and_called_unmeasured(
     assert str(report["ranges_unknown_because"]).startswith(
         "no seeded inputs were accepted: MatMul"
     )
+
+
+def test_a_graph_whose_nodes_make_no_fp32_has_no_ranges(
+    write_model: WriteModel, folder: Path
+) -> None:
+    nodes = [Node("NonZero", ["x"], ["y"])]
+    path = write_model(nodes, {"x": ROWS}, {"y": (TensorProto.INT64, [2, "n"])})
+    report = convert(path, FP16, folder, ignore).report
+    assert report["ranges_unknown_because"] == report["not_measured_because"] == ""
+    assert report["kept_for_their_range"] == []
+
+
+@BOTH
+def test_a_constant_may_be_an_output(
+    write_model: WriteModel, folder: Path, precision: Precision
+) -> None:
+    """As the anchors of detectors are."""
+    anchors = numpy_helper.from_array(np.float32([0.1, 2, 3]))
+    nodes = [Node("Constant", [], ["anchors"], value=anchors), Node("Neg", ["x"], ["y"])]
+    path = write_model(nodes, {"x": ROWS}, {"y": ROWS, "anchors": (FLOAT, [3])})
+    made = convert(path, precision, folder, ignore)
+    onnx.checker.check_model(made.path, full_check=True)
+    graph = onnx.load(made.path).graph
+    assert [type_of(graph, name) for name in ("y", "anchors")] == [FLOAT, FLOAT]

@@ -58,9 +58,10 @@ def name_nodes(graph: Any) -> None:
 def lift_constants(graph: Any) -> None:
     """Constant nodes become initializers, whose FP32 values can be found again by their name."""
     for each in all_graphs(graph):
+        outputs = {value.name for value in each.output}
         for node in [n for n in each.node if n.op_type == "Constant" and not n.domain]:
             tensor = _constant(node)
-            if tensor is not None:
+            if tensor is not None and node.output[0] not in outputs:
                 tensor.name = node.output[0]
                 each.initializer.append(tensor)
                 each.node.remove(node)

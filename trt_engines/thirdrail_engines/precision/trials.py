@@ -83,7 +83,8 @@ def try_inputs(subject: Subject, seed: int, wanted: Sequence[str]) -> Trial | st
         if feed is None:
             continue
         try:
-            return Trial(feed, subject.session.run(list(wanted), feed))
+            # It takes no names for all of them.
+            return Trial(feed, subject.session.run(list(wanted), feed)[: len(wanted)])
         except Exception as error:  # ONNX Runtime's own share no parent but Exception
             refusal = f"no seeded inputs were accepted: {tidy(str(error))}"
     return refusal
