@@ -18,7 +18,11 @@ from thirdrail.models import (
     ModelStatus,
     OnProgress,
 )
-from thirdrail.server_calls import READY_POLL_SECONDS, ready_answer_seconds
+from thirdrail.server_calls import (
+    ANSWER_SECONDS_MAX,
+    READY_POLL_SECONDS,
+    ready_answer_seconds,
+)
 from thirdrail.v1 import metrics_pb2, models_pb2
 
 
@@ -33,13 +37,14 @@ class AsyncServerCalls(ABC):
     async def models(self, *, ready_only: bool = False) -> list[ModelStatus]:
         """The state of every version of every model."""
         connection = self._connected()
-        with rpc_errors(connection.address):
-            response = await connection.models.List(models_pb2.ListRequest(ready_only=ready_only))
+        request = models_pb2.ListRequest(ready_only=ready_only)
+        with rpc_errors(connection.address, ANSWER_SECONDS_MAX):
+            response = await connection.models.List(request, timeout=ANSWER_SECONDS_MAX)
         return [models.status_of_message(status) for status in response.models]
 
     async def describe(self, model: str, *, version: int = 0) -> ModelDescription:
         """A model's inputs, outputs and configuration; of the newest ready version by default."""
-        return await self._describe(model, version, None)
+        return await self._describe(model, version, ANSWER_SECONDS_MAX)
 
     async def _describe(self, model: str, version: int, timeout: float | None) -> ModelDescription:
         connection = self._connected()
@@ -86,7 +91,7 @@ class AsyncServerCalls(ABC):
 
     async def health(self, model: str = "") -> bool:
         """Whether the server, or a model, can serve now. Raises NotFound for an unknown model."""
-        return await self._is_serving(model, None)
+        return await self._is_serving(model, ANSWER_SECONDS_MAX)
 
     async def _is_serving(self, model: str, timeout: float | None) -> bool:
         connection = self._connected()
@@ -96,14 +101,16 @@ class AsyncServerCalls(ABC):
     async def metrics(self) -> str:
         """The server's metrics as Prometheus text."""
         connection = self._connected()
-        with rpc_errors(connection.address):
-            return (await connection.metrics.Scrape(metrics_pb2.ScrapeRequest())).text
+        request = metrics_pb2.ScrapeRequest()
+        with rpc_errors(connection.address, ANSWER_SECONDS_MAX):
+            return (await connection.metrics.Scrape(request, timeout=ANSWER_SECONDS_MAX)).text
 
     async def snapshot(self) -> metrics_pb2.SnapshotResponse:
         """The same figures as numbers: sums since the server started, and its workers."""
         connection = self._connected()
-        with rpc_errors(connection.address):
-            return await connection.metrics.Snapshot(metrics_pb2.SnapshotRequest())
+        request = metrics_pb2.SnapshotRequest()
+        with rpc_errors(connection.address, ANSWER_SECONDS_MAX):
+            return await connection.metrics.Snapshot(request, timeout=ANSWER_SECONDS_MAX)
 
     async def wait_ready(self, timeout: float = 60.0, *, model: str = "") -> None:
         """Waits until the server, or a model, can serve; also for one that is yet to be started.

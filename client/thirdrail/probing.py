@@ -74,10 +74,11 @@ class Findings:
 def probe_server(address: str, channel: grpc.Channel, tls: TlsOptions | None) -> Findings:
     """channel: to `address`.
 
-    Raises Unreachable when nobody answers there, Unimplemented for a server without Probe.
+    Raises Unreachable when nobody is there, TimedOut when nobody answers, Unimplemented for a
+    server without Probe.
     """
     service = sessions_pb2_grpc.SessionsStub(channel)
-    with rpc_errors(address):
+    with rpc_errors(address, CALL_TIMEOUT_S):
         answer = service.Probe(pb.ProbeRequest(), timeout=CALL_TIMEOUT_S)
     findings: list[TransportFinding] = []
     memory = None

@@ -19,6 +19,7 @@ from thirdrail.models import (
 )
 from thirdrail.v1 import metrics_pb2, models_pb2
 
+ANSWER_SECONDS_MAX = 15.0  # for what a server answers at once, whatever its models do
 READY_POLL_SECONDS = 0.05
 READY_ANSWER_SECONDS_MAX = 5.0  # then it is asked again
 
@@ -29,7 +30,9 @@ def ready_answer_seconds(deadline: float) -> float:
 
 
 class ServerCalls(ABC):
-    """Every method raises the exceptions of `thirdrail.errors`."""
+    """Every method raises the exceptions of `thirdrail.errors`. Loads and unloads take as long as
+    they take; of all else TimedOut is raised where a server stands still.
+    """
 
     _descriptions: DescriptionCache
 
@@ -39,13 +42,14 @@ class ServerCalls(ABC):
     def models(self, *, ready_only: bool = False) -> list[ModelStatus]:
         """The state of every version of every model."""
         connection = self._connected()
-        with rpc_errors(connection.address):
-            response = connection.models.List(models_pb2.ListRequest(ready_only=ready_only))
+        request = models_pb2.ListRequest(ready_only=ready_only)
+        with rpc_errors(connection.address, ANSWER_SECONDS_MAX):
+            response = connection.models.List(request, timeout=ANSWER_SECONDS_MAX)
         return [models.status_of_message(status) for status in response.models]
 
     def describe(self, model: str, *, version: int = 0) -> ModelDescription:
         """A model's inputs, outputs and configuration; of the newest ready version by default."""
-        return self._describe(model, version, None)
+        return self._describe(model, version, ANSWER_SECONDS_MAX)
 
     def _describe(self, model: str, version: int, timeout: float | None) -> ModelDescription:
         connection = self._connected()
@@ -92,7 +96,7 @@ class ServerCalls(ABC):
 
     def health(self, model: str = "") -> bool:
         """Whether the server, or a model, can serve now. Raises NotFound for an unknown model."""
-        return self._is_serving(model, None)
+        return self._is_serving(model, ANSWER_SECONDS_MAX)
 
     def _is_serving(self, model: str, timeout: float | None) -> bool:
         connection = self._connected()
@@ -102,14 +106,16 @@ class ServerCalls(ABC):
     def metrics(self) -> str:
         """The server's metrics as Prometheus text."""
         connection = self._connected()
-        with rpc_errors(connection.address):
-            return connection.metrics.Scrape(metrics_pb2.ScrapeRequest()).text
+        request = metrics_pb2.ScrapeRequest()
+        with rpc_errors(connection.address, ANSWER_SECONDS_MAX):
+            return connection.metrics.Scrape(request, timeout=ANSWER_SECONDS_MAX).text
 
     def snapshot(self) -> metrics_pb2.SnapshotResponse:
         """The same figures as numbers: sums since the server started, and its workers."""
         connection = self._connected()
-        with rpc_errors(connection.address):
-            return connection.metrics.Snapshot(metrics_pb2.SnapshotRequest())
+        request = metrics_pb2.SnapshotRequest()
+        with rpc_errors(connection.address, ANSWER_SECONDS_MAX):
+            return connection.metrics.Snapshot(request, timeout=ANSWER_SECONDS_MAX)
 
     def wait_ready(self, timeout: float = 60.0, *, model: str = "") -> None:
         """Waits until the server, or a model, can serve; also for one that is yet to be started.

@@ -2,13 +2,15 @@
 """A server that takes connections and says nothing: every timeout holds."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from operator import methodcaller
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from thirdrail import Client, errors, server_calls
+from thirdrail import Client, aio_server_calls, errors, server_calls
 from thirdrail.aio import AsyncClient
 
 X = {"x": np.ones(4, np.float32)}
@@ -56,6 +58,25 @@ def test_waiting_until_it_is_ready_ends(url: str, monkeypatch: pytest.MonkeyPatc
         pytest.raises(errors.TimedOut, match=f"not ready within 0.01 s: {SILENCE}"),
     ):
         client.wait_ready(0.01)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        *map(methodcaller, ("models", "health", "metrics", "snapshot")),
+        methodcaller("describe", "m"),
+    ],
+)
+async def test_what_is_answered_at_once_is_not_waited_for_for_ever(
+    url: str, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Any], Any]
+) -> None:
+    for module in (server_calls, aio_server_calls):
+        monkeypatch.setattr(module, "ANSWER_SECONDS_MAX", 0.05)
+    with Client(url) as client, pytest.raises(errors.TimedOut, match=SILENCE):
+        ask(client)
+    async with AsyncClient(url) as client:
+        with pytest.raises(errors.TimedOut, match=SILENCE):
+            await ask(client)
 
 
 def test_how_long_one_answer_may_take() -> None:

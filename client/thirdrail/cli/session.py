@@ -19,6 +19,7 @@ from thirdrail.client import Client
 from thirdrail.discovery import find_address
 from thirdrail.errors import InvalidArgument
 from thirdrail.failures import rpc_errors
+from thirdrail.server_calls import ANSWER_SECONDS_MAX
 
 _PIPE_COLUMNS = 240  # text is not cut to a terminal's width where there is none
 _WIDEST_COLUMNS = 10_000  # no table is wider
@@ -36,10 +37,13 @@ class Session:
         return Client(self.url, tls=self.tls)
 
     @contextmanager
-    def channel(self) -> Iterator[tuple[str, grpc.Channel]]:
-        """The server's address and a channel to it, for services that Client has no methods of."""
+    def channel(self, timeout: float = ANSWER_SECONDS_MAX) -> Iterator[tuple[str, grpc.Channel]]:
+        """The server's address and a channel to it, for services that Client has no methods of.
+
+        timeout: in seconds, what calls on it are made with.
+        """
         address = find_address(self.url, sockets=self.tls is None)
-        with open_channel(address, self.tls, None) as channel, rpc_errors(address):
+        with open_channel(address, self.tls, None) as channel, rpc_errors(address, timeout):
             yield address, channel
 
 

@@ -16,6 +16,7 @@ from thirdrail.cli.figures import dict_of_message
 from thirdrail.cli.session import console, new_table, print_json, print_whole, session_of
 from thirdrail.errors import Unavailable
 from thirdrail.lane.attach import OPEN_TIMEOUT_S, socket_candidates
+from thirdrail.server_calls import ANSWER_SECONDS_MAX
 from thirdrail.transport import CannotAttach
 from thirdrail.v1 import sessions_pb2 as pb
 from thirdrail.v1 import sessions_pb2_grpc
@@ -52,7 +53,7 @@ def sessions(
     with session.channel() as (_, channel):
         service = sessions_pb2_grpc.SessionsStub(channel)
         if session.as_json or not watch or not out.is_terminal:
-            listed = service.ListSessions(pb.ListSessionsRequest())
+            listed = _list(service)
             if session.as_json:
                 print_json([_dict_of_session(each) for each in listed.sessions])
             else:
@@ -62,10 +63,14 @@ def sessions(
             return
         with Live(Text("…"), console=out, screen=True, auto_refresh=False) as live:
             while True:
-                listed = service.ListSessions(pb.ListSessionsRequest())
+                listed = _list(service)
                 unheard = map(Text, listed.unheard.values())
                 live.update(Group(view(listed.sessions), *unheard), refresh=True)
                 time.sleep(interval)
+
+
+def _list(service: sessions_pb2_grpc.SessionsStub) -> pb.ListSessionsResponse:
+    return service.ListSessions(pb.ListSessionsRequest(), timeout=ANSWER_SECONDS_MAX)
 
 
 @app.command("open")
@@ -79,7 +84,7 @@ def open_(
     and say hello within a few seconds.
     """
     session = session_of(ctx)
-    with session.channel() as (address, channel):
+    with session.channel(OPEN_TIMEOUT_S) as (address, channel):
         service = sessions_pb2_grpc.SessionsStub(channel)
         opened = service.OpenSession(pb.OpenSessionRequest(worker=worker), timeout=OPEN_TIMEOUT_S)
     try:
