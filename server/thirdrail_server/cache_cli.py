@@ -264,7 +264,7 @@ def _brief(entry: Entry) -> dict[str, Any]:
         "build_s": manifest.build_s if manifest else None,
         "plan_bytes": manifest.plan_bytes if manifest else 0,
         "bytes": entry.size_bytes,
-        "used_s_ago": round((time.time_ns() - entry.used_ns) / 1e9, 1),
+        "used_s_ago": max(0.0, round((time.time_ns() - entry.used_ns) / 1e9, 1)),
         "in_use": entry.is_in_use,
         "notes": dict(entry.notes),
         "problem": entry.problem,

@@ -163,6 +163,8 @@ def compile(  # noqa: A001 the command's name
             wish = Wish(asked, engine, precision, derive_batching, profiles)
             jobs = list(jobs_at(path, wish))
         cache_bytes_max = bytes_of_gib("--cache-gib", cache_gib)
+        if not cache_bytes_max:
+            raise ConfigError(f"--cache-gib must be above 0, got {cache_gib:g}")
         with PlanCache(cache_dir or _default_cache(), cache_bytes_max) as cache:
             outcomes = [_in_cache(each, cache) for each in list(_with_bars(jobs, cache, limits))]
     except (ConfigError, RepositoryError, ValueError) as error:

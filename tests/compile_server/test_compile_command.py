@@ -176,6 +176,7 @@ def test_shapes_that_cannot_be_say_what_could(text: str, says: str) -> None:
         (("--build-minutes-max=0",), "--build-minutes-max"),
         (("--build-memory-gib=inf",), "--build-memory-gib must be a number of GiB"),
         (("--cache-gib=1e300",), "--cache-gib must be a number of GiB"),
+        pytest.param(("--cache-gib=0",), "--cache-gib must be above 0", marks=pytest.mark.slow),
     ],
 )
 def test_wishes_that_cannot_be_are_refused(

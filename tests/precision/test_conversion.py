@@ -233,7 +233,7 @@ def test_a_constant_may_be_an_output(
     write_model: WriteModel, folder: Path, precision: Precision
 ) -> None:
     """As the anchors of detectors are."""
-    anchors = numpy_helper.from_array(np.float32([0.1, 2, 3]))
+    anchors = numpy_helper.from_array(np.array([0.1, 2, 3], np.float32))
     nodes = [Node("Constant", [], ["anchors"], value=anchors), Node("Neg", ["x"], ["y"])]
     path = write_model(nodes, {"x": ROWS}, {"y": ROWS, "anchors": (FLOAT, [3])})
     made = convert(path, precision, folder, ignore)
