@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Client` on the lane of a real server: attaching, falling back, restarts, forks, streams."""
 
+import gc
 import logging
 import os
 import signal
@@ -65,6 +66,36 @@ def test_the_transport_can_be_chosen(server: RunningServer) -> None:
             result["y"]
     with pytest.raises(errors.InvalidArgument, match="unknown transport"):
         Client(server.url, transport="pigeon")  # type: ignore[arg-type]
+
+
+def test_a_finalizer_of_garbage_may_make_calls(server: RunningServer) -> None:
+    """The collector clears weak references first, by which a lane's parts have each other."""
+    seen: list[Any] = []
+
+    class Service:
+        def __init__(self) -> None:
+            self.client = Client(server.url, transport="lane")
+            self.stream = self.client.stream()
+            self.itself = self
+
+        def __del__(self) -> None:
+            try:
+                array = self.client.empty(LARGE.shape)
+                array[:] = LARGE
+                for x in (X["x"], array):
+                    seen.append(self.client.infer("identity_fp32", {"x": x})["y"].size)
+                seen.append(self.client.submit("identity_fp32", X).result(60)["y"].size)
+                with self.stream as stream, pytest.raises(errors.Unavailable, match="is garbage"):
+                    stream.submit("identity_fp32", X)
+                seen.append("all")
+            finally:
+                self.client.close()
+
+    service = Service()
+    assert service.client.infer("identity_fp32", X)["y"].size == 4
+    del service
+    gc.collect()
+    assert seen == [4, LARGE.size, 4, "all"]
 
 
 def test_a_server_without_a_lane_is_reached_over_grpc(

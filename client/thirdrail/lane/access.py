@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from thirdrail.errors import Cancelled
+from thirdrail.errors import Cancelled, Unavailable
 from thirdrail.failures import WAS_CLOSED, rpc_errors
 from thirdrail.lane import attach
 from thirdrail.transport import CannotAttach, LaneRule, Transport
@@ -87,6 +87,8 @@ class LaneAccess:
             self._lane.close(Cancelled(WAS_CLOSED))
 
     def _attach(self) -> "BlockingLane | None":
+        if self._lane is not None and self._lane.talk.ended is None:  # it is garbage
+            self._lane.close(Unavailable(self._lane.end_reason))
         try:
             self._lane = self._attached()
         except CannotAttach as why:

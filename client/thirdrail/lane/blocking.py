@@ -5,6 +5,7 @@ threads.
 
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -52,15 +53,19 @@ class BlockingLane:
         self._device: DeviceMemory | ThirdrailError | None = None
         self._device_lock = threading.Lock()
         forks.forget_in_children(self)
+        self._itself = weakref.ref(self)
 
     @property
     def has_ended(self) -> bool:
-        return self._talk.ended is not None
+        """Also while the garbage collector is about to take it: a finalizer may still make calls,
+        and the lane's parts, which have each other weakly, find each other no more by then.
+        """
+        return self._talk.ended is not None or self._itself() is None
 
     @property
     def end_reason(self) -> str:
         """Why it has ended; empty: it has not."""
-        return str(self._talk.ended or "")
+        return str(self._talk.ended or ("its client is garbage" if self.has_ended else ""))
 
     @property
     def talk(self) -> Conversation:
