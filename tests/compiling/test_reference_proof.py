@@ -24,7 +24,7 @@ from thirdrail.tensors import Array, TensorSpec
 from thirdrail_engines import Engine, EngineError
 from thirdrail_engines.engine import EngineSpec
 from thirdrail_engines.expectations import ProofLimits
-from thirdrail_engines.output_figures import OutputFigures, compare
+from thirdrail_engines.output_figures import OutputFigures, compare, figure_beside
 from thirdrail_engines.plans import Precision, Profile
 from thirdrail_engines.profiles import read_shape_range
 from thirdrail_engines.reference_proof import (
@@ -79,6 +79,23 @@ def test_rounding_passes_where_the_precision_allows_it(open_model: OpenModel) ->
     strict = proof.judged(Tolerance(max_abs=1e-9))
     assert strict.outputs == proof.outputs
     assert any("has max_abs" in fault and "allowed is 1e-09" in fault for fault in strict.faults)
+
+
+@pytest.mark.parametrize(
+    ("bound", "figure", "digits", "text"),
+    [
+        (0.1, 0.5, 3, "0.5"),
+        (0.01, 0.010001, 3, "0.010001"),
+        (1.0, 0.99999999, 6, "0.99999999"),
+        (1.0, 1 - 2**-53, 6, "0.99999999999999989"),
+        (0.01, float("nan"), 3, "nan"),
+    ],
+)
+def test_a_figure_beyond_its_bound_does_not_look_like_it(
+    bound: float, figure: float, digits: int, text: str
+) -> None:
+    """As in "has cosine 1, expected at least 1"."""
+    assert figure_beside(bound, figure, digits) == text
 
 
 def test_a_proof_survives_json(open_model: OpenModel) -> None:

@@ -92,3 +92,9 @@ def worse(one: OutputFigures, other: OutputFigures) -> OutputFigures:
 
 def is_float(array: Array) -> bool:
     return dtype_of_array(array) in FLOATS
+
+
+def figure_beside(bound: float, figure: float, digits: int) -> str:
+    """A figure that is not its bound, in as many digits as show that, and no fewer than `digits`."""
+    texts = (f"{figure:.{count}g}" for count in range(digits, 18))
+    return next(text for text in texts if float(text) != bound)

@@ -34,7 +34,7 @@ from thirdrail_engines.expectations import (
     Skipped,
     expectations,
 )
-from thirdrail_engines.output_figures import OutputFigures, compare, worse
+from thirdrail_engines.output_figures import OutputFigures, compare, figure_beside, worse
 from thirdrail_engines.plans import Precision, Profile
 from thirdrail_engines.profiles import config_line, profile_lines, suggested_ranges
 from thirdrail_engines.trials import ValueRange
@@ -291,8 +291,8 @@ def _output_faults(output: OutputFigures, tolerance: Tolerance) -> Iterator[str]
     for key in ("max_abs", "mean_abs", "max_rel", "mean_rel"):
         bound, figure = getattr(tolerance, key), getattr(output, key)
         if bound is not None and not figure <= bound:  # a NaN is never within
-            yield f"has {key} {figure:.3g}, allowed is {bound:g}"
+            yield f"has {key} {figure_beside(bound, figure, 3)}, allowed is {bound:.15g}"
     for key in ("cosine", "equal"):
         bound, figure = getattr(tolerance, key), getattr(output, key)
         if bound is not None and not figure >= bound:
-            yield f"has {key} {figure:.6g}, expected at least {bound:g}"
+            yield f"has {key} {figure_beside(bound, figure, 6)}, expected at least {bound:.15g}"
