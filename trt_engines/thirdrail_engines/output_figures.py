@@ -95,6 +95,6 @@ def is_float(array: Array) -> bool:
 
 
 def figure_beside(bound: float, figure: float, digits: int) -> str:
-    """A figure that is not its bound, in as many digits as show that, and no fewer than `digits`."""
+    """A figure that is not its bound, in `digits` digits or as many as show that."""
     texts = (f"{figure:.{count}g}" for count in range(digits, 18))
     return next(text for text in texts if float(text) != bound)
