@@ -2,6 +2,8 @@
 """Handlers built from descriptors: every method of the real front, and each kind of method."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from thirdrail.v1 import inference_pb2, metrics_pb2, models_pb2
 from thirdrail_server.config import ServerConfig
 from thirdrail_server.front.handlers import service_handler
 from thirdrail_server.front.process import Front
+from thirdrail_server.front.statuses import abort_with
 from thirdrail_server.inference import grpc_service_pb2
 
 MODULES: list[Any] = [
@@ -154,6 +157,45 @@ async def test_an_error_of_ours_that_a_method_lets_out_has_its_status(tmp_path: 
         ask = models_pb2.DescribeRequest(name="x").SerializeToString()
         call = call_of(channel, MODELS.methods_by_name["Describe"], ask)
         assert await end_of(call) == (Status.NOT_FOUND, "there is no 'x'")
+
+
+class Request:
+    """As large as it may be."""
+
+
+class Refusing(Models):
+    """Keeps nothing of what it was asked, but for what its frames have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: list[weakref.ref[Request]] = []
+
+    async def Describe(self, request: models_pb2.DescribeRequest, context: Any) -> None:
+        large = Request()
+        self.requests.append(weakref.ref(large))
+        raise NotFound("there is none")
+
+    async def Unload(self, body: bytes, context: Any) -> bytes:
+        large = Request()
+        self.requests.append(weakref.ref(large))
+        await abort_with(context, NotFound("there is none"))
+
+
+async def test_a_refused_request_is_not_kept(tmp_path: Path) -> None:
+    """gRPC keeps what ended a call, and the call that, until the garbage collector comes by."""
+    servicer = Refusing()
+    async with served(tmp_path, models_handler(servicer)) as channel:
+        gc.collect()
+        gc.disable()
+        try:
+            for name in ("Describe", "Unload"):
+                call = call_of(channel, MODELS.methods_by_name[name], b"")
+                assert await end_of(call) == (Status.NOT_FOUND, "there is none")
+            async with asyncio.timeout(20):
+                while any(request() is not None for request in servicer.requests):
+                    await asyncio.sleep(0.002)
+        finally:
+            gc.enable()
 
 
 async def test_a_generator_ends_with_its_call_even_while_its_response_is_written(
