@@ -60,6 +60,10 @@ class Outcome:
     plan_bytes: int = 0
     reason: str = ""  # why it failed
 
+    @property
+    def title(self) -> str:
+        return f"{self.model} {self.version}" if self.version else self.model
+
 
 def compile(  # noqa: A001 the command's name
     ctx: typer.Context,
@@ -178,7 +182,7 @@ def compile(  # noqa: A001 the command's name
     elif outcomes:
         print_whole(_table(outcomes))
         print_notes(
-            (f"{each.model}, {targets}", each.reason) for each, targets in _failures(outcomes)
+            (f"{each.title}, {targets}", each.reason) for each, targets in _failures(outcomes)
         )
     else:
         typer.echo(f"{path} holds no models: there is no NAME/VERSION/model.onnx in it.", err=True)

@@ -223,7 +223,7 @@ def test_one_reason_for_several_gpus_is_said_once(repository: Path, tmp_path: Pa
     write(repository, "open", double(), parameters(profile__0__x="1,4"))
     cache = f"--cache-dir={tmp_path / 'cache'}"
     _, told, _ = thirdrail(str(repository / "open"), "--for=sm86,sm89", cache)
-    assert told.count("has 2 shapes") == told.count("open, sm86,sm89: ") == 1
+    assert told.count("has 2 shapes") == told.count("open 1, sm86,sm89: ") == 1
 
 
 def jobs(path: Path, **wish: Any) -> list[Job]:
