@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 from thirdrail.errors import Cancelled, FailedPrecondition, ThirdrailError, Unavailable
 from thirdrail.failures import anew, rpc_errors
 from thirdrail.requests import InferOptions, Inputs, Result, outcome_of_answer
-from thirdrail.stream import IN_FLIGHT_MAX, UNANSWERED, stream_ended
+from thirdrail.stream import IN_FLIGHT_MAX, LEFT, UNANSWERED, stream_ended
 from thirdrail.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:  # the asynchronous stub exists for the type checker only
@@ -122,7 +122,7 @@ class AsyncStream:
         except ThirdrailError as error:
             fault, unanswered = stream_ended(error), error
         except asyncio.CancelledError:  # how grpc.aio reports that we cancelled the call
-            fault = unanswered = Cancelled("the stream was left by an exception")
+            fault = unanswered = Cancelled(LEFT)
         self._fault = fault
         pending, self._pending = self._pending, {}
         for future in pending.values():

@@ -57,6 +57,9 @@ def array_of_array(value: Any) -> Array:
         return bits.view(_numpy_of(BF16))
     if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
         return np.from_dlpack(value)
+    ma = sys.modules.get("numpy.ma")  # where nobody has imported it, nothing is masked
+    if ma is not None and isinstance(value, ma.MaskedArray) and ma.is_masked(value):
+        raise TypeError("its mask cannot be sent; .filled(value) makes an array without one")
     return np.asarray(value)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from thirdrail import dtypes
 from thirdrail.errors import InvalidArgument, NotFound, ThirdrailError, Unavailable
 from thirdrail.failures import with_note
+from thirdrail.option_values import require_text
 from thirdrail.tensors import TensorSpec
 from thirdrail.v1 import models_pb2 as pb
 from thirdrail.v1 import tensor_pb2
@@ -154,6 +155,7 @@ OnProgress = Callable[[LoadProgress], None]
 
 def describe_request(model: str, version: int) -> pb.DescribeRequest:
     """Raises InvalidArgument for a name or a number that no model has."""
+    require_text("the name of a model", model)
     try:
         return pb.DescribeRequest(name=model, version=version)
     except (TypeError, ValueError) as error:

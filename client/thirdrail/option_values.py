@@ -5,6 +5,7 @@ A message would take some wrong values in silence, and refuses others without th
 """
 
 from collections.abc import Collection, Mapping
+from operator import index
 from typing import SupportsIndex
 
 import numpy as np
@@ -24,6 +25,8 @@ def require_whole_numbers(**options: object) -> None:
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, SupportsIndex):
             raise InvalidArgument(f"{name} must be an int, got {_shown(value)}")
+        if index(value) < 0:
+            raise InvalidArgument(f"{name} must be 0 or more, got {value}")
 
 
 def require_outputs(outputs: object) -> None:

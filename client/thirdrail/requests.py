@@ -199,6 +199,7 @@ def write_options(
     parameters: Mapping[str, ParameterValue] | None = None,
     classes: int | None = None,
     borrow: bool = False,
+    **unknown: object,
 ) -> None:
     """Fills in everything but the inputs.
 
@@ -206,6 +207,9 @@ def write_options(
     borrow: says nothing to the server.
     Raises InvalidArgument for values that cannot be sent, TypeError for an option of another name.
     """
+    for name in unknown:
+        known = ", ".join(InferOptions.__annotations__)
+        raise TypeError(f"'{name}' is no option of a request, expected one of {known}")
     require_text("the name of a model", model)
     require_whole_numbers(version=version, priority=priority, classes=classes or 0)
     require_outputs(outputs or ())

@@ -11,7 +11,13 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from thirdrail.errors import FailedPrecondition, InvalidArgument, ThirdrailError, Unavailable
+from thirdrail.errors import (
+    Cancelled,
+    FailedPrecondition,
+    InvalidArgument,
+    ThirdrailError,
+    Unavailable,
+)
 from thirdrail.failures import anew, rpc_errors, with_note
 from thirdrail.requests import InferOptions, Inputs, Result, outcome_of_answer
 from thirdrail.telling import Teller, ToldFuture
@@ -23,6 +29,7 @@ IN_FLIGHT_MAX = 64
 NOT_ENTERED = "enter the stream with `with` first"
 OTHER_PROCESS = "a stream stays in the process that opened it"
 UNANSWERED = "the server ended the stream without an answer"
+LEFT = "the stream was left by an exception"
 
 Write = Callable[[pb.InferRequest, str, Inputs, InferOptions], None]
 
@@ -47,6 +54,7 @@ class Stream:
         self._address = address
         self._pid = os.getpid()
         self._teller = Teller()
+        self._is_left = False  # by an exception
         self._room = threading.Semaphore(in_flight_max)
         self._lock = threading.Lock()  # guards the three below
         self._numbers = itertools.count(1)
@@ -72,11 +80,11 @@ class Stream:
         if kind is None:
             self._outgoing.put(None)
         else:
-            self._call.cancel()
+            self._leave()
         try:
             self._reader.join()
         except BaseException:
-            self._call.cancel()
+            self._leave()
             raise
 
     def submit(self, model: str, inputs: Inputs, **options: Unpack[InferOptions]) -> Future[Result]:
@@ -104,6 +112,10 @@ class Stream:
         state = "closed" if self._fault else "open"
         return f"<Stream {self._address} {state}, {len(self._pending)} in flight>"
 
+    def _leave(self) -> None:
+        self._is_left = True
+        self._call.cancel()
+
     def _cancel(self, call: int) -> None:
         self._outgoing.put(pb.InferStreamRequest(cancel=pb.Cancel(call=call)))
 
@@ -115,7 +127,8 @@ class Stream:
             fault: ThirdrailError = FailedPrecondition("the stream is closed")
             unanswered: ThirdrailError = Unavailable(UNANSWERED)
         except ThirdrailError as error:
-            fault, unanswered = stream_ended(error), error
+            unanswered = Cancelled(LEFT) if self._is_left else error
+            fault = stream_ended(unanswered)
         self._end(fault, unanswered)
 
     def _take(self, answer: pb.InferResponse) -> None:

@@ -124,6 +124,14 @@ def test_an_array_that_cannot_be_sent_is_named(bad: Any) -> None:
         Encoder().inputs({"x": bad}, 100)
 
 
+def test_what_is_masked_is_not_sent_as_if_it_were_not() -> None:
+    masked = np.ma.array([1, 2], mask=[False, True], dtype=np.float32)
+    with pytest.raises(InvalidArgument, match=r"MaskedArray as input 'x': its mask cannot be sent"):
+        array_of_value("x", masked, None)
+    assert array_of_value("x", masked.filled(7), None).tolist() == [1, 7]
+    assert array_of_value("x", masked[:1], None).tolist() == [1]  # nothing of it is masked
+
+
 def test_the_name_of_an_input_is_text() -> None:
     inputs: Any = {1: np.zeros(1)}
     with pytest.raises(InvalidArgument, match="the name of an input must be a str, got the int 1"):
@@ -243,7 +251,12 @@ def test_the_shortest_timeout_is_not_none_at_all() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"priority": -1}, {"version": 1 << 70}, {"request_id": "\ud800"}, {"outputs": ["\ud800"]}],
+    [
+        {"priority": 1 << 40},
+        {"version": 1 << 70},
+        {"request_id": "\ud800"},
+        {"outputs": ["\ud800"]},
+    ],
 )
 def test_what_a_message_cannot_hold_is_the_callers_mistake(bad: InferOptions) -> None:
     with pytest.raises(InvalidArgument, match="option of the request cannot be sent"):
@@ -264,6 +277,8 @@ def test_outputs_as_one_string_is_a_mistake() -> None:
         ({"version": None}, "version must be an int, got the NoneType None"),
         ({"version": True}, "version must be an int, got the bool True"),
         ({"priority": 1.5}, "priority must be an int, got the float 1.5"),
+        ({"priority": -1}, "priority must be 0 or more, got -1"),
+        ({"classes": np.int8(-2)}, "classes must be 0 or more, got -2"),
         ({"classes": "2"}, "classes must be an int, got the str '2'"),
         ({"outputs": [3]}, "the name of an output must be a str, got the int 3"),
         ({"outputs": [["y"]]}, "the name of an output must be a str, got the list ['y']"),
@@ -288,9 +303,11 @@ def test_a_value_of_the_wrong_type_is_named(bad: Any, said: str) -> None:
         encoder.options(cast(str, ["m"]), None, {})
 
 
-@pytest.mark.parametrize(("model", "version"), [(3, 0), ("\ud800", 0), ("m", 1 << 70), ("m", "1")])
+@pytest.mark.parametrize(
+    ("model", "version"), [(3, 0), (None, 0), ("\ud800", 0), ("m", 1 << 70), ("m", "1")]
+)
 def test_a_model_that_cannot_be_asked_for_is_named(model: Any, version: Any) -> None:
-    with pytest.raises(InvalidArgument, match="no model is called"):
+    with pytest.raises(InvalidArgument, match=r"no model is called|the name of a model must be a"):
         describe_request(model, version)
 
 
@@ -302,7 +319,7 @@ def test_scalars_of_numpy_are_parameters() -> None:
 
 
 def test_an_option_of_another_name_is_a_mistake() -> None:
-    with pytest.raises(TypeError, match="timeout_s"):
+    with pytest.raises(TypeError, match="'timeout_s' is no option of a request, expected one of"):
         request_of({}, timeout_s=1)
     for value in (1, ["y"]):
         with pytest.raises(TypeError, match="names"):

@@ -126,7 +126,9 @@ def test_an_exception_inside_cancels_what_is_open(client: Client, echo: EchoServ
     with pytest.raises(KeyError, match="mine"):
         leave(client.stream())
     [future] = held
-    assert isinstance(future.exception(), errors.Cancelled)  # type: ignore[attr-defined]
+    error = future.exception()  # type: ignore[attr-defined]
+    assert isinstance(error, errors.Cancelled)
+    assert str(error) == "the stream was left by an exception"
 
 
 def test_a_stream_must_be_entered(client: Client) -> None:

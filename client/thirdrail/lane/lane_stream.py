@@ -16,7 +16,7 @@ from thirdrail.lane.calls import timed_out
 from thirdrail.lane.futures import LaneFuture
 from thirdrail.lane.turns import Notice
 from thirdrail.requests import InferOptions, Inputs, Result
-from thirdrail.stream import IN_FLIGHT_MAX, NOT_ENTERED, OTHER_PROCESS, Stream, stream_ended
+from thirdrail.stream import IN_FLIGHT_MAX, LEFT, NOT_ENTERED, OTHER_PROCESS, Stream, stream_ended
 from thirdrail.tensors import Array
 
 # A request without its inputs, and these.
@@ -116,4 +116,4 @@ class LaneStream(Stream):
 
     def _cancel_all(self) -> None:
         for future in list(self._open):
-            future.fail(Cancelled("the stream was left by an exception"))
+            future.fail(Cancelled(LEFT))
