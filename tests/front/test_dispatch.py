@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the front makes of a worker's refusal, where the catalog knows better."""
 
+import gc
+import weakref
 from typing import cast
 
 import pytest
@@ -57,3 +59,21 @@ async def test_an_unknown_version_of_a_ready_model_stays_unknown(catalog: Catalo
 
 async def test_an_unknown_model_stays_unknown(catalog: Catalog) -> None:
     assert (await refusal(catalog)).reason == pb.REASON_NOT_FOUND
+
+
+async def test_what_refuses_a_model_is_not_kept(catalog: Catalog) -> None:
+    """By a cycle of the error, and frames that have that: they have the request, too."""
+
+    async def refuse() -> "weakref.ref[Dispatcher]":
+        dispatcher, request = Dispatcher(catalog), pb.InferRequest(model_name="m")
+        dispatcher.attach(cast(AsyncLane, RefusingLane()), "cpu")
+        await dispatcher.infer_bytes(request.SerializeToString(), request, flow=0)
+        return weakref.ref(dispatcher)
+
+    gc.collect()
+    gc.disable()
+    try:
+        refused = await refuse()
+        assert refused() is None
+    finally:
+        gc.enable()

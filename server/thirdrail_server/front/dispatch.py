@@ -150,7 +150,8 @@ class Dispatcher:
         try:
             self._catalog.find(request.model_name, request.model_version)
         except ThirdrailError as exact:
-            return exact
+            # Without its frames: those of our callers, who have it in a variable, are behind them.
+            return exact.with_traceback(None)
         if isinstance(error, NotFound):  # its answer crossed with the news that a load ended
             return Unavailable(
                 f"Request for model: '{request.model_name}' came before the model was ready; "
