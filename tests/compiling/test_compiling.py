@@ -253,7 +253,7 @@ def test_a_full_disk_is_no_obstacle(tmp_path: Path, model: Path) -> None:
     onnx.save(two_layers(width=8192), model)
     said = run_on_small_disk(tmp_path / "disk", 1 << 20, FULL_DISK.format(path=str(model)))
     warning, result = said.splitlines()
-    assert warning.startswith("model.onnx: the plan is built without the cache: ")
+    assert warning.startswith(f"{model}: the plan is built without the cache: ")
     assert result.startswith("False ")
     assert result.endswith(" []")
 
