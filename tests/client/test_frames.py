@@ -5,6 +5,7 @@ and shared memory, until the garbage collector comes by.
 
 import asyncio
 import gc
+import socket
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
 
@@ -14,6 +15,8 @@ import pytest
 from support.server import RunningServer
 from thirdrail import Client, errors
 from thirdrail.aio import AsyncClient
+from thirdrail.lane.aio import AsyncLane
+from thirdrail.v1 import inference_pb2, lane_pb2
 
 X = {"x": np.ones(4, np.float32)}
 WRONG = {"x": np.ones(4, np.float64)}
@@ -92,3 +95,29 @@ async def test_a_failed_asyncio_call_keeps_nothing(
             assert kept() is None
         finally:
             gc.enable()
+
+
+async def test_what_the_front_asks_of_a_worker_that_dies_is_not_kept() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    attaching = asyncio.ensure_future(AsyncLane.attach(ours))
+    await asyncio.to_thread(theirs.recv, 1 << 16)
+    limits = lane_pb2.Limits(packet_bytes=1 << 16, calls_in_flight=1)
+    attached = lane_pb2.LaneResponse(attached=lane_pb2.Attached(version=1, limits=limits))
+    theirs.send(attached.SerializeToString())
+    lane = await attaching
+
+    async def fail() -> "weakref.ref[Array]":
+        array = Array()
+        asyncio.get_running_loop().call_soon(theirs.close)
+        with pytest.raises(errors.Unavailable):
+            await lane.call(inference_pb2.InferRequest(model_name="m"))
+        return weakref.ref(array)
+
+    gc.collect()
+    gc.disable()
+    try:
+        kept = await fail()
+        await asyncio.sleep(0)
+        assert kept() is None
+    finally:
+        gc.enable()

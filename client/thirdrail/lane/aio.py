@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from thirdrail.dtypes import Buffer
 from thirdrail.errors import Internal, ThirdrailError, Unavailable
+from thirdrail.failures import anew
 from thirdrail.lane import packets
 from thirdrail.lane.aio_wire import AsyncWire
 from thirdrail.lane.input_arena import InputArena, Piece, bytes_of, size_of
@@ -143,6 +144,9 @@ class AsyncLane(AsyncWire[_Pending]):
                 with contextlib.suppress(ThirdrailError):
                     future.result().release()
             raise
+        finally:
+            # An error has this frame: with the error in it, a cycle that keeps whole requests.
+            del future, pending
 
     def start(self, body: bytes, on_reply: OnReply, *, flow: int = 0) -> int:
         """The same for those who need not wait: `on_reply` is called once, with the reply or with
@@ -158,7 +162,7 @@ class AsyncLane(AsyncWire[_Pending]):
             self._input.close(error)
         self._output_chunks.clear()  # replies that were not released keep theirs
         for entry in pending:
-            entry.on_reply(error)
+            entry.on_reply(anew(error))
 
     # Giving memory back
 
