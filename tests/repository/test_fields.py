@@ -182,7 +182,7 @@ def test_values_that_change_nothing_are_not_complained_about(text: str) -> None:
             "backend: 'mine'",
             "backend: 'mine' is not served by this version of Thirdrail, expected one of "
             "onnxruntime, onnxruntime_onnx, tensorrt, tensorrt_plan, tensorrt_rtx, pytorch, "
-            "pytorch_libtorch",
+            "pytorch_libtorch, pytorch_exported",
         ),
         (
             ACCELERATOR % "key: 'precision_mode' value: 'INT8'",

@@ -35,6 +35,7 @@ ENGINES_BY_PLATFORM = {
     "tensorrt_rtx": EngineChoice.TENSORRT_RTX,
     "pytorch": EngineChoice.AUTO,
     "pytorch_libtorch": EngineChoice.AUTO,
+    "pytorch_exported": EngineChoice.AUTO,  # ours, of a program of torch.export
 }
 ACCELERATOR = "tensorrt"
 PRECISION_MODES = {"FP32": Precision.AS_IS, "FP16": Precision.FP16, "BF16": Precision.BF16}
