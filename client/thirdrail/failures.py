@@ -24,9 +24,16 @@ CHECK_TLS = (
     "something listens there and hung up: it is stopping, or TLS is on at one end only, or the "
     "certificates do not fit (thirdrail --tls-ca FILE, TlsOptions)"
 )
-_HUNG_UP = ("socket closed", "handshake", "verification")  # gRPC's words, where it says no more
+STANDS_STILL = "something listens there and says nothing: a server that stands still, or no server"
+_MEANINGS = {  # of gRPC's words, where it says no more
+    "socket closed": CHECK_TLS,
+    "handshake": CHECK_TLS,
+    "verification": CHECK_TLS,
+    "timed out before receiving settings": STANDS_STILL,
+}
 # gRPC's words for HTTP/2's REFUSED_STREAM (RFC 9113, section 7): a server is there, and too busy.
 _REFUSED_STREAM = "RST_STREAM with error code 7"
+_CHANNEL_CLOSED = "Channel closed!"  # its blocking channel's words, by which it ends its calls
 _ON_A_CLOSED_CHANNEL = ("Cannot invoke RPC", "Channel is closed")  # and where it has no class
 
 Metadata = Sequence[tuple[str, str | bytes]]
@@ -109,6 +116,8 @@ def error_of_call(
         return with_note(errors.error_of_reason(pb.Reason.Value(reason), details))
     if status is grpc.StatusCode.UNAVAILABLE:
         return _refused() if _REFUSED_STREAM in details else _unreachable(address, details)
+    if status is grpc.StatusCode.CANCELLED and details == _CHANNEL_CLOSED:
+        return errors.Cancelled(WAS_CLOSED)
     if status is grpc.StatusCode.DEADLINE_EXCEEDED and timeout is not None:
         return with_note(errors.TimedOut(f"no answer within {timeout:g} s"))
     return with_note(statuses.error_of_status(status, details))
@@ -124,9 +133,8 @@ def _refused() -> ThirdrailError:
 
 def _unreachable(address: str, details: str) -> ThirdrailError:
     error = Unreachable(f"no server answers at {address}: {details}")
-    if not any(words in details.lower() for words in _HUNG_UP):
-        return with_note(error)
-    error.add_note(CHECK_TLS)
+    said = details.lower()
+    error.add_note(next((_MEANINGS[words] for words in _MEANINGS if words in said), START_A_SERVER))
     return error
 
 

@@ -7,10 +7,11 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
-from thirdrail import Client, aio_server_calls, errors, server_calls
+from thirdrail import Client, aio_server_calls, errors, failures, server_calls
 from thirdrail.aio import AsyncClient
 
 X = {"x": np.ones(4, np.float32)}
@@ -77,6 +78,14 @@ async def test_what_is_answered_at_once_is_not_waited_for_for_ever(
     async with AsyncClient(url) as client:
         with pytest.raises(errors.TimedOut, match=SILENCE):
             await ask(client)
+
+
+def test_who_stands_still_need_not_be_started() -> None:
+    """gRPC gives up after 20 s by itself, in these words."""
+    details = "connection attempt timed out before receiving SETTINGS frame"
+    unavailable = grpc.StatusCode.UNAVAILABLE
+    error = failures.error_of_call(unavailable, details, (), address="here", timeout=None)
+    assert error.__notes__ == [failures.STANDS_STILL]
 
 
 def test_how_long_one_answer_may_take() -> None:
