@@ -55,3 +55,46 @@ def test_another_order_of_elements_is_refused(save_exported: SaveModel) -> None:
     path = save_exported(Identity(), (torch.ones(3, 4).t(),))
     with pytest.raises(BuildError, match="in another order than that of rows"):
         sizes_of(path)
+
+
+def save_open(path: Path, dim: Any) -> Path:
+    """Rows of 3, and of the first dimension what `dim` says."""
+    import torch
+
+    from support.torch_modules import Identity
+
+    program = torch.export.export(Identity(), (torch.ones(4, 3),), dynamic_shapes=({0: dim},))
+    torch.export.save(program, path)
+    return path
+
+
+def test_a_size_of_which_nothing_was_said_takes_no_single_row_and_is_refused(
+    tmp_path: Path,
+) -> None:
+    """As it is with torch.export: 0 and 1 are not what AUTO is for."""
+    import torch
+
+    path = save_open(tmp_path / "model.pt2", torch.export.Dim.AUTO)
+    with pytest.raises(BuildError, match=r"'x' was exported for two rows and more.*min=1"):
+        sizes_of(path)
+    (bounds,) = sizes_of(
+        save_open(tmp_path / "said.pt2", torch.export.Dim("rows", min=2, max=9))
+    ).bounds.values()
+    assert bounds == (2, 9)
+
+
+def test_a_reference_takes_what_compiled_code_takes(tmp_path: Path) -> None:
+    """By itself, a program that was exported for two rows and more takes one."""
+    import numpy as np
+    import torch
+
+    from thirdrail_engines import EngineInputError, EngineOptions
+    from thirdrail_engines.torch_engine import load_torch
+
+    path = save_open(tmp_path / "model.pt2", torch.export.Dim("rows", min=2, max=9))
+    row = {"x": np.ones((1, 3), np.float32)}
+    plain = load_torch(path, options=EngineOptions())
+    assert plain.run(row, ["output"], {})["output"].shape == (1, 3)
+    bounded = load_torch(path, options=EngineOptions(), is_within_bounds=True)
+    with pytest.raises(EngineInputError, match="dimension 0 of input 'x' is 1, the model takes 2"):
+        bounded.run(row, ["output"], {})

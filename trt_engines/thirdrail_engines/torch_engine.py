@@ -14,7 +14,8 @@ On CUDA this was not yet run on a GPU.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from thirdrail_engines.engine import (
 )
 from thirdrail_engines.malloc import return_free_memory
 from thirdrail_engines.options import EngineOptions
+from thirdrail_engines.plans import BuildError
 from thirdrail_engines.torch_sources.exported import (
     DTYPES,
     Exported,
@@ -42,6 +44,7 @@ from thirdrail_engines.torch_sources.exported import (
     load_exported,
 )
 from thirdrail_engines.torch_sources.reading import refusal, tidy
+from thirdrail_engines.torch_sources.sizes import sizes_of
 
 _PLATFORM = "pytorch_exported"
 
@@ -50,9 +53,13 @@ _RUN_S_MAX = 60.0  # on a device; see EngineSpec
 _BF16, _BOOL = dtypes.BY_NAME["BF16"], dtypes.BOOL
 
 
-def load_torch(path: Path, *, options: EngineOptions, device: str = "cpu") -> "TorchEngine":
+def load_torch(
+    path: Path, *, options: EngineOptions, device: str = "cpu", is_within_bounds: bool = False
+) -> "TorchEngine":
     """Load a `.pt2` file, onto the CPU or a CUDA device ("cuda", "cuda:1").
 
+    is_within_bounds: take no other sizes than its open dimensions were exported for, as compiled
+        code does; by themselves, programs take one row where they were exported for two and more.
     Raises ModelFileError when the file cannot be read or served, or the device is not there.
     """
     if path.suffix == ".pt":
@@ -74,7 +81,11 @@ def load_torch(path: Path, *, options: EngineOptions, device: str = "cpu") -> "T
     except Exception as error:  # its parts raise whatever they happen to
         raise refusal(path, f"PyTorch cannot load it: {tidy(error)}") from None
     return_free_memory()
-    return TorchEngine(_eager(module, exported), options, torch.device(device))
+    program_of = _eager(module, exported)
+    if is_within_bounds:
+        with suppress(BuildError):  # that compiled code cannot hold to what it demands
+            program_of = replace(program_of, check=sizes_of(path, exported).check)
+    return TorchEngine(program_of, options, torch.device(device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ def _opened(request: ReferenceRequest) -> Engine:
     if request.source.suffix == ".pt2":
         from thirdrail_engines.torch_engine import load_torch
 
-        return load_torch(request.source, options=options)
+        return load_torch(request.source, options=options, is_within_bounds=True)
     session = open_session(request.source, options)
     # Nobody else writes to its inputs: what the graph tells about them is of no use here.
     return OnnxRuntimeEngine(session, spec_of(request.source, session, Findings()))

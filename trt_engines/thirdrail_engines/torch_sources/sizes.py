@@ -19,6 +19,9 @@ from thirdrail_engines.torch_sources.reading import refusal
 _SIZE = r"L(\[[^\]]+\])+\.size\(\)\[\d+\]"
 _SIMPLE_GUARD = re.compile(rf"{_SIZE} == ({_SIZE}|\d+)|{_SIZE} (<=|>=|<|>) \d+|\d+ (<=|<) {_SIZE}")
 
+# The range of a dimension of which its author said no more than that it is open.
+_UNSAID = (2, None)
+
 
 def sizes_of(path: Path, exported: Exported) -> Sizes:
     """Raises BuildError REFUSED."""
@@ -37,8 +40,16 @@ def sizes_of(path: Path, exported: Exported) -> Sizes:
     for guard in getattr(program, "_guards_code", None) or ():
         if not _SIMPLE_GUARD.fullmatch(guard.strip()):
             raise refusal(path, f"compiled code could not hold to what it demands: {guard}")
-    names = {size for row in inputs.values() for size in row if isinstance(size, str)}
     ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
+    for name, row in inputs.items():
+        if row and isinstance(row[0], str) and _bounds(ranges.get(row[0])) == _UNSAID:
+            raise refusal(
+                path,
+                f"input '{name}' was exported for two rows and more, as Dim.AUTO and Dim.DYNAMIC "
+                "are, and compiled code would take no single row: export it with "
+                "torch.export.Dim('rows', min=1, max=...)",
+            )
+    names = {size for row in inputs.values() for size in row if isinstance(size, str)}
     return Sizes(inputs, {name: _bounds(ranges.get(name)) for name in sorted(names)})
 
 
