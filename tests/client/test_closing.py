@@ -6,6 +6,7 @@ import asyncio
 import gc
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,24 @@ AWAITED_CALLS: list[Callable[[AsyncClient], Awaitable[object]]] = [
     lambda client: client.load("echo"),
     first_change,
 ]
+
+
+def test_calls_under_way_are_told_that_the_client_was_closed(
+    client: Client, echo: EchoServer
+) -> None:
+    with client.stream() as stream, ThreadPoolExecutor(1) as pool:
+        calls = [
+            pool.submit(client.infer, "held", X),
+            client.submit("held", X),
+            stream.submit("held", X),
+        ]
+        while not echo.in_flight_most or len(echo.requests) < 2:  # on a stream; by themselves
+            time.sleep(0.005)
+        client.close()
+        for each in calls:
+            error = each.exception(60)
+            assert isinstance(error, errors.Cancelled)
+            assert str(error) == "the client was closed"
 
 
 @pytest.mark.parametrize("transport", ["grpc", "lane"])
