@@ -11,11 +11,11 @@ _KNOWN: tuple[tuple[type[Warning], str], ...] = (
     # torch.export copies its own trees through a class that it has deprecated itself.
     (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
     # We know that TorchScript is on its way out, and docs/torch.md says so.
-    (DeprecationWarning, r"`torch\.jit\.load` is deprecated"),
+    (DeprecationWarning, r"`torch\.jit\.load` is (deprecated|not supported in Python 3\.14)"),
     (DeprecationWarning, r"You are using the legacy TorchScript-based ONNX export"),
     (DeprecationWarning, r"The feature will be removed\. Please remove usage of this function"),
     # A loaded script has no Python signature; its arguments are given by position.
-    (UserWarning, r"no signature found for <torch\.ScriptMethod object"),
+    (UserWarning, r"no signature found for (<torch\.ScriptMethod object|builtin )"),
 )
 
 _NOISY = "torch.onnx._internal.exporter._registration"  # names each operator of absent packages
