@@ -2,6 +2,7 @@
 """The client for asyncio, the twin of `client.Client`: the same methods, to be awaited."""
 
 import asyncio
+import os
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -15,7 +16,7 @@ from thirdrail.aio_lane_choice import AsyncLaneChoice
 from thirdrail.aio_stream import AsyncStream
 from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_aio_channel
 from thirdrail.device.aio_device import AsyncDevice
-from thirdrail.discovery import find_address
+from thirdrail.discovery import find_address, url_of
 from thirdrail.dtypes import extent
 from thirdrail.errors import FailedPrecondition, InvalidArgument, NotFound
 from thirdrail.failures import IS_CLOSED, rpc_errors
@@ -60,7 +61,7 @@ class AsyncClient(AsyncLaneChoice):
 
     def __init__(
         self,
-        url: str | None = None,
+        url: str | os.PathLike[str] | None = None,
         *,
         tls: TlsOptions | None = None,
         compression: Compression | None = None,
@@ -68,7 +69,7 @@ class AsyncClient(AsyncLaneChoice):
         debug: bool = False,
     ) -> None:
         super().__init__()
-        self._url = url
+        self._url = url_of(url)
         self._tls = tls
         self._compression = grpc_compression(compression)
         self._rule = LaneRule(transport)

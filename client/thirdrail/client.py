@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from thirdrail.channels import Compression, TlsOptions, grpc_compression, open_channel
 from thirdrail.connection import Connection
-from thirdrail.discovery import find_address
+from thirdrail.discovery import find_address, url_of
 from thirdrail.dtypes import extent
 from thirdrail.errors import FailedPrecondition, InvalidArgument, NotFound
 from thirdrail.failures import IS_CLOSED, rpc_errors
@@ -72,7 +72,7 @@ class Client(LaneChoice):
 
     def __init__(
         self,
-        url: str | None = None,
+        url: str | os.PathLike[str] | None = None,
         *,
         tls: TlsOptions | None = None,
         compression: Compression | None = None,
@@ -81,7 +81,7 @@ class Client(LaneChoice):
         debug: bool = False,
     ) -> None:
         super().__init__()
-        self._url = url
+        self._url = url_of(url)
         self._tls = tls
         self._compression = grpc_compression(compression)
         self._rule = LaneRule(transport)

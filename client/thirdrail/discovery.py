@@ -15,6 +15,7 @@ from pathlib import Path
 
 from thirdrail.errors import InvalidArgument
 from thirdrail.failures import Unreachable, with_note
+from thirdrail.option_values import require_text
 
 URL_VARIABLE = "THIRDRAIL_URL"
 SOCKET_NAME = "grpc.sock"
@@ -56,6 +57,15 @@ def find_address(url: str | None = None, *, sockets: bool = True) -> str:
             f"found no server on this host. Tried {URL_VARIABLE}: not set; " + "; ".join(tried)
         )
     )
+
+
+def url_of(given: str | os.PathLike[str] | None) -> str | None:
+    """What a caller gave: a path is a socket's. Raises InvalidArgument for anything else."""
+    if isinstance(given, os.PathLike):
+        return os.path.abspath(given)
+    if given is not None:
+        require_text("the url of a server", given)
+    return given
 
 
 def parse_url(url: str) -> str:

@@ -5,13 +5,15 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from support.echo import EchoServer, start
 from support.server import reserved_port
 from thirdrail import Client, Unreachable, discovery
-from thirdrail.discovery import default_socket_path, find_address, parse_url
+from thirdrail.aio import AsyncClient
+from thirdrail.discovery import default_socket_path, find_address, parse_url, url_of
 from thirdrail.errors import InvalidArgument
 from thirdrail.failures import START_A_SERVER
 
@@ -71,6 +73,18 @@ def test_ports_that_there_are_not_are_refused(url: str) -> None:
 def test_urls_of_other_kinds_are_refused(url: str) -> None:
     with pytest.raises(InvalidArgument, match="expected host:port or unix:"):
         parse_url(url)
+
+
+def test_a_path_is_that_of_a_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given in (tmp_path / "s", Path("s")):
+        assert url_of(given) == str(tmp_path / "s")
+    assert (url_of("host:1"), url_of(None)) == ("host:1", None)
+    wrong: Any = 5
+    for kind in (Client, AsyncClient):
+        assert str(tmp_path / "s") in repr(kind(tmp_path / "s"))
+        with pytest.raises(InvalidArgument, match="url of a server must be a str, got the int 5"):
+            kind(wrong)
 
 
 def test_the_servers_own_path(runtime_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
