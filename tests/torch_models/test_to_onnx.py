@@ -193,6 +193,20 @@ def test_programs_that_cannot_be_served(
     assert refused(source, onnx_folder).startswith(expected)
 
 
+def test_a_size_among_the_results_is_no_tensor(save_exported: SaveModel, onnx_folder: Path) -> None:
+    """The names of those behind it would be one place off."""
+    import torch
+
+    class Sizes(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x.sum(), x.shape[0], x * 2
+
+    source = save_exported(Sizes(), (torch.ones(2, 3),), ({0: "rows"},))
+    assert refused(source, onnx_folder).startswith(
+        "model.pt2: output 1 is a number made of sizes and no tensor, return tensors only"
+    )
+
+
 def test_an_operator_that_onnx_has_no_word_for(save_exported: SaveModel, onnx_folder: Path) -> None:
     import torch
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.export.graph_signature import SymBoolArgument, SymFloatArgument, SymIntArgument
 from torch.utils import _pytree as pytree
 
 from thirdrail import dtypes
@@ -42,14 +43,14 @@ class Exported:
     """A program, and its tensors in the order in which it takes and returns them.
 
     outputs: with the place of each among all that the program returns.
-    constants: numbers and texts among these, with their place. The rest is None.
+    constants: what is no tensor among these, in words, with its place. The rest is None.
     changed: buffers and inputs that a run writes to.
     """
 
     program: Any  # torch.export.ExportedProgram
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[tuple[int, TensorSpec], ...]
-    constants: tuple[tuple[int, Any], ...]
+    constants: tuple[tuple[int, str], ...]
     changed: tuple[str, ...]
 
 
@@ -108,11 +109,12 @@ def _outputs(path: Path, program: Any, taken: set[str]) -> Iterable[tuple[int, T
         raise refusal(path, "no output is a tensor")
 
 
-def _constants(program: Any) -> Iterable[tuple[int, Any]]:
+def _constants(program: Any) -> Iterable[tuple[int, str]]:
     for place, argument in enumerate(_returned(program)):
-        value = getattr(argument, "value", None)
-        if value is not None:
-            yield place, value
+        if isinstance(argument, SymIntArgument | SymFloatArgument | SymBoolArgument):
+            yield place, "a number made of sizes"
+        elif getattr(argument, "value", None) is not None:
+            yield place, f"always {argument.value!r}"
 
 
 def _changed(path: Path, program: Any) -> Iterable[str]:

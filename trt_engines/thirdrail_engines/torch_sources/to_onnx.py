@@ -62,10 +62,8 @@ def _convert_exported(path: Path, target: Path, tell: TellProgress) -> None:
     if exported.changed:
         raise refusal(path, changes_itself(exported.changed))
     if exported.constants:
-        place, value = exported.constants[0]
-        raise refusal(
-            path, f"output {place} is always {value!r} and no tensor, return tensors only"
-        )
+        place, words = exported.constants[0]
+        raise refusal(path, f"output {place} is {words} and no tensor, return tensors only")
     tell(_PHASE, 1, _STEPS)
     try:
         with quiet_exporter():
