@@ -205,7 +205,7 @@ RUNS = {
     "index": Refusal(
         Ask("gather", tensors(index=np.array([9]))),
         "indices element out of data bounds, idx=9 must be within the inclusive range [-4,3]",
-        pb.REASON_INTERNAL,
+        pb.REASON_INVALID_ARGUMENT,
     ),
 }
 
@@ -272,7 +272,7 @@ def test_a_failing_run_hurts_none_of_its_batch_mates(caller: Caller) -> None:
     calls = [caller.submit(Ask("picks", tensors(index=np.array([[i]])))) for i in indices]
     outcomes = [call.result() for call in calls]
     assert caller.counters("picks").batches - before.batches <= 1, "they did not share a batch"
-    assert_failed(caller, outcomes.pop(1), pb.REASON_INTERNAL, RUNS["index"].text)
+    assert_failed(caller, outcomes.pop(1), pb.REASON_INVALID_ARGUMENT, RUNS["index"].text)
     for index, outcome in zip([2, 0, 3], outcomes, strict=True):
         assert isinstance(outcome, Answer), outcome
         np.testing.assert_array_equal(outcome.outputs["y"], [[10 + index]])
