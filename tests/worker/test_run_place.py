@@ -38,10 +38,10 @@ def test_the_median_of_a_round_says_whether_runs_are_short() -> None:
     history = RunHistory(LEARNS)
     run_on_threads(history, ROUND_RUNS // 2, LONG_NS)
     run_on_threads(history, ROUND_RUNS // 2, SHORT_NS)
-    assert not history.on_loop
+    assert not history.is_for_loop(8)
     run_on_threads(history, ROUND_RUNS // 2 - 1, 50 * LONG_NS)
     run_on_threads(history, ROUND_RUNS // 2 + 1, SHORT_NS)
-    assert history.on_loop
+    assert history.is_for_loop(8)
 
 
 def test_only_sizes_that_were_short_come_to_the_loop() -> None:
@@ -68,9 +68,9 @@ def test_after_leaving_it_takes_twice_as_many_short_runs_each_time() -> None:
     history = RunHistory(LEARNS)
     for rounds in (1, 2, 4):
         run_on_threads(history, rounds * ROUND_RUNS - 1, SHORT_NS)
-        assert not history.on_loop
+        assert not history.is_for_loop(8)
         run_on_threads(history, 1, SHORT_NS)
-        assert history.on_loop
+        assert history.is_for_loop(8)
         history.leave_loop()
 
 
@@ -79,9 +79,9 @@ def test_a_long_round_between_counts_from_the_beginning() -> None:
     history.leave_loop()  # two rounds from here on
     for run_ns in (SHORT_NS, LONG_NS, SHORT_NS):
         run_on_threads(history, ROUND_RUNS, run_ns)
-    assert not history.on_loop
+    assert not history.is_for_loop(8)
     run_on_threads(history, ROUND_RUNS, SHORT_NS)
-    assert history.on_loop
+    assert history.is_for_loop(8)
 
 
 def test_the_way_back_has_an_end() -> None:
@@ -89,7 +89,7 @@ def test_the_way_back_has_an_end() -> None:
     for _ in range(100):
         history.leave_loop()
     run_on_threads(history, ROUNDS_MAX * ROUND_RUNS, SHORT_NS)
-    assert history.on_loop
+    assert history.is_for_loop(8)
 
 
 def test_who_was_put_on_the_loop_by_trials_can_come_back() -> None:
@@ -99,7 +99,6 @@ def test_who_was_put_on_the_loop_by_trials_can_come_back() -> None:
     history.ran_on_loop(8, 1001)
     assert history.is_suspect
     history.leave_loop()
-    assert not history.is_suspect
     assert not history.is_for_loop(0)
     run_on_threads(history, 2 * ROUND_RUNS, SHORT_NS)
     assert history.is_for_loop(8)
