@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from thirdrail.errors import Internal, Unavailable
+from thirdrail.errors import Cancelled, Internal, Unavailable
 from thirdrail_server.config import ControlLimits, WorkerConfig
 from thirdrail_server.control_channel import ChannelLimits
 from thirdrail_server.front.control.supervisor import WorkerDied
@@ -182,6 +182,24 @@ async def test_a_worker_that_dies_while_the_server_stops_is_not_replaced(
         await plane.kill_worker()
         await plane.worker._running
         assert plane.worker.restarts == 0
+
+
+async def test_loads_that_a_death_cuts_off_end_when_the_server_stops(
+    repository: Any, open_plane: Any
+) -> None:
+    """Of two, neither is known to have killed the worker, and both would wait for the next one."""
+    for name in ("a", "b"):
+        repository.write(name, "forever")
+    async with open_plane(**EXPLICIT) as plane:
+        await plane.worker.wait_until_up()
+        loads = [asyncio.create_task(plane.control.load(name)) for name in ("a", "b")]
+        await plane.until(lambda: all(plane.reason(name) == "loading" for name in ("a", "b")))
+        await plane.worker.begin_stop()
+        await plane.control.cancel_loads()
+        await plane.kill_worker()
+        for ended in await asyncio.gather(*loads, return_exceptions=True):
+            assert isinstance(ended, Cancelled)
+            assert "ended early: the server is stopping" in str(ended)
 
 
 @pytest.mark.slow

@@ -124,8 +124,8 @@ class ModelControl:
             unload.result()
 
     async def cancel_loads(self) -> None:
-        """Begin to stop: builds end now, and the loads that wait for them."""
-        await self._loads.cancel_in_workers(None)
+        """Begin to stop: builds end now, and the loads that wait, for them or for a worker."""
+        await self._loads.end_all()
 
     async def counters(self) -> list[metrics_pb2.ModelCounters]:
         """Of every model version since the server started; they never decrease."""

@@ -37,6 +37,7 @@ T = TypeVar("T")
 Placed = list[tuple[WorkerModels, int]]  # where a model belongs, with how many instances
 
 UNLOADED_MEANWHILE = "the model was unloaded meanwhile"
+STOPPING = "the server is stopping"
 LOADED_MEANWHILE = "the model was loaded again meanwhile"
 
 STARTING_TOGETHER_S_MAX = 10.0
@@ -103,6 +104,11 @@ class ModelLoads:
         """All loads of a model that were asked for until now, for its unload."""
         self._orders.end(name, UNLOADED_MEANWHILE)
         await self.cancel_in_workers(name)
+
+    async def end_all(self) -> None:
+        """For good: builds, and what callers wait for. All else ends with `stop`."""
+        self._orders.end_asked(STOPPING)
+        await self.cancel_in_workers(None)
 
     async def end_improvements(self, name: str) -> None:
         """For a load that is to take their place."""

@@ -98,6 +98,12 @@ class Orders:
         for order in list(self._live.get(name, ())):
             order.end(why)
 
+    def end_asked(self, why: str) -> None:
+        """Those of callers, who wait for them."""
+        for order in [each for live in self._live.values() for each in live]:
+            if not order.is_patient:
+                order.end(why)
+
     def end_improvements(self, name: str, why: str, worker: str = "") -> bool:
         """Of a model, in one worker or in all. Whether there were some."""
         found = [
