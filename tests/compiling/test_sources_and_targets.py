@@ -206,6 +206,7 @@ def test_an_exported_program_in_another_precision_is_proven(
 def test_a_file_that_is_no_program_has_the_reason_of_each(tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     path.write_bytes(b"no archive")
-    with pytest.raises(NoEngine, match=r"onnxruntime plan: refused: .*; torch: ") as caught:
+    expected = r"no engine: onnxruntime plan: refused, torch: refused: model\.pt2: not a file of"
+    with pytest.raises(NoEngine, match=expected) as caught:
         loaded_from(path, None)
     assert len(caught.value.attempts) == 2
