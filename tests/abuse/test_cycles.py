@@ -60,6 +60,7 @@ def leaves_nothing(server: RunningServer, watch: Watch, count: int) -> None:
     assert resident(server) - before < GROWTH_BYTES_MAX
 
 
+@pytest.mark.slow
 def test_some_hundred_sessions_leave_nothing(server: RunningServer, watch: Watch) -> None:
     leaves_nothing(server, watch, 200)
 

@@ -128,6 +128,7 @@ def act() -> None:
     assert extensions.summary("no_such_package.cli", "act") == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("blocked", "argv", "line"),
     [

@@ -300,6 +300,7 @@ async def fallback(server: RunningServer, url: str, caplog: Any) -> Transport:
     return found
 
 
+@pytest.mark.slow
 async def test_a_server_with_tcp_alone(
     start_server: StartServer, standard_repository: Path, caplog: Any
 ) -> None:

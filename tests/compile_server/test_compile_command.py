@@ -166,6 +166,7 @@ def test_shapes_that_cannot_be_say_what_could(text: str, says: str) -> None:
     assert says in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -77,6 +77,7 @@ def test_second_run_downloads_nothing(repository: Path, wheels: Path) -> None:
     assert fetch_test_package(repository, wheels) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damaged",
     ["magika/1/model.onnx", pytest.param("magika/shout.txt", marks=pytest.mark.slow)],

@@ -59,6 +59,7 @@ def test_what_is_got_while_others_evict_is_whole(folder: Path) -> None:
             assert hits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "stride"),
     [

@@ -252,6 +252,7 @@ def test_tls(repository: Path, certificates: Path, start_server: StartServer) ->
         np.testing.assert_array_equal(client.infer("identity", {"x": X})["y"], X)
 
 
+@pytest.mark.slow
 def test_mutual_tls(repository: Path, certificates: Path, start_server: StartServer) -> None:
     files = [f"--tls-cert={certificates}/server.pem", f"--tls-key={certificates}/server.key"]
     files.append(f"--tls-client-ca={certificates}/ca.pem")
@@ -298,6 +299,7 @@ def test_reflection_lists_every_service_with_its_messages(server: RunningServer)
             assert answer.file_descriptor_response.file_descriptor_proto
 
 
+@pytest.mark.slow
 def test_channelz_is_there_when_asked_for(
     server: RunningServer, repository: Path, start_server: StartServer
 ) -> None:

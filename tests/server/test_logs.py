@@ -46,6 +46,7 @@ def fail_by_kserve(server: RunningServer, request_id: str) -> None:
         GRPCInferenceServiceStub(channel).ModelInfer(request)
 
 
+@pytest.mark.slow
 @WAYS
 def test_requests_that_we_failed_are_logged_with_their_id(
     repository: Path, start_server: StartServer, way: TransportChoice, process: str

@@ -233,6 +233,7 @@ def test_a_failed_reload_leaves_the_old_one_serving(controlled: RunningServer) -
 # Who may
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "words"), [("none", "is off"), ("poll", "polling is enabled")])
 def test_other_modes_load_nothing_on_demand(
     repository: Path, start_server: StartServer, mode: str, words: str

@@ -54,6 +54,7 @@ def test_a_broken_model_is_told_at_the_end_of_the_start(
     assert "with 1 of 2 models; not loaded: broken; " in server.log_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -149,6 +149,7 @@ def test_whom_the_lane_is_offered_to_and_where_is_probed(server: RunningServer) 
     assert (lane.name, lane.offered, lane.address) == ("lane", True, opened(server).socket_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

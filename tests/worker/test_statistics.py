@@ -4,12 +4,15 @@
 import sys
 import threading
 
+import pytest
+
 from thirdrail_server.worker.execution import Execution
 from thirdrail_server.worker.statistics import VersionStatistics
 
 RUN = Execution([], input_copy_ns=1, compute_ns=2, output_copy_ns=3)
 
 
+@pytest.mark.slow
 def test_a_snapshot_is_of_one_moment() -> None:
     statistics, is_over = VersionStatistics("m", 1), threading.Event()
 
