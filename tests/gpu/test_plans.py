@@ -13,11 +13,13 @@ from engines.conftest import WriteModel
 from engines.test_engine_contract import (
     test_a_boolean_byte_other_than_zero_or_one_is_true_and_reveals_nothing,
     test_a_constant_result_is_not_the_weights,
-    test_an_array_that_does_not_fit_is_refused_and_untouched,
     test_eight_threads_share_one_engine,
     test_only_wanted_outputs_come_back,
     test_read_only_inputs_are_accepted,
     test_results_outlive_the_engine,
+)
+from engines.test_engine_failures import (
+    test_an_array_that_does_not_fit_is_refused_and_untouched,
     test_what_does_not_fit_the_model_is_an_engine_error,
 )
 from support.plan_runs import (

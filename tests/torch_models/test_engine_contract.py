@@ -18,7 +18,6 @@ from engines.test_engine_contract import (
     sample,
     test_a_boolean_byte_other_than_zero_or_one_is_true_and_reveals_nothing,
     test_a_constant_result_is_not_the_weights,
-    test_an_array_that_does_not_fit_is_refused_and_untouched,
     test_eight_threads_share_one_engine,
     test_large_results_of_every_numeric_type_are_written_into_the_callers_array,
     test_only_wanted_outputs_come_back,
@@ -26,6 +25,9 @@ from engines.test_engine_contract import (
     test_results_never_share_memory_with_inputs,
     test_results_outlive_the_engine,
     test_small_results_come_in_the_callers_array_or_another,
+)
+from engines.test_engine_failures import (
+    test_an_array_that_does_not_fit_is_refused_and_untouched,
     test_what_does_not_fit_the_model_is_an_engine_error,
 )
 from thirdrail_engines import Engine, EngineOptions
